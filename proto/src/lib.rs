@@ -1,0 +1,18 @@
+//! Every byte that leaves a Godwit process.
+//!
+//! - [`v1`]: the protobuf messages of `proto/godwit/v1/*.proto` and, with the feature `rpc`, their gRPC services.
+//! - [`frame`]: the one envelope of wire, bucket and journal: magic, kind, version, length, BLAKE3, body.
+//! - [`ids`]: identifiers that cannot be confused with each other.
+//! - [`status`]: what can go wrong, as a code that travels.
+//!
+//! This crate refuses to know the engine, the runtime, files and policy.
+
+pub mod frame;
+pub mod ids;
+pub mod status;
+
+/// Messages and services of package `godwit.v1`, generated at build time.
+#[allow(missing_docs, clippy::all, clippy::pedantic, reason = "generated; documented in the .proto files")]
+pub mod v1 {
+    include!(concat!(env!("OUT_DIR"), "/godwit.v1.rs"));
+}
