@@ -1,0 +1,1 @@
+//! Meanings of the general-purpose and system instructions, one file a family.
