@@ -44,3 +44,26 @@ pub fn lookup(selector: Selector) -> Option<Row> {
         .or_else(|| strings::lookup(selector))
         .or_else(|| state::lookup(selector))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every selector can be asked for (each row is instantiated here), and the tables are not empty.
+    #[test]
+    fn every_row_is_reachable() {
+        let mut rows = 0;
+        for map in 1..=3 {
+            for opcode in 0..=255 {
+                for prefix in [0, 0x66, 0xf3, 0xf2] {
+                    for form in 0..32 {
+                        let selector =
+                            Selector { map, opcode, prefix, reg: form >> 2, memory: form & 1 != 0, wide: form & 2 != 0 };
+                        rows += usize::from(lookup(selector).is_some());
+                    }
+                }
+            }
+        }
+        assert!(rows > 8000, "{rows}");
+    }
+}

@@ -8,10 +8,6 @@ use crate::engine::soft::op::Op;
 pub mod status {
     /// Invalid operation.
     pub const IE: u16 = 1;
-    /// Zero divide.
-    pub const ZE: u16 = 4;
-    /// Precision.
-    pub const PE: u16 = 32;
     /// Stack fault.
     pub const SF: u16 = 64;
     /// An unmasked exception is pending.
