@@ -292,8 +292,7 @@ impl Routines {
     }
 
     fn emit_printing(&mut self, asm: &mut CodeAssembler) -> Result<(), IcedError> {
-        let (mut wait, mut byte, mut digit, mut out) =
-            (asm.create_label(), asm.create_label(), asm.create_label(), asm.create_label());
+        let (mut wait, mut digit, mut out) = (asm.create_label(), asm.create_label(), asm.create_label());
         asm.set_label(&mut self.print_byte)?;
         asm.push(rax)?;
         asm.mov(edx, UART + 5)?;
@@ -307,12 +306,11 @@ impl Routines {
         asm.ret()?;
 
         asm.set_label(&mut self.print_text)?;
-        asm.set_label(&mut byte)?;
         asm.mov(al, byte_ptr(rsi))?;
         asm.call(self.print_byte)?;
         asm.inc(rsi)?;
         asm.dec(ecx)?;
-        asm.jnz(byte)?;
+        asm.jnz(self.print_text)?;
         asm.ret()?;
 
         asm.set_label(&mut self.print_number)?;
