@@ -1,3 +1,4 @@
 //! Real binaries, real guests, faults: what the whole-cluster tests and the benchmarks are made of.
 
+pub mod cluster;
 pub mod guest;
