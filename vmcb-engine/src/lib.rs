@@ -8,4 +8,4 @@ pub mod vmcb;
 
 pub mod cpu;
 
-//pub mod capability;
+pub mod capability;
