@@ -113,7 +113,7 @@ fn a_guest_in_long_mode_passes_the_checks_of_vmrun() {
     let mut state = CpuModel::SoftV1.power_up(&ONE);
     state.cr0 = cr0::PE | cr0::PG;
     state.cr4 = cr4::PAE | cr4::SMEP;
-    state.efer = efer::LME | efer::LMA | efer::SVME | efer::AIBRSE;
+    state.efer = efer::LME | efer::LMA | efer::AIBRSE;
     let mut vmcb = Vmcb::boxed();
     state.to_vmcb(&mut vmcb);
     vmcb.control.np_enable = 1;

@@ -12,7 +12,7 @@ use crate::vmcb::{Intercept, Vmcb};
 /// What the processor that would run the VMCB has.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Limits {
-    /// Physical address bits of the host (CPUID 8000_0008 EAX[7:0]).
+    /// Physical address bits of the host (CPUID 8000_0008 EAX, low byte).
     pub phys_bits: u32,
     /// CR4 bits that exist; others must be zero.
     pub cr4: u64,
