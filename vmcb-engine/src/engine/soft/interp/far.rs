@@ -9,8 +9,7 @@ use crate::addr::is_canonical;
 use crate::engine::soft::core::{CS, Core, DS, ES, FS, GS, RSP, SS, Step, rflags};
 use crate::engine::soft::deliver::Software;
 use crate::engine::soft::op::Op;
-use crate::engine::soft::svm::msr::efer;
-use crate::engine::soft::walk::cr0;
+use crate::vmcb::registers::{cr0, efer};
 use crate::vmcb::{Intercept, Segment};
 
 use super::system::set_register;

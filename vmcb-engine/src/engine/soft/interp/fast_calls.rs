@@ -6,8 +6,7 @@ use super::system::set_register;
 use crate::addr::is_canonical;
 use crate::engine::soft::core::{CS, Core, FS, GS, RCX, RDX, RSP, SS, Step, rflags};
 use crate::engine::soft::op::{Op, form};
-use crate::engine::soft::svm::msr::efer;
-use crate::engine::soft::walk::{cr0, cr4};
+use crate::vmcb::registers::{cr0, cr4, efer};
 use crate::vmcb::Segment;
 
 /// Attributes of a flat 64-bit code segment, DPL 0.
