@@ -212,6 +212,8 @@ pub struct Core {
     pub nested: super::svm::nested::Nested,
     /// The host's pages of system-physical memory.
     pub arena: super::svm::physical::Arena,
+    /// Control bits that exist: what MOV to CR4 and VMRUN's checks go by.
+    pub limits: crate::vmcb::check::Limits,
     /// Software on this processor whose guest is loaded.
     pub hosted: Option<Box<super::svm::leave::Hosted>>,
     /// Retired instructions at which the running `run_until` stops: retired now = `stop_at - budget` between blocks.

@@ -91,7 +91,7 @@ impl Core {
 
     /// Writes CR4; `None` is #GP(0).
     pub fn write_cr4(&mut self, value: u64) -> Option<()> {
-        if value & !CR4_BITS != 0 || (self.efer & efer::LMA != 0 && value & cr4::PAE == 0) {
+        if value & !self.limits.cr4 != 0 || (self.efer & efer::LMA != 0 && value & cr4::PAE == 0) {
             return None;
         }
         if (value ^ self.cr4) & CR4_FLUSHING != 0 {

@@ -4,7 +4,7 @@
 
 use super::system::set_register;
 use crate::addr::is_canonical;
-use crate::engine::soft::core::{CS, Core, FS, GS, RCX, RDX, RSP, SS, Step, rflags};
+use crate::engine::soft::core::{Core, FS, GS, RCX, RDX, RSP, SS, Step, rflags};
 use crate::engine::soft::op::{Op, form};
 use crate::vmcb::registers::{cr0, cr4, efer};
 use crate::vmcb::Segment;
@@ -158,10 +158,4 @@ pub fn wrfsbase(core: &mut Core, op: &Op) -> Step {
 /// WRGSBASE.
 pub fn wrgsbase(core: &mut Core, op: &Op) -> Step {
     write_base(core, op, GS)
-}
-
-/// True if the code segment is one that SYSCALL loads: for tests of its hidden part.
-#[cfg(test)]
-pub fn is_flat_long(core: &Core) -> bool {
-    core.segments[CS].attrib & !DPL_3 == CODE_64
 }

@@ -52,6 +52,7 @@ impl Core {
             events: Default::default(),
             nested: Default::default(),
             arena: Default::default(),
+            limits: super::enter::LIMITS,
             hosted: None,
             stop_at: 0,
             tsc_per_instruction: 1,

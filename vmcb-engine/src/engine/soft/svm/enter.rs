@@ -16,7 +16,7 @@ use crate::vmcb::check::{Limits, violations};
 use crate::vmcb::registers::{cr0, efer};
 use crate::vmcb::{EventType, ExitCode, SaveArea, Vmcb, tlb_control};
 
-/// What VMRUN's checks know of this processor.
+/// Control bits that this processor has; a host may give a guest fewer by [`Core::limits`].
 pub const LIMITS: Limits = Limits { phys_bits: 48, cr4: CR4_BITS, efer: EFER_WRITABLE };
 
 /// The TSC of the host's world, to which TSC_OFFSET is added: TSC = retired * tsc_per_instruction + this.
@@ -80,7 +80,7 @@ impl Core {
 
     /// Checks and loads a VMCB; `None` is VMEXIT_INVALID.
     fn load_guest(&mut self, vmcb: &Vmcb, tsc: HostTsc) -> Option<()> {
-        if !violations(vmcb, LIMITS).is_empty() {
+        if !violations(vmcb, self.limits).is_empty() {
             return None;
         }
         let (control, save) = (&vmcb.control, &vmcb.save);
