@@ -151,8 +151,8 @@ impl Mode {
 
 /// One software processor.
 pub struct Core {
-    /// rax..r15, then [`ZERO`] and [`RIP_BASE`].
-    pub gprs: [u64; 18],
+    /// rax..r15, then [`ZERO`] and [`RIP_BASE`]; 32 long, so that a masked number is always in range.
+    pub gprs: [u64; 32],
     /// Lazy arithmetic flags: see [`Flags`].
     pub flags: Flags,
     /// Instructions that may still retire before the stop point, counted from the start of the running block as if it
@@ -204,6 +204,18 @@ pub struct Core {
     pub control: super::svm::control::Controls,
     /// After STI, MOV SS, POP SS: no interrupt before the next instruction.
     pub interrupt_shadow: bool,
+    /// Alignment is checked now: CPL 3 with CR0.AM and RFLAGS.AC. See `Core::refresh_alignment`.
+    pub alignment_checked: bool,
+    /// What is pending between two instructions; see deliver.rs.
+    pub events: super::deliver::Events,
+    /// Nested paging of the loaded guest.
+    pub nested: super::svm::nested::Nested,
+    /// The host's pages of system-physical memory.
+    pub arena: super::svm::physical::Arena,
+    /// Control bits that exist: what MOV to CR4 and VMRUN's checks go by.
+    pub limits: crate::vmcb::check::Limits,
+    /// Software on this processor whose guest is loaded.
+    pub hosted: Option<Box<super::svm::leave::Hosted>>,
     /// Retired instructions at which the running `run_until` stops: retired now = `stop_at - budget` between blocks.
     pub stop_at: u64,
     /// TSC = retired * this + `tsc_base` (offset and idle time folded in).
@@ -304,11 +316,40 @@ impl Flags {
         Self { result, aux: (carries << (64 - bits)) & (3 << 62) | carries & 8 }
     }
 
+    /// From a sign-extended result (ZF, SF, PF) and the other three.
+    #[inline(always)]
+    pub fn parts(result: u64, cf: bool, of: bool, af: bool) -> Self {
+        let cf = u64::from(cf);
+        Self { result, aux: cf << 63 | (cf ^ u64::from(of)) << 62 | u64::from(af) << 3 }
+    }
+
     /// The same flags with another CF (INC, DEC, STC, CLC, CMC, BT...).
     #[inline(always)]
     pub fn with_cf(self, cf: bool) -> Self {
-        let (cf, of) = (u64::from(cf), u64::from(self.of()));
+        self.with_cf_of(cf, self.of())
+    }
+
+    /// The same flags with another CF and OF (rotations, MUL).
+    #[inline(always)]
+    pub fn with_cf_of(self, cf: bool, of: bool) -> Self {
+        let (cf, of) = (u64::from(cf), u64::from(of));
         Self { result: self.result, aux: self.aux & !(3 << 62) | cf << 63 | (cf ^ of) << 62 }
+    }
+
+    /// The same flags with another ZF (BSF, BSR, CMPXCHG8B).
+    #[inline(always)]
+    pub fn with_zf(self, zf: bool) -> Self {
+        let bit = |set: bool| u64::from(set);
+        let carries = self.aux & (3 << 62 | 8);
+        // As in `from_rflags`: PF and SF come from `aux` alone.
+        let result = if zf { 0 } else { 0x100 };
+        Self { result, aux: carries | (1 - bit(self.pf())) << 8 | bit(self.sf()) }
+    }
+
+    /// ZF given and the other five clear (POPCNT).
+    #[inline(always)]
+    pub fn only_zf(zf: bool) -> Self {
+        Self { result: u64::from(!zf), aux: u64::from(zf) << 8 }
     }
 
     /// Condition `cc` of Jcc, SETcc, CMOVcc (APM3 1.2.2, low four opcode bits).
@@ -328,6 +369,12 @@ impl Flags {
     }
 }
 
+/// True if bits 63:47 are all alike (APM2 5.3.1, 48-bit linear addresses).
+#[inline(always)]
+pub fn canonical(linear: u64) -> bool {
+    ((linear as i64) << 16 >> 16) as u64 == linear
+}
+
 impl Core {
     /// RFLAGS, whole.
     #[inline]
@@ -339,7 +386,17 @@ impl Core {
     #[inline]
     pub fn set_rflags(&mut self, value: u64) {
         self.flags = Flags::from_rflags(value);
+        let before = self.system_flags;
         self.system_flags = value & !rflags::ARITHMETIC & !rflags::RESERVED_ONE;
+        if (before ^ value) & rflags::AC != 0 {
+            self.refresh_alignment();
+        }
+    }
+
+    /// Virtual-8086 mode.
+    #[inline(always)]
+    pub fn virtual_8086(&self) -> bool {
+        self.system_flags & rflags::VM != 0
     }
 
     /// RIP of the instruction that `op` is.
@@ -384,6 +441,16 @@ impl Core {
     pub fn raise_code<T>(&mut self, vector: u8, code: u32) -> Step<T> {
         self.fault = Fault { vector, code: Some(code), address: 0 };
         Err(Stop::Fault)
+    }
+
+    /// A non-canonical address on the stack segment is #SS(0), not #GP(0) (APM2 8.2.13). The slow path leaves such an
+    /// address in [`Fault::address`].
+    #[cold]
+    #[inline(never)]
+    pub fn blame_stack(&mut self) {
+        if self.fault.vector == 13 && !canonical(self.fault.address) {
+            self.fault.vector = 12;
+        }
     }
 
     /// #UD.

@@ -1,13 +1,13 @@
 //! One decoded operation, and how operations follow each other.
 //!
-//! Every instruction's meaning is a plain function `fn(&mut Core, &Op) -> Step`. [`straight`], [`last`] and [`branch`]
-//! wrap such a function into a [`Handler`]: run it, then call the handler of the next operation in tail position. In
+//! Every instruction's meaning is a plain function `fn(&mut Core, &Op) -> Step`. [`straight`] and [`last`] wrap
+//! such a function into a [`Handler`]: run it, then call the handler of the next operation in tail position. In
 //! optimised builds LLVM turns that call into a jump; where it does not, the stack grows by at most one block.
 #![allow(unsafe_code, reason = "dispatch: operations of a block lie one after the other and end with one that returns")]
 
 use std::cell::Cell;
 
-use super::core::{Core, RIP_BASE, Step, Stop};
+use super::core::{Core, Step, Stop, ZERO};
 
 /// What a handler tells the loop that runs blocks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -38,9 +38,9 @@ pub struct Op {
     /// Displacement of the memory operand; for RIP-relative operands the instruction's end in the block is folded in, and
     /// `base` is [`RIP_BASE`].
     pub displacement: i64,
-    /// Register of ModRM.rm or the opcode, or high-byte form: see [`Op::byte_register`].
+    /// Register of ModRM.rm or the opcode, or high-byte form: bit 5 set: AH, CH, DH, BH.
     pub rm: u8,
-    /// Register of ModRM.reg.
+    /// Register of ModRM.reg, or high-byte form as `rm`.
     pub reg: u8,
     /// Base register of the memory operand or `ZERO`.
     pub base: u8,
@@ -82,8 +82,8 @@ pub mod form {
     pub const OPERAND_SIZE: u16 = 32;
     /// REX.W.
     pub const WIDE: u16 = 64;
-    /// The instruction is privileged data access (descriptor tables): supervisor whatever CPL is.
-    pub const SYSTEM: u16 = 128;
+    /// The memory operand is on the stack segment: a non-canonical address is #SS instead of #GP.
+    pub const STACK: u16 = 128;
 }
 
 impl Op {
@@ -99,22 +99,27 @@ impl Op {
         self.form & bits == bits
     }
 
-    /// Linear address of the memory operand: any form, any mode. Checks nothing but wraps as the address size asks.
+    /// Offset of the memory operand in its segment.
     #[inline(always)]
-    pub fn linear(&self, core: &Core) -> u64 {
-        let mut address = core.gprs[(self.base & 31) as usize % 18]
-            .wrapping_add(core.gprs[(self.index & 31) as usize % 18] << self.scale)
+    pub fn effective(&self, core: &Core) -> u64 {
+        let mut address = core.gprs[(self.base & 31) as usize]
+            .wrapping_add(core.gprs[(self.index & 31) as usize] << self.scale)
             .wrapping_add(self.displacement as u64);
         if self.address_size != 8 {
             address &= if self.address_size == 4 { 0xffff_ffff } else { 0xffff };
         }
-        if self.segment != NO_SEGMENT {
-            address = address.wrapping_add(core.segments[self.segment as usize].base);
-            if !core.mode.long {
-                address &= 0xffff_ffff;
-            }
-        }
         address
+    }
+
+    /// Linear address of the memory operand: any form, any mode. Checks nothing but wraps as the address size asks.
+    #[inline(always)]
+    pub fn linear(&self, core: &Core) -> u64 {
+        let address = self.effective(core);
+        if self.segment == NO_SEGMENT {
+            return address;
+        }
+        let linear = address.wrapping_add(core.segments[self.segment as usize].base);
+        if core.mode.long { linear } else { linear & 0xffff_ffff }
     }
 }
 
@@ -149,28 +154,12 @@ pub fn straight<F: Meaning>(_: F) -> Handler {
     run::<F>
 }
 
-/// Handler of the last instruction of a block that does not set RIP itself: RIP becomes the next instruction.
+/// Handler of the last instruction of a block: RIP is the next instruction unless the meaning sets another.
 pub fn last<F: Meaning>(_: F) -> Handler {
     fn run<F: Meaning>(core: &mut Core, op: *const Op) -> Flow {
         // SAFETY: see `straight`.
         let this = unsafe { &*op };
-        let next = core.gprs[RIP_BASE as usize].wrapping_add(u64::from(this.offset) + u64::from(this.length));
-        match meaning::<F>()(core, this) {
-            Ok(()) => {
-                core.rip = core.mask_rip(next);
-                Flow::Next
-            }
-            Err(stop) => leave(core, this, stop),
-        }
-    }
-    run::<F>
-}
-
-/// Handler of the last instruction of a block that sets [`Core::rip`] itself.
-pub fn branch<F: Meaning>(_: F) -> Handler {
-    fn run<F: Meaning>(core: &mut Core, op: *const Op) -> Flow {
-        // SAFETY: see `straight`.
-        let this = unsafe { &*op };
+        core.rip = core.next_rip(this);
         match meaning::<F>()(core, this) {
             Ok(()) => Flow::Next,
             Err(stop) => leave(core, this, stop),
@@ -210,11 +199,40 @@ fn leave(core: &mut Core, op: &Op, stop: Stop) -> Flow {
             core.budget += i64::from(op.remaining) - 1;
             return Flow::Next;
         }
-        Stop::Fault => Flow::Fault,
+        Stop::Fault => {
+            if op.form & form::STACK != 0 {
+                core.blame_stack();
+            }
+            Flow::Fault
+        }
         Stop::Exit => Flow::Exit,
     };
     core.rip = core.op_rip(op);
     core.exit.next_rip = core.next_rip(op);
     core.budget += i64::from(op.remaining);
     flow
+}
+
+impl Default for Op {
+    /// What [`stop_here`] needs: no registers, no memory.
+    fn default() -> Self {
+        Self {
+            run: Cell::new(stop_here),
+            immediate: 0,
+            displacement: 0,
+            rm: 0,
+            reg: 0,
+            base: ZERO,
+            index: ZERO,
+            scale: 0,
+            segment: NO_SEGMENT,
+            size: 4,
+            address_size: 8,
+            length: 0,
+            offset: 0,
+            remaining: 0,
+            code: 0,
+            form: 0,
+        }
+    }
 }
