@@ -6,5 +6,6 @@
 
 pub mod addr;
 pub mod cpu;
+pub mod engine;
 pub mod memory;
 pub mod vmcb;

@@ -8,6 +8,7 @@
 pub mod block;
 pub mod core;
 pub mod decode;
+pub mod deliver;
 pub mod fpu;
 pub mod interp;
 pub mod op;
@@ -15,4 +16,5 @@ pub mod run;
 pub mod sse;
 pub mod svm;
 pub mod tlb;
+pub mod walk;
 pub mod x87;
