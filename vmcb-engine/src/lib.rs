@@ -5,6 +5,7 @@
 //! environment and randomness: what enters from outside is an argument.
 
 pub mod addr;
+pub mod capability;
 pub mod cpu;
 pub mod engine;
 pub mod memory;

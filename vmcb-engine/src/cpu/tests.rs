@@ -97,7 +97,9 @@ proptest! {
         let mut back = state.clone();
         back.gprs[gpr::RAX] = 7;
         back.gprs[gpr::RSP] = 7;
-        (back.rip, back.rflags, back.cr0, back.cr2, back.cr3, back.cr4, back.efer, back.cr8) = (0, 0, 0, 0, 0, 0, 0, 0);
+        (back.rip, back.rflags, back.cr0, back.cr2, back.cr3, back.cr4, back.efer, back.cr8) =
+            (0, 0, 0, 0, 0, 0, state.efer & (1 << 12), 0);
+        prop_assert_eq!(vmcb.save.efer, state.efer | 1 << 12);
         SegmentRegister::ALL.into_iter().for_each(|register| *back.segment_mut(register) = Segment::default());
         back.from_vmcb(&vmcb);
         for index in [0xc000_0081, 0xc000_0082, 0xc000_0083, 0xc000_0084, 0xc000_0102, 0x174, 0x175, 0x176, 0x277] {

@@ -35,7 +35,7 @@ fn trap_2_neighbours_of_a_flag_survive_its_write() {
     }
     // The state of a guest goes into a VMCB full of other bits and leaves all of them.
     let mut vmcb = Vmcb::boxed();
-    vmcb.control.vintr = u64::MAX & !(V_TPR.mask() | V_NMI_ENABLE.mask());
+    vmcb.control.vintr = !(V_TPR.mask() | V_NMI_ENABLE.mask());
     let before = vmcb.control.vintr;
     CpuState::reset().to_vmcb(&mut vmcb);
     assert_eq!(vmcb.control.vintr, before);

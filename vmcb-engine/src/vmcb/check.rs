@@ -12,7 +12,7 @@ use crate::vmcb::{Intercept, Vmcb};
 /// What the processor that would run the VMCB has.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Limits {
-    /// Physical address bits of the host (CPUID 8000_0008 EAX[7:0]).
+    /// Physical address bits of the host (CPUID 8000_0008 EAX, low byte).
     pub phys_bits: u32,
     /// CR4 bits that exist; others must be zero.
     pub cr4: u64,
@@ -191,6 +191,8 @@ mod tests {
 
     const LIMITS: Limits = Limits::full(48);
 
+    type Breach = (fn(&mut Vmcb), Violation);
+
     fn legal() -> Box<Vmcb> {
         let mut vmcb = Vmcb::boxed();
         vmcb.control.set_intercept(Intercept::VMRUN, true);
@@ -219,7 +221,6 @@ mod tests {
 
     #[test]
     fn each_breach_of_the_state_is_named_alone() {
-        type Breach = (fn(&mut Vmcb), Violation);
         let rows: &[Breach] = &[
             (|v| v.save.efer &= !efer::SVME, Violation::EferSvmeClear),
             (|v| v.save.cr0 |= cr0::NW, Violation::Cr0NwWithoutCd),
@@ -239,7 +240,6 @@ mod tests {
 
     #[test]
     fn each_breach_of_the_controls_is_named_alone() {
-        type Breach = (fn(&mut Vmcb), Violation);
         let rows: &[Breach] = &[
             (|v| v.control.set_intercept(Intercept::VMRUN, false), Violation::VmrunNotIntercepted),
             (|v| v.control.iopm_base_pa = (1 << 48) - 0x2000, Violation::IopmBeyondPhysical),
@@ -265,7 +265,7 @@ mod tests {
         assert_alone(rows);
     }
 
-    fn assert_alone(rows: &[(fn(&mut Vmcb), Violation)]) {
+    fn assert_alone(rows: &[Breach]) {
         for (breach, expected) in rows {
             let mut vmcb = legal();
             breach(&mut vmcb);

@@ -204,6 +204,18 @@ pub struct Core {
     pub control: super::svm::control::Controls,
     /// After STI, MOV SS, POP SS: no interrupt before the next instruction.
     pub interrupt_shadow: bool,
+    /// Alignment is checked now: CPL 3 with CR0.AM and RFLAGS.AC. See `Core::refresh_alignment`.
+    pub alignment_checked: bool,
+    /// What is pending between two instructions; see deliver.rs.
+    pub events: super::deliver::Events,
+    /// Nested paging of the loaded guest.
+    pub nested: super::svm::nested::Nested,
+    /// The host's pages of system-physical memory.
+    pub arena: super::svm::physical::Arena,
+    /// Control bits that exist: what MOV to CR4 and VMRUN's checks go by.
+    pub limits: crate::vmcb::check::Limits,
+    /// Software on this processor whose guest is loaded.
+    pub hosted: Option<Box<super::svm::leave::Hosted>>,
     /// Retired instructions at which the running `run_until` stops: retired now = `stop_at - budget` between blocks.
     pub stop_at: u64,
     /// TSC = retired * this + `tsc_base` (offset and idle time folded in).
@@ -374,7 +386,11 @@ impl Core {
     #[inline]
     pub fn set_rflags(&mut self, value: u64) {
         self.flags = Flags::from_rflags(value);
+        let before = self.system_flags;
         self.system_flags = value & !rflags::ARITHMETIC & !rflags::RESERVED_ONE;
+        if (before ^ value) & rflags::AC != 0 {
+            self.refresh_alignment();
+        }
     }
 
     /// Virtual-8086 mode.

@@ -10,9 +10,8 @@
 use super::core::{CS, Core, RSP, SS, Step, Stop, rflags};
 use super::interp::descriptor::{self, Gate};
 use super::op::Flow;
-use super::svm::msr::efer;
-use super::walk::cr0;
 use crate::addr::is_canonical;
+use crate::vmcb::registers::{cr0, efer};
 use crate::vmcb::{Event, EventType, ExitCode, Intercept, Segment};
 
 /// Deliveries in a row without a retired instruction, after which one is charged.
@@ -29,6 +28,8 @@ pub struct Events {
     software: Option<Software>,
     /// NMIs wait for IRET.
     pub nmi_masked: bool,
+    /// What VMRUN injects before the first instruction, and the RIP that it returns to.
+    pub injection: Option<(Event, u64)>,
     deliveries: u32,
     delivered_at: u64,
 }
@@ -58,6 +59,13 @@ struct Delivery {
     retires: bool,
 }
 
+impl Events {
+    /// A guest is entered: nothing of the one before holds.
+    pub fn begin_guest(&mut self) {
+        (self.trap, self.shadow, self.software) = (false, false, None);
+    }
+}
+
 fn contributory(vector: u8) -> bool {
     matches!(vector, 0 | 10..=13)
 }
@@ -66,7 +74,7 @@ impl Core {
     /// True if something must be done before the next instruction. Cheap: asked before every block.
     #[inline(always)]
     pub fn event_pending(&self) -> bool {
-        self.events.trap || (self.control.vintr & 1 << 8 != 0 && self.interrupt_ready())
+        self.events.trap || self.events.injection.is_some() || (self.control.vintr & 1 << 8 != 0 && self.interrupt_ready())
     }
 
     #[inline]
@@ -80,6 +88,10 @@ impl Core {
 
     /// Takes what [`Core::event_pending`] saw.
     pub fn take_event(&mut self) -> Flow {
+        self.events.shadow = false;
+        if let Some((event, return_rip)) = self.events.injection.take() {
+            return self.inject(event, return_rip);
+        }
         if std::mem::take(&mut self.events.trap) {
             self.debug[4] |= 1 << 14;
             return self.raise_event(Event::exception(1, None), self.rip, false);
@@ -147,7 +159,7 @@ impl Core {
     }
 
     /// Delivers an event that VMRUN injects (APM2 15.20): exceptions are not intercepted.
-    pub fn inject(&mut self, event: Event, return_rip: u64) -> Flow {
+    fn inject(&mut self, event: Event, return_rip: u64) -> Flow {
         let software = event.kind() == Some(EventType::Software)
             || (event.kind() == Some(EventType::Exception) && matches!(event.vector(), 3 | 4));
         if event.kind() == Some(EventType::Nmi) {

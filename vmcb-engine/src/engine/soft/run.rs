@@ -23,11 +23,12 @@ impl Core {
     /// could change.
     pub fn run_until(&mut self, stop_at: u64) -> Ended {
         let retired = self.retired();
+        assert!(stop_at >= retired, "time does not run backwards: {stop_at} < {retired}");
         self.stop_at = stop_at;
-        self.budget = stop_at.saturating_sub(retired) as i64;
+        self.budget = (stop_at - retired) as i64;
         loop {
             self.blocks.sweep();
-            if self.event_pending() && self.take_event() == Flow::Exit {
+            if self.event_pending() && self.take_event() == Flow::Exit && !self.leave_to_hosted() {
                 return Ended::Exit;
             }
             if self.budget <= 0 {
@@ -35,15 +36,23 @@ impl Core {
             }
             // One instruction only, where an event must be looked at right after it (interrupt shadow, single step).
             let limit = if self.single_step() { 1 } else { self.budget as usize };
-            match self.run_block(limit) {
-                Flow::Next => {}
-                Flow::Fault => {
-                    if self.deliver_fault() == Flow::Exit {
-                        return Ended::Exit;
-                    }
-                }
-                Flow::Exit => return Ended::Exit,
+            let mut flow = self.run_block(limit);
+            if flow == Flow::Fault {
+                flow = self.deliver_fault();
             }
+            if flow == Flow::Exit && !self.leave_to_hosted() {
+                return Ended::Exit;
+            }
+        }
+    }
+
+    /// Runs one instruction and delivers what it raised, whatever the budget is.
+    pub(super) fn step_one(&mut self) -> Flow {
+        self.blocks.sweep();
+        self.single_step();
+        match self.run_block(1) {
+            Flow::Fault => self.deliver_fault(),
+            flow => flow,
         }
     }
 

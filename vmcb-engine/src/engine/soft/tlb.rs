@@ -175,6 +175,12 @@ impl Tlb {
         extras[at] = extra;
     }
 
+    /// Adds a translation for writes that the next write completes: it is stamped then.
+    pub fn insert_armed(&mut self, linear: u64, set: usize, found: Translation) {
+        self.insert(linear, set, Access::Write, found);
+        self.write[slot(linear, set)].tag |= REARM;
+    }
+
     fn table(&mut self, access: Access) -> (&mut [Entry; 2 * ENTRIES], &mut [Extra; 2 * ENTRIES]) {
         match access {
             Access::Read => (&mut self.read, &mut self.read_extra),

@@ -11,73 +11,11 @@ use std::mem::MaybeUninit;
 
 use super::core::{CS, Core, Fault, Step, Stop, rflags};
 use super::decode::Fetched;
-use super::svm::msr::efer;
 use super::svm::nested::{ADDRESS, ADDRESS_RESERVED, NestedFault, Purpose, RamPage};
 use super::tlb::{Access, Translation, Word, written_lines};
 use crate::addr::is_canonical;
 use crate::vmcb::ExitCode;
-
-/// CR0 bits (APM2 3.1.1).
-pub mod cr0 {
-    /// Protection enabled.
-    pub const PE: u64 = 1 << 0;
-    /// Monitor coprocessor.
-    pub const MP: u64 = 1 << 1;
-    /// Emulation.
-    pub const EM: u64 = 1 << 2;
-    /// Task switched.
-    pub const TS: u64 = 1 << 3;
-    /// Extension type, always one.
-    pub const ET: u64 = 1 << 4;
-    /// Numeric error.
-    pub const NE: u64 = 1 << 5;
-    /// Write protect.
-    pub const WP: u64 = 1 << 16;
-    /// Alignment mask.
-    pub const AM: u64 = 1 << 18;
-    /// Not write-through.
-    pub const NW: u64 = 1 << 29;
-    /// Cache disable.
-    pub const CD: u64 = 1 << 30;
-    /// Paging.
-    pub const PG: u64 = 1 << 31;
-}
-
-/// CR4 bits (APM2 3.1.3).
-pub mod cr4 {
-    /// Virtual-8086 mode extensions.
-    pub const VME: u64 = 1 << 0;
-    /// Protected-mode virtual interrupts.
-    pub const PVI: u64 = 1 << 1;
-    /// RDTSC for CPL 0 only.
-    pub const TSD: u64 = 1 << 2;
-    /// Debugging extensions.
-    pub const DE: u64 = 1 << 3;
-    /// Page size extensions.
-    pub const PSE: u64 = 1 << 4;
-    /// Physical address extensions.
-    pub const PAE: u64 = 1 << 5;
-    /// Machine check.
-    pub const MCE: u64 = 1 << 6;
-    /// Global pages.
-    pub const PGE: u64 = 1 << 7;
-    /// RDPMC at any CPL.
-    pub const PCE: u64 = 1 << 8;
-    /// FXSAVE and SSE.
-    pub const OSFXSR: u64 = 1 << 9;
-    /// SIMD exceptions.
-    pub const OSXMMEXCPT: u64 = 1 << 10;
-    /// User-mode instruction prevention.
-    pub const UMIP: u64 = 1 << 11;
-    /// RDFSBASE and its kin.
-    pub const FSGSBASE: u64 = 1 << 16;
-    /// XSAVE enabled.
-    pub const OSXSAVE: u64 = 1 << 18;
-    /// Supervisor-mode execution prevention.
-    pub const SMEP: u64 = 1 << 20;
-    /// Supervisor-mode access prevention.
-    pub const SMAP: u64 = 1 << 21;
-}
+use crate::vmcb::registers::{cr0, cr4, efer};
 
 const PRESENT: u64 = 1 << 0;
 const WRITABLE: u64 = 1 << 1;
@@ -510,6 +448,14 @@ impl Core {
             return self.raise_code(17, 0);
         }
         Ok(())
+    }
+
+    /// Somebody other than this processor may have written to decoded code: devices, the host.
+    pub fn drop_written_code(&mut self) {
+        for page in self.memory.stamps().take_written_code() {
+            self.blocks.invalidate(page, u64::MAX);
+            self.memory.stamps().clear_code_lines(page);
+        }
     }
 
     /// CPL, CR0.AM or RFLAGS.AC changed: while alignment is checked no translation is cached, so that every access comes

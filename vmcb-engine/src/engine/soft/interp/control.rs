@@ -4,23 +4,10 @@ use super::system::set_register;
 use crate::addr::is_canonical;
 use crate::engine::soft::core::{CS, Core, Mode, RAX, Step, rflags};
 use crate::engine::soft::op::{Op, form};
-use crate::engine::soft::svm::msr::efer;
 use crate::engine::soft::tlb::ENTRIES;
-use crate::engine::soft::walk::{cr0, cr4};
+use crate::vmcb::registers::{cr0, cr4, efer};
 use crate::vmcb::Intercept;
 
-/// Bits of CR0 that exist.
-const CR0_BITS: u64 = cr0::PE
-    | cr0::MP
-    | cr0::EM
-    | cr0::TS
-    | cr0::ET
-    | cr0::NE
-    | cr0::WP
-    | cr0::AM
-    | cr0::NW
-    | cr0::CD
-    | cr0::PG;
 /// Bits of CR4 that this processor has.
 pub const CR4_BITS: u64 = cr4::VME
     | cr4::PVI
@@ -64,7 +51,7 @@ impl Core {
 
     /// Writes CR0; `None` is #GP(0) (APM2 3.1.1, 14.6.1).
     pub fn write_cr0(&mut self, value: u64) -> Option<()> {
-        let value = value & !0xffff_ffff | value & CR0_BITS | cr0::ET;
+        let value = value & !0xffff_ffff | value & cr0::ALL | cr0::ET;
         let paging = value & cr0::PG != 0;
         if value >> 32 != 0 || (paging && value & cr0::PE == 0) || (value & cr0::NW != 0 && value & cr0::CD == 0) {
             return None;
@@ -104,7 +91,7 @@ impl Core {
 
     /// Writes CR4; `None` is #GP(0).
     pub fn write_cr4(&mut self, value: u64) -> Option<()> {
-        if value & !CR4_BITS != 0 || (self.efer & efer::LMA != 0 && value & cr4::PAE == 0) {
+        if value & !self.limits.cr4 != 0 || (self.efer & efer::LMA != 0 && value & cr4::PAE == 0) {
             return None;
         }
         if (value ^ self.cr4) & CR4_FLUSHING != 0 {
@@ -171,7 +158,7 @@ pub fn mov_to_cr(core: &mut Core, op: &Op) -> Step {
 
 /// The selective CR0 intercept: any bit but TS and MP changes (APM2 15.9).
 fn select_cr0(core: &mut Core, value: u64, info: u64) -> Step {
-    if (value ^ core.cr0) & !(cr0::TS | cr0::MP) & CR0_BITS != 0 {
+    if (value ^ core.cr0) & !(cr0::TS | cr0::MP) & cr0::ALL != 0 {
         core.intercept_info(Intercept::CR0_SEL_WRITE, info)?;
     }
     Ok(())

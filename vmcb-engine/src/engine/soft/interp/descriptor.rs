@@ -4,8 +4,7 @@
 
 use crate::addr::is_canonical;
 use crate::engine::soft::core::{CS, Core, SS, Step};
-use crate::engine::soft::svm::msr::efer;
-use crate::engine::soft::walk::cr0;
+use crate::vmcb::registers::{cr0, efer};
 use crate::vmcb::Segment;
 
 /// A gate's first eight bytes.

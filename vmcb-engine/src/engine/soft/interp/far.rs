@@ -9,14 +9,13 @@ use crate::addr::is_canonical;
 use crate::engine::soft::core::{CS, Core, DS, ES, FS, GS, RSP, SS, Step, rflags};
 use crate::engine::soft::deliver::Software;
 use crate::engine::soft::op::Op;
-use crate::engine::soft::svm::msr::efer;
-use crate::engine::soft::walk::cr0;
+use crate::vmcb::registers::{cr0, efer};
 use crate::vmcb::{Intercept, Segment};
 
 use super::system::set_register;
 
 impl Core {
-    fn stack_mask(&self) -> u64 {
+    fn far_mask(&self) -> u64 {
         if self.mode.long {
             u64::MAX
         } else if self.segments[SS].big() {
@@ -26,17 +25,17 @@ impl Core {
         }
     }
 
-    fn stack_linear(&self, pointer: u64) -> u64 {
+    fn far_linear(&self, pointer: u64) -> u64 {
         if self.mode.long {
             pointer
         } else {
-            self.segments[SS].base.wrapping_add(pointer & self.stack_mask()) & 0xffff_ffff
+            self.segments[SS].base.wrapping_add(pointer & self.far_mask()) & 0xffff_ffff
         }
     }
 
     /// The word `index` of so many bytes above the stack pointer; moves nothing.
-    fn stack_word(&mut self, index: u64, size: u8) -> Step<u64> {
-        let linear = self.stack_linear(self.gprs[RSP].wrapping_add(index * u64::from(size)));
+    fn far_word(&mut self, index: u64, size: u8) -> Step<u64> {
+        let linear = self.far_linear(self.gprs[RSP].wrapping_add(index * u64::from(size)));
         let loaded = match size {
             2 => self.load::<u16>(linear).map(u64::from),
             4 => self.load::<u32>(linear).map(u64::from),
@@ -45,8 +44,8 @@ impl Core {
         loaded.inspect_err(|_| self.blame_stack())
     }
 
-    fn set_stack_pointer(&mut self, value: u64) {
-        let mask = self.stack_mask();
+    fn set_far_stack(&mut self, value: u64) {
+        let mask = self.far_mask();
         self.gprs[RSP] = if mask == 0xffff { self.gprs[RSP] & !mask | value & mask } else { value & mask };
     }
 
@@ -59,9 +58,9 @@ impl Core {
         }
         let length = words.len() * width;
         let pointer = self.gprs[RSP].wrapping_sub(length as u64);
-        let linear = self.stack_linear(pointer);
+        let linear = self.far_linear(pointer);
         self.write_linear(linear, &bytes[..length]).inspect_err(|_| self.blame_stack())?;
-        self.set_stack_pointer(pointer);
+        self.set_far_stack(pointer);
         Ok(())
     }
 }
@@ -101,9 +100,9 @@ pub fn mov_from_segment(core: &mut Core, op: &Op) -> Step {
 /// POP sreg.
 pub fn pop_segment(core: &mut Core, op: &Op) -> Step {
     let register = opcode_segment(op);
-    let selector = core.stack_word(0, op.size)? as u16;
+    let selector = core.far_word(0, op.size)? as u16;
     core.load_segment(register, selector)?;
-    core.set_stack_pointer(core.gprs[RSP].wrapping_add(op.size.into()));
+    core.set_far_stack(core.gprs[RSP].wrapping_add(op.size.into()));
     core.interrupt_shadow |= register == SS;
     Ok(())
 }
@@ -344,13 +343,13 @@ fn return_stack(core: &mut Core, selector: u16, cpl: u8, long: bool) -> Step<Seg
 pub fn far_return(core: &mut Core, op: &Op) -> Step {
     // C8+2: only the form with an immediate (CA) releases parameters.
     let release = if op.code & 0xff == 0xca { op.immediate & 0xffff } else { 0 };
-    let rip = core.stack_word(0, op.size)?;
-    let selector = core.stack_word(1, op.size)? as u16;
+    let rip = core.far_word(0, op.size)?;
+    let selector = core.far_word(1, op.size)? as u16;
     let popped = 2 * u64::from(op.size) + release;
     if core.cr0 & cr0::PE == 0 {
         let code = Segment { selector, base: u64::from(selector) << 4, ..core.segments[CS] };
         core.check_target(&code, rip)?;
-        core.set_stack_pointer(core.gprs[RSP].wrapping_add(popped));
+        core.set_far_stack(core.gprs[RSP].wrapping_add(popped));
         core.set_code_segment(code, core.cpl);
         core.rip = rip;
         return Ok(());
@@ -360,13 +359,13 @@ pub fn far_return(core: &mut Core, op: &Op) -> Step {
     let cpl = (selector & 3) as u8;
     if cpl == core.cpl {
         core.mark_accessed(code)?;
-        core.set_stack_pointer(core.gprs[RSP].wrapping_add(popped));
+        core.set_far_stack(core.gprs[RSP].wrapping_add(popped));
         core.set_code_segment(accessed(code), cpl);
         core.rip = rip;
         return Ok(());
     }
     let size = u64::from(op.size);
-    let outer = core.stack_linear(core.gprs[RSP].wrapping_add(popped));
+    let outer = core.far_linear(core.gprs[RSP].wrapping_add(popped));
     let mut bytes = [0; 16];
     core.read_linear(outer, &mut bytes[..2 * usize::from(op.size)])?;
     let word = |at: u64| {
@@ -380,7 +379,7 @@ pub fn far_return(core: &mut Core, op: &Op) -> Step {
     core.mark_accessed(code)?;
     core.segments[SS] = stack;
     core.set_code_segment(accessed(code), cpl);
-    core.set_stack_pointer(pointer.wrapping_add(release));
+    core.set_far_stack(pointer.wrapping_add(release));
     core.drop_inner_segments();
     core.rip = rip;
     Ok(())
@@ -407,13 +406,13 @@ fn returned_flags(core: &Core, value: u64, size: u8) -> u64 {
 
 /// IRET in real mode.
 fn return_real(core: &mut Core, op: &Op) -> Step {
-    let rip = core.stack_word(0, op.size)?;
-    let selector = core.stack_word(1, op.size)? as u16;
-    let flags = core.stack_word(2, op.size)?;
+    let rip = core.far_word(0, op.size)?;
+    let selector = core.far_word(1, op.size)? as u16;
+    let flags = core.far_word(2, op.size)?;
     let code = Segment { selector, base: u64::from(selector) << 4, ..core.segments[CS] };
     core.check_target(&code, rip)?;
     let flags = returned_flags(core, flags, op.size);
-    core.set_stack_pointer(core.gprs[RSP].wrapping_add(3 * u64::from(op.size)));
+    core.set_far_stack(core.gprs[RSP].wrapping_add(3 * u64::from(op.size)));
     core.set_rflags(flags);
     core.set_code_segment(code, core.cpl);
     core.rip = rip;
@@ -433,9 +432,9 @@ pub fn iret(core: &mut Core, op: &Op) -> Step {
         }
         return core.general_protection();
     }
-    let rip = core.stack_word(0, op.size)?;
-    let selector = core.stack_word(1, op.size)? as u16;
-    let flags = core.stack_word(2, op.size)?;
+    let rip = core.far_word(0, op.size)?;
+    let selector = core.far_word(1, op.size)? as u16;
+    let flags = core.far_word(2, op.size)?;
     if core.efer & efer::LMA == 0 && core.cpl == 0 && op.size > 2 && flags & rflags::VM != 0 {
         return core.general_protection();
     }
@@ -448,8 +447,8 @@ pub fn iret(core: &mut Core, op: &Op) -> Step {
     let mut stack = core.segments[SS];
     let mut pointer = core.gprs[RSP].wrapping_add(3 * u64::from(op.size));
     if other_stack {
-        pointer = core.stack_word(3, op.size)?;
-        let selector = core.stack_word(4, op.size)? as u16;
+        pointer = core.far_word(3, op.size)?;
+        let selector = core.far_word(4, op.size)? as u16;
         stack = return_stack(core, selector, cpl, long)?;
     }
     core.mark_accessed(code)?;
@@ -461,7 +460,7 @@ pub fn iret(core: &mut Core, op: &Op) -> Step {
     if other_stack && core.mode.long {
         core.gprs[RSP] = pointer;
     } else {
-        core.set_stack_pointer(pointer);
+        core.set_far_stack(pointer);
     }
     if outward {
         core.drop_inner_segments();

@@ -4,10 +4,9 @@
 
 use super::system::set_register;
 use crate::addr::is_canonical;
-use crate::engine::soft::core::{CS, Core, FS, GS, RCX, RDX, RSP, SS, Step, rflags};
+use crate::engine::soft::core::{Core, FS, GS, RCX, RDX, RSP, SS, Step, rflags};
 use crate::engine::soft::op::{Op, form};
-use crate::engine::soft::svm::msr::efer;
-use crate::engine::soft::walk::{cr0, cr4};
+use crate::vmcb::registers::{cr0, cr4, efer};
 use crate::vmcb::Segment;
 
 /// Attributes of a flat 64-bit code segment, DPL 0.
@@ -159,10 +158,4 @@ pub fn wrfsbase(core: &mut Core, op: &Op) -> Step {
 /// WRGSBASE.
 pub fn wrgsbase(core: &mut Core, op: &Op) -> Step {
     write_base(core, op, GS)
-}
-
-/// True if the code segment is one that SYSCALL loads: for tests of its hidden part.
-#[cfg(test)]
-pub fn is_flat_long(core: &Core) -> bool {
-    core.segments[CS].attrib & !DPL_3 == CODE_64
 }

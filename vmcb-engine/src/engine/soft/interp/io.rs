@@ -4,7 +4,7 @@
 use super::system::set_register;
 use crate::engine::soft::core::{Core, DS, ES, RAX, RCX, RDI, RDX, RSI, Step, Stop, rflags};
 use crate::engine::soft::op::{NO_SEGMENT, Op, form};
-use crate::engine::soft::walk::cr0;
+use crate::vmcb::registers::cr0;
 use crate::vmcb::{ExitCode, IoInfo};
 
 fn port(core: &Core, op: &Op) -> u16 {

@@ -6,7 +6,7 @@
 use super::operand::Width;
 use crate::engine::soft::core::{Core, RAX, RCX, RDX, Step, rflags};
 use crate::engine::soft::op::Op;
-use crate::engine::soft::walk::cr4;
+use crate::vmcb::registers::cr4;
 use crate::vmcb::{ExitCode, Intercept};
 
 pub use super::control::{

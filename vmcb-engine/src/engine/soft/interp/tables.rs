@@ -5,8 +5,7 @@ use super::system::set_register;
 use crate::addr::is_canonical;
 use crate::engine::soft::core::{Core, Flags, Step, rflags};
 use crate::engine::soft::op::Op;
-use crate::engine::soft::svm::msr::efer;
-use crate::engine::soft::walk::{cr0, cr4};
+use crate::vmcb::registers::{cr0, cr4, efer};
 use crate::vmcb::{Intercept, Segment};
 
 /// Limit and base out of memory.

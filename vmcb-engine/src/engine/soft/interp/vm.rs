@@ -3,8 +3,7 @@
 
 use crate::engine::soft::core::{Core, RAX, Step};
 use crate::engine::soft::op::Op;
-use crate::engine::soft::svm::msr::efer;
-use crate::engine::soft::walk::cr0;
+use crate::vmcb::registers::{cr0, efer};
 use crate::vmcb::{Intercept, Vmcb};
 
 /// #UD without SVM or protected mode, #GP(0) above CPL 0, then the intercept (APM2 15.4).

@@ -5,7 +5,8 @@
 
 use crate::engine::soft::core::Core;
 use crate::vmcb::control::{V_IGN_TPR, V_INTR_MASKING, V_INTR_PRIO, V_INTR_VECTOR, V_IRQ, V_TPR};
-use crate::vmcb::{ControlArea, Intercept};
+use crate::vmcb::permission::msrpm_bit;
+use crate::vmcb::{ControlArea, Intercept, MsrAccess};
 
 /// Controls of the loaded VMCB; all off while none is loaded.
 #[derive(Clone, Default)]
@@ -75,25 +76,15 @@ impl Controls {
     }
 }
 
-/// Bit offset of an MSR's two bits in the MSRPM; `None` for MSRs outside of its three ranges (APM2 15.11).
-pub fn msrpm_bit(msr: u32) -> Option<u64> {
-    let (range, first) = match msr {
-        0..=0x1fff => (0, 0),
-        0xc000_0000..=0xc000_1fff => (1, 0xc000_0000),
-        0xc001_0000..=0xc001_1fff => (2, 0xc001_0000),
-        _ => return None,
-    };
-    Some(range * 0x800 * 8 + u64::from(msr - first) * 2)
-}
-
 impl Core {
     /// True if the host wants to see this access of an MSR.
     pub fn msr_intercepted(&self, msr: u32, write: bool) -> bool {
         if !self.control.intercepts(Intercept::MSR_PROT) || self.mmio.emulating() {
             return false;
         }
-        let Some(bit) = msrpm_bit(msr) else { return true };
-        let bit = bit + u64::from(write);
+        let access = if write { MsrAccess::Write } else { MsrAccess::Read };
+        let Some(bit) = msrpm_bit(msr, access) else { return true };
+        let bit = bit as u64;
         // A map that is not memory reads as all ones.
         self.system_u8(self.control.msrpm + bit / 8).unwrap_or(0xff) >> (bit % 8) & 1 != 0
     }
@@ -105,18 +96,5 @@ impl Core {
         }
         (u64::from(port)..u64::from(port) + u64::from(size))
             .any(|bit| self.system_u8(self.control.iopm + bit / 8).unwrap_or(0xff) >> (bit % 8) & 1 != 0)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn msr_permission_bits_lie_in_three_ranges() {
-        assert_eq!(msrpm_bit(0x10), Some(0x20));
-        assert_eq!(msrpm_bit(0xc000_0080), Some(0x4000 + 0x100));
-        assert_eq!(msrpm_bit(0xc001_0117), Some(0x8000 + 0x22e));
-        assert_eq!(msrpm_bit(0x4b56_4d00), None);
     }
 }

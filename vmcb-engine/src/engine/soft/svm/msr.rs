@@ -5,6 +5,8 @@
 
 use crate::addr::is_canonical;
 use crate::engine::soft::core::{Core, FS, GS};
+use crate::vmcb::check::pat_is_legal;
+use crate::vmcb::registers::{cr0, efer};
 
 /// Time stamp counter.
 pub const TSC: u32 = 0x10;
@@ -19,25 +21,9 @@ pub const VM_HSAVE_PA: u32 = 0xc001_0117;
 /// SVM control.
 pub const VM_CR: u32 = 0xc001_0114;
 
-/// Bits of EFER (APM2 3.1.7).
-pub mod efer {
-    /// SYSCALL enabled.
-    pub const SCE: u64 = 1 << 0;
-    /// Long mode enabled.
-    pub const LME: u64 = 1 << 8;
-    /// Long mode active.
-    pub const LMA: u64 = 1 << 10;
-    /// No-execute enabled.
-    pub const NXE: u64 = 1 << 11;
-    /// SVM enabled.
-    pub const SVME: u64 = 1 << 12;
-    /// Fast FXSAVE.
-    pub const FFXSR: u64 = 1 << 14;
-    /// Automatic IBRS.
-    pub const AIBRSE: u64 = 1 << 21;
-    /// What this processor lets software set.
-    pub const WRITABLE: u64 = SCE | LME | LMA | NXE | SVME | FFXSR | AIBRSE;
-}
+/// Bits of EFER that this processor lets software set.
+pub const EFER_WRITABLE: u64 =
+    efer::SCE | efer::LME | efer::LMA | efer::NXE | efer::SVME | efer::FFXSR | efer::AIBRSE;
 
 /// MSRs kept by the processor.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -98,7 +84,7 @@ impl Core {
             0x174 => self.msrs.sysenter_cs = value & 0xffff_ffff,
             0x175 => self.msrs.sysenter_esp = canonical()?,
             0x176 => self.msrs.sysenter_eip = canonical()?,
-            PAT => self.msrs.pat = pat_legal(value).then_some(value)?,
+            PAT => self.msrs.pat = pat_is_legal(value).then_some(value)?,
             EFER => self.write_efer(value)?,
             0xc000_0081 => self.msrs.star = value,
             0xc000_0082 => self.msrs.lstar = canonical()?,
@@ -116,10 +102,10 @@ impl Core {
 
     /// Writes EFER: reserved bits and a change of LME under paging are refused, LMA is kept (APM2 3.1.7, 14.6).
     pub fn write_efer(&mut self, value: u64) -> Option<()> {
-        if value & !efer::WRITABLE != 0 {
+        if value & !EFER_WRITABLE != 0 {
             return None;
         }
-        if self.cr0 & 1 << 31 != 0 && (value ^ self.efer) & efer::LME != 0 {
+        if self.cr0 & cr0::PG != 0 && (value ^ self.efer) & efer::LME != 0 {
             return None;
         }
         let value = value & !efer::LMA | self.efer & efer::LMA;
@@ -130,9 +116,4 @@ impl Core {
         self.refresh_mode();
         Some(())
     }
-}
-
-/// True if every byte of a PAT is a memory type (APM2 7.8.1).
-pub fn pat_legal(value: u64) -> bool {
-    value.to_le_bytes().iter().all(|kind| matches!(kind, 0 | 1 | 4 | 5 | 6 | 7))
 }
