@@ -5,7 +5,7 @@
 
 use super::operand::{Place, Width};
 use super::pick::{Pick, by_place, by_size, by_wide, straight};
-use crate::engine::soft::core::{Core, Flags, RAX, RDX, Step};
+use crate::engine::soft::core::{Core, RAX, RDX, Step};
 use crate::engine::soft::decode::Insn;
 use crate::engine::soft::op::Op;
 
@@ -126,7 +126,7 @@ pub fn pick_imul(insn: &Insn) -> Option<Pick> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::engine::soft::core::Flags;
 
     #[test]
     fn product_flags_keep_the_other_four() {
