@@ -25,6 +25,9 @@
 //! This room refuses to know sagas, leases, the runner's socket and who may call.
 
 pub mod link;
+pub mod message;
+pub mod source;
+pub mod target;
 
 use std::fmt;
 use std::sync::Arc;
@@ -118,6 +121,23 @@ pub struct Sent {
     pub handed_over: v1::HandedOver,
     /// For the next checkpoint; `checkpoint` is the operation's id until the agent knows better.
     pub base: Base,
+}
+
+/// Names of the parts in which two digests differ.
+fn differing_parts(ours: &v1::MachineDigest, theirs: &v1::MachineDigest) -> Vec<&'static str> {
+    let mut parts = Vec::new();
+    for (name, same) in
+        [("RAM", ours.ram == theirs.ram), ("state", ours.state == theirs.state), ("disks", ours.disks == theirs.disks)]
+    {
+        if !same {
+            parts.push(name);
+        }
+    }
+    // Parts that agree under a root that does not: the other side computed nonsense.
+    if parts.is_empty() && ours.machine != theirs.machine {
+        parts.push("digest");
+    }
+    parts
 }
 
 pub use link::{Phase, Receiver, read_hello, send, tune_endpoint};
