@@ -140,4 +140,4 @@ fn differing_parts(ours: &v1::MachineDigest, theirs: &v1::MachineDigest) -> Vec<
     parts
 }
 
-pub use link::{Phase, Receiver, read_hello, send, tune_endpoint};
+pub use link::{Phase, Receiver, Replies, read_hello, refusal, send, tune_endpoint, tune_server};
