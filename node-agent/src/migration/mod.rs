@@ -24,8 +24,12 @@
 //! threads that read and hash pages, pace, progress, cancel. The simulator joins the two pure machines under a seed.
 //! This room refuses to know sagas, leases, the runner's socket and who may call.
 
+#[cfg(test)]
+mod bank;
 pub mod link;
 pub mod message;
+#[cfg(test)]
+mod sim;
 pub mod source;
 pub mod target;
 

@@ -1,7 +1,5 @@
 //! The real driver over loopback TCP, with a guest made of a thread that writes and stamps pages.
 
-use std::fs::File;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -16,46 +14,14 @@ use tokio_stream::{Stream, StreamExt};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Request, Response, Status, Streaming};
-use vmcb_engine::memory::shared::{Run, SharedPages};
-use vmcb_engine::memory::sized_memfd;
 
 use super::{Phase, Receiver, Replies, chunk, read_hello, refusal, send, tune_endpoint, tune_server};
+use crate::migration::bank::{Bank, noise};
 use crate::migration::message::Message;
 use crate::migration::{Base, Failure, MESSAGE_BYTES_MAX, Sent, SourceVm, Spaces, TargetVm};
 
 const PAGE: u64 = 4096;
 const DEADLINE: Duration = Duration::from_secs(60);
-
-/// Pages with their stamps, from the guest's side.
-#[derive(Clone)]
-struct Bank {
-    data: Arc<File>,
-    stamps: Arc<File>,
-    pages: u64,
-}
-
-impl Bank {
-    fn new(pages: u64) -> Self {
-        let file = |name, bytes| Arc::new(File::from(sized_memfd(name, bytes).unwrap()));
-        Self { data: file("data", pages * PAGE), stamps: file("stamps", pages * 4), pages }
-    }
-
-    fn shared(&self) -> SharedPages {
-        let fd = |file: &File| OwnedFd::from(file.try_clone().unwrap());
-        SharedPages::new(fd(&self.data), fd(&self.stamps), self.pages * PAGE).unwrap()
-    }
-
-    fn write(&self, page: u64, bytes: &[u8], epoch: u32) {
-        self.data.write_all_at(bytes, page * PAGE).unwrap();
-        self.stamps.write_all_at(&epoch.to_le_bytes(), page * 4).unwrap();
-    }
-
-    fn bytes(&self) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        self.shared().append_pages(Run { first: 0, pages: self.pages }, &mut bytes).unwrap();
-        bytes
-    }
-}
 
 /// A guest: RAM and a disk, an epoch, and a lock that is held while it executes an "instruction".
 #[derive(Clone)]
@@ -121,12 +87,6 @@ impl Guest {
     fn is_running(&self) -> bool {
         self.running.load(Ordering::SeqCst)
     }
-}
-
-fn noise(seed: u64) -> [u8; 4096] {
-    let mut bytes = [0; 4096];
-    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
-    bytes
 }
 
 impl SourceVm for Guest {
