@@ -4,4 +4,11 @@
 //! snapshot, journal, replay, transfer`. This crate refuses to know async, sockets, buckets, the wall clock, the
 //! environment and randomness: what enters from outside is an argument.
 
+pub mod addr;
+pub mod vmcb;
+
+pub mod cpu;
+
 pub mod memory;
+
+pub mod device;
