@@ -12,3 +12,6 @@ pub mod cpu;
 pub mod memory;
 
 pub mod device;
+
+pub mod snapshot;
+pub mod transfer;
