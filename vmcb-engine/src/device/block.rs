@@ -192,7 +192,7 @@ impl DiskImage {
 mod tests {
     use super::*;
 
-    pub fn image(bytes: u64) -> OwnedFd {
+    fn image(bytes: u64) -> OwnedFd {
         sized_memfd("test-disk", bytes).unwrap()
     }
 

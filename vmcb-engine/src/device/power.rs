@@ -111,9 +111,8 @@ mod tests {
         let mut power = Power::default();
         power.set_sleep_control(0x34);
         assert_eq!(Power::restore(&power.save()), Ok(power));
-        let field = |sleep_control, stopped| {
-            Power::restore(&proto::v1::PowerV1 { sleep_control, stopped }).unwrap_err().field
-        };
+        let field =
+            |sleep_control, stopped| Power::restore(&proto::v1::PowerV1 { sleep_control, stopped }).unwrap_err().field;
         assert_eq!(field(0x20, 0), "sleep_control");
         assert_eq!(field(0, 3), "stopped");
     }

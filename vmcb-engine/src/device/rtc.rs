@@ -46,6 +46,11 @@ impl Rtc {
         Self { epoch, index: 0, register_a, register_b, offset_s: 0, staged: None, cmos: [0; CMOS_BYTES] }
     }
 
+    /// What its date is made of.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
     /// Writes the index register (port 0); bit 7 was the NMI gate and is ignored.
     pub fn select(&mut self, value: u8) {
         self.index = value & 0x7f;

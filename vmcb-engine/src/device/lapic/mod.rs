@@ -272,7 +272,9 @@ impl Lapic {
             Target::All => true,
             Target::Others => sender != Some(self.id),
             Target::Physical(id) => id == self.id || id == u32::MAX || id == 0xff,
-            Target::Logical(id) if self.x2() => id == u32::MAX || id >> 16 == self.ldr >> 16 && id & self.ldr & 0xffff != 0,
+            Target::Logical(id) if self.x2() => {
+                id == u32::MAX || id >> 16 == self.ldr >> 16 && id & self.ldr & 0xffff != 0
+            }
             Target::Logical(id) => {
                 let own = self.ldr >> 24;
                 if self.dfr >> 28 == 0xf {
@@ -319,7 +321,11 @@ impl Lapic {
             return false;
         }
         self.irr.insert(vector);
-        if level { self.tmr.insert(vector) } else { let _ = self.tmr.remove(vector); }
+        if level {
+            self.tmr.insert(vector)
+        } else {
+            let _ = self.tmr.remove(vector);
+        }
         true
     }
 
@@ -499,10 +505,8 @@ impl Lapic {
         self.icr = high | u64::from(low & 0x000c_cfff);
         let (vector, mode) = (low as u8, (low >> 8 & 7) as u8);
         let deassert = mode == delivery::INIT && low & 1 << 14 == 0 && low & 1 << 15 != 0;
-        let known = matches!(
-            mode,
-            delivery::FIXED | delivery::LOWEST | delivery::NMI | delivery::INIT | delivery::STARTUP
-        );
+        let known =
+            matches!(mode, delivery::FIXED | delivery::LOWEST | delivery::NMI | delivery::INIT | delivery::STARTUP);
         if deassert || !known || !self.enabled() {
             return Action::None;
         }

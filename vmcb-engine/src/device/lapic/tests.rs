@@ -200,7 +200,12 @@ fn hostile_saved_forms_are_refused_by_name() {
     assert_eq!(refused(&|s| s.lvt.push(0)), "lvt");
     assert_eq!(refused(&|s| s.lvt[1] = 1 << 31), "lvt");
     assert_eq!(refused(&|s| s.irr[0] = 1), "irr");
-    assert_eq!(refused(&|s| { s.isr.pop(); }), "isr");
+    assert_eq!(
+        refused(&|s| {
+            s.isr.pop();
+        }),
+        "isr"
+    );
     assert_eq!(refused(&|s| s.timer = None), "timer");
     assert_eq!(refused(&|s| s.timer.as_mut().unwrap().deadline = Some(5)), "timer.deadline");
     assert_eq!(refused(&|s| s.sipi_vector = Some(256)), "sipi_vector");

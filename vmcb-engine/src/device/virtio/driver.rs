@@ -76,6 +76,9 @@ impl Driver {
             u32::from_le_bytes(bytes)
         };
         let count = word(used) >> 16;
-        (0..count).map(|n| u64::from(n % u32::from(self.entries))).map(|n| (word(used + 4 + 8 * n), word(used + 8 + 8 * n))).collect()
+        (0..count)
+            .map(|n| u64::from(n % u32::from(self.entries)))
+            .map(|n| (word(used + 4 + 8 * n), word(used + 8 + 8 * n)))
+            .collect()
     }
 }

@@ -148,7 +148,9 @@ impl<D: Device> Mmio<D> {
             0x004 => VERSION,
             0x008 => D::ID,
             0x00c => VENDOR,
-            0x010 if registers.device_features_select < 2 => (features >> (32 * registers.device_features_select)) as u32,
+            0x010 if registers.device_features_select < 2 => {
+                (features >> (32 * registers.device_features_select)) as u32
+            }
             0x034 => registers.queue().map_or(0, |queue| queue.entries_max().into()),
             0x044 => registers.queue().is_some_and(|queue| queue.ready()).into(),
             0x060 => registers.interrupt_status,
@@ -342,7 +344,7 @@ mod saved {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(super) mod tests {
     use proptest::prelude::*;
 
     use super::super::driver::Driver;

@@ -10,7 +10,7 @@ pub mod queue;
 pub mod rng;
 
 #[cfg(test)]
-pub mod driver;
+mod driver;
 
 /// The driver broke the protocol; the text says how. The device needs a reset.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -34,8 +34,12 @@ pub trait Device {
     ///
     /// # Errors
     /// The driver broke the protocol.
-    fn notify(&mut self, queue: usize, queues: &mut [queue::Queue], memory: &crate::memory::GuestMemory)
-    -> Result<bool, Broken>;
+    fn notify(
+        &mut self,
+        queue: usize,
+        queues: &mut [queue::Queue],
+        memory: &crate::memory::GuestMemory,
+    ) -> Result<bool, Broken>;
 }
 
 /// Copies what a configuration space of `config` has at `offset`.

@@ -276,7 +276,10 @@ mod tests {
         driver.offer(&memory, &[(0x20_0000, 16, 0), (0x20_1000, 512, WRITE), (0x20_2000, 1, WRITE)]);
         let chain = queue.pop(&memory).unwrap().unwrap();
         assert_eq!((chain.readable_bytes(), chain.writable_bytes()), (16, 513));
-        assert_eq!(slice(&chain.writable, 500, 13), [Part { gpa: 0x20_11f4, bytes: 12 }, Part { gpa: 0x20_2000, bytes: 1 }]);
+        assert_eq!(
+            slice(&chain.writable, 500, 13),
+            [Part { gpa: 0x20_11f4, bytes: 12 }, Part { gpa: 0x20_2000, bytes: 1 }]
+        );
         queue.unpop();
         assert_eq!(queue.pop(&memory), Ok(Some(chain.clone())));
         queue.push(&memory, &chain, 513).unwrap();
@@ -287,10 +290,14 @@ mod tests {
     #[test]
     fn an_indirect_table_is_followed() {
         let (memory, mut driver, mut queue) = setup();
-        driver.write_descriptors(&memory, 0x30_0000, &[
-            Descriptor { gpa: 0x20_0000, bytes: 4, flags: NEXT, next: 1 },
-            Descriptor { gpa: 0x20_1000, bytes: 8, flags: WRITE, next: 0 },
-        ]);
+        driver.write_descriptors(
+            &memory,
+            0x30_0000,
+            &[
+                Descriptor { gpa: 0x20_0000, bytes: 4, flags: NEXT, next: 1 },
+                Descriptor { gpa: 0x20_1000, bytes: 8, flags: WRITE, next: 0 },
+            ],
+        );
         driver.offer(&memory, &[(0x30_0000, 32, INDIRECT)]);
         let chain = queue.pop(&memory).unwrap().unwrap();
         assert_eq!((chain.readable_bytes(), chain.writable_bytes()), (4, 8));
