@@ -52,7 +52,7 @@ where
         match follower.until_break(&mut stream).await? {
             Ended::Done(done) => {
                 follower.progress.end();
-                return Ok(Outcome { operation: follower.operation, done, notes: follower.notes });
+                return Ok(Outcome { operation: follower.operation, done: *done, notes: follower.notes });
             }
             Ended::Broken(status) => stream = follower.watch_again(&status).await?,
         }
@@ -61,7 +61,7 @@ where
 
 /// Why a stream of events is over.
 enum Ended {
-    Done(OperationDone),
+    Done(Box<OperationDone>),
     Broken(Status),
 }
 
@@ -121,7 +121,7 @@ impl Follower {
                 message = stream.message() => match message {
                     Ok(Some(event)) => {
                         if let Some(done) = self.event(event).await? {
-                            return Ok(Ended::Done(done));
+                            return Ok(Ended::Done(Box::new(done)));
                         }
                     }
                     Ok(None) => return Ok(Ended::Broken(Status::unavailable("the controller ended the stream"))),

@@ -12,6 +12,9 @@ pub enum UnitError {
     /// There is no number in front.
     #[error("{0:?} does not begin with a number; write for example {1}")]
     Number(String, &'static str),
+    /// There is a number only, and it could mean anything.
+    #[error("{0:?} has no unit; write for example {1}")]
+    NoUnit(String, &'static str),
     /// The unit is none of ours.
     #[error("{unit:?} in {text:?} is no unit; known are {known}")]
     Unit {
@@ -86,6 +89,9 @@ fn quantity(
         return Err(UnitError::Number(text.into(), example));
     }
     let large = || UnitError::Large(text.into());
+    if unit.is_empty() && units.iter().all(|(name, _)| !name.is_empty()) {
+        return Err(UnitError::NoUnit(text.into(), example));
+    }
     let factor = units.iter().find(|(name, _)| *name == unit || name.eq_ignore_ascii_case(unit) && unit.len() == 1);
     let (_, factor) = factor.ok_or_else(|| UnitError::Unit { text: text.into(), unit: unit.into(), known })?;
     let whole: u64 = whole.parse().map_err(|_| large())?;
@@ -154,7 +160,7 @@ mod tests {
         assert!(matches!(size("0.3K"), Err(UnitError::Fraction(..))));
         assert!(matches!(size("99999999T"), Err(UnitError::Large(_))));
         assert!(matches!(size("99999999999999999999"), Err(UnitError::Large(_))));
-        assert!(matches!(duration("30"), Err(UnitError::Unit { .. })));
+        assert!(matches!(duration("30"), Err(UnitError::NoUnit(..))));
         assert!(matches!(duration("30 MS"), Err(UnitError::Unit { .. })));
         assert!(size("1GB").unwrap_err().to_string().contains("powers of 1024"));
     }
