@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts of this folder: makes sure that programs are there, by Debian's packages where they can be had.
 #
 # need PROGRAM=PACKAGE ...   returns 1 and says what is missing if something still is; never asks, never fails the caller.
