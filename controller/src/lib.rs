@@ -12,6 +12,7 @@
 pub mod agents;
 pub mod bucket;
 pub mod config;
+pub mod ctl;
 pub mod entropy;
 pub mod failure;
 pub mod ingest;
