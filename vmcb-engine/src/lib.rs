@@ -13,5 +13,7 @@ pub mod memory;
 
 pub mod device;
 
+pub mod boot;
+
 pub mod snapshot;
 pub mod transfer;
