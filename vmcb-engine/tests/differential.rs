@@ -50,7 +50,7 @@ impl Random {
     fn value(&mut self) -> u64 {
         match self.below(16) {
             0..=6 => DATA + self.below(DATA_BYTES as u64),
-            7 => DATA + (self.below(5) << 12).wrapping_sub(self.below(20)),
+            7 => (DATA + (self.below(5) << 12)).wrapping_sub(self.below(20)),
             8..=9 => self.below(200),
             10 => self.below(200).wrapping_neg(),
             11 => self.pick(&[0, 1, 0x7f, 0x80, 0xff, 0x7fff, 0x8000, 0xffff, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff]),
@@ -191,7 +191,7 @@ const RAM_DATA: u64 = 0x11_0000;
 
 impl Soft {
     fn new() -> Self {
-        let memory = Arc::new(GuestMemory::create(4 << 20).unwrap());
+        let memory = Arc::new(GuestMemory::create(16 << 20).unwrap());
         let mut core = Core::bare(Arc::clone(&memory));
         let put = |at: u64, value: u64| memory.write(at, &value.to_le_bytes()).unwrap();
         let (root, pointers, directory, table) = (0x8000u64, 0x9000u64, 0xa000u64, 0xb000u64);
@@ -339,6 +339,7 @@ fn user_mode_instructions_agree_with_the_host() {
     let mut random = Random(seed);
     let mut failures: BTreeMap<String, (u64, String)> = BTreeMap::new();
     let mut ran = 0;
+    let shown_each = environment("GODWIT_DIFF_SHOW").unwrap_or(1);
     let mut contents = vec![0; DATA_BYTES];
     while ran < count {
         let bytes = instruction(&mut random);
@@ -365,7 +366,9 @@ fn user_mode_instructions_agree_with_the_host() {
         let (engine, engine_fault) = soft.run(bytes, &input, repeats);
         let flags = compared_flags(&decoded);
         let mut found = differences(&comparable(&host, flags), &comparable(&engine, flags));
-        if host_fault != engine_fault {
+        // The host may fault already where the step arrived: that is the next instruction's fault.
+        let arrived = host_fault.is_some_and(|fault| fault.vector == 14 && fault.address == engine.rip && engine.rip == host.rip);
+        if host_fault != engine_fault && !(arrived && engine_fault.is_none()) {
             found.push(format!("fault: host {host_fault:x?} engine {engine_fault:x?}"));
         }
         soft.memory.read(RAM_DATA, &mut contents).unwrap();
@@ -378,7 +381,12 @@ fn user_mode_instructions_agree_with_the_host() {
             let mut text = String::new();
             IntelFormatter::new().format(&decoded, &mut text);
             let report = format!("{bytes:02x?} {text}\n  in: {:x?} flags {:x}\n  {}", input.gprs, input.rflags, found.join("\n  "));
-            failures.entry(name).or_insert_with(|| (0, report)).0 += 1;
+            let known = failures.entry(name).or_insert_with(|| (0, String::new()));
+            known.0 += 1;
+            if known.0 <= shown_each {
+                known.1 += &report;
+                known.1 += "\n";
+            }
         }
     }
     for (name, (times, report)) in &failures {
