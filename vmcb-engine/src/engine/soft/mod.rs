@@ -21,3 +21,6 @@ pub mod walk;
 pub mod x87;
 
 pub use host::{SoftConfig, SoftEngine};
+
+#[cfg(test)]
+mod tests;

@@ -16,8 +16,6 @@ mod msr;
 mod npt;
 mod state;
 
-#[cfg(test)]
-mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
