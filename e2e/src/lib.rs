@@ -1,1 +1,4 @@
-//! skeleton
+//! Real binaries, real guests, faults: what the whole-cluster tests and the benchmarks are made of.
+
+pub mod cluster;
+pub mod guest;

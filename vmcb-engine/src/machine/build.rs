@@ -37,7 +37,7 @@ impl Machine {
         let model = check(config, &parts)?;
         must(config.engine == "soft", "engine", &config.engine, "this release runs \"soft\"")?;
         let soft = SoftConfig {
-            vcpus: config.vcpus as usize,
+            vcpus: config.vcpus,
             model,
             tsc_hz: config.tsc_hz,
             tsc_per_instruction: config.tsc_per_instruction,
