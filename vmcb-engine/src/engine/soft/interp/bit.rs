@@ -4,7 +4,7 @@
 
 use super::operand::{Any, Place, Register, Width, checked};
 use super::pick::{Pick, by_memory, by_place, by_wide, straight};
-use crate::engine::soft::core::{Core, Flags, Step, rflags};
+use crate::engine::soft::core::{Core, Flags, Step};
 use crate::engine::soft::decode::Insn;
 use crate::engine::soft::op::{Op, form};
 
@@ -79,16 +79,17 @@ pub fn pick_test(insn: &Insn) -> Option<Pick> {
     }
 }
 
-/// BSF, or BSR if `REVERSE`. Of 0 the register and all flags but ZF stay; else only PF is set (AMD family 19h).
+/// BSF, or BSR if `REVERSE`. Of 0 the register stays. PF is that of the index, the other flags but ZF are
+/// clear (AMD family 19h).
 fn scan<W: Width, P: Place, const REVERSE: bool>(core: &mut Core, op: &Op) -> Step {
     let value = P::load::<W>(core, op)?.wide();
     if value == 0 {
-        core.flags = core.flags.with_zf(true);
+        core.flags = Flags::logic(0);
         return Ok(());
     }
     let bit = if REVERSE { value.ilog2() } else { value.trailing_zeros() };
     W::set(core, op.reg, W::cut(bit.into()));
-    core.flags = Flags::from_rflags(rflags::PF);
+    core.flags = Flags::logic(0x100 | u64::from(bit));
     Ok(())
 }
 

@@ -48,11 +48,11 @@ impl Core {
         }
     }
 
-    /// Raises what a write of a byte at an offset in SS would raise.
-    fn stack_probe<const LONG: bool>(&mut self, sp: u64) -> Step {
+    /// Raises what a write at an offset in SS would raise.
+    pub(super) fn stack_probe<const LONG: bool>(&mut self, sp: u64, bytes: u64) -> Step {
         let sp = sp & self.sp_mask::<LONG>();
-        let linear = self.segment_linear(SS, sp, 1, true)?;
-        match self.probe_write(linear, 1) {
+        let linear = self.segment_linear(SS, sp, bytes, true)?;
+        match self.probe_write(linear, bytes as usize) {
             Ok(()) => Ok(()),
             Err(stop) => blame(self, stop),
         }
@@ -211,7 +211,7 @@ fn enter<W: Width, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
     }
     let mask = core.sp_mask::<LONG>();
     let top = sp.wrapping_sub(bytes);
-    core.stack_probe::<LONG>(top)?;
+    core.stack_probe::<LONG>(top, W::BYTES)?;
     W::set(core, RBP as u8, W::cut(frame & mask));
     core.set_stack::<LONG>(top);
     Ok(())
