@@ -151,7 +151,16 @@ fn qemu_between_marks(boot: &Boot, from: &str, to: &str) -> Result<Option<Durati
     }
     let mut command = Command::new(QEMU);
     command
-        .args(["-M", "microvm,acpi=on,pic=off,pit=off,rtc=on", "-accel", "tcg", "-cpu", "qemu64", "-icount", "shift=0,sleep=off"])
+        .args([
+            "-M",
+            "microvm,acpi=on,pic=off,pit=off,rtc=on",
+            "-accel",
+            "tcg",
+            "-cpu",
+            "qemu64",
+            "-icount",
+            "shift=0,sleep=off",
+        ])
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"])
         .args(["-m", &(boot.memory_bytes >> 20).to_string()])
         .arg("-kernel")
