@@ -46,13 +46,13 @@ pub struct Ports {
 
 /// The machine thread's end: a bounded channel and a bell.
 pub struct Outlet {
-    outputs: SyncSender<Output>,
+    outputs: Option<SyncSender<Output>>,
     bell: Arc<OwnedFd>,
 }
 
 impl Outbox for Outlet {
     fn send(&mut self, output: Output) -> Result<(), Closed> {
-        self.outputs.send(output).map_err(|_| Closed)?;
+        self.outputs.as_ref().ok_or(Closed)?.send(output).map_err(|_| Closed)?;
         ring(&self.bell);
         Ok(())
     }
@@ -60,7 +60,8 @@ impl Outbox for Outlet {
 
 impl Drop for Outlet {
     fn drop(&mut self) {
-        // The channel disconnects only after this; the poll that follows sees it because it has a time limit.
+        // Disconnect first, so that the woken thread sees it.
+        self.outputs = None;
         ring(&self.bell);
     }
 }
@@ -110,7 +111,7 @@ pub fn join(ports: Ports, inputs: Sender<Input>) -> rustix::io::Result<(Server, 
         packets_under_way: 0,
         log_broken: false,
     };
-    Ok((server, Outlet { outputs: sender, bell }))
+    Ok((server, Outlet { outputs: Some(sender), bell }))
 }
 
 #[derive(Clone, Copy)]
