@@ -5,3 +5,4 @@
 //! environment and randomness: what enters from outside is an argument.
 
 pub mod memory;
+pub mod snapshot;
