@@ -70,11 +70,11 @@ pub fn decode<M: prost::Message + Default>(path: &Path, name: &str, bytes: &[u8]
     let damaged = |source| SavedError::Damaged { path: path.to_owned(), source };
     let section: Section = frame::decode_message(Kind::Section, bytes).map_err(damaged)?;
     if section.name != name || section.major != MAJOR {
-        let found = format!("{} {}.{}", section.name.chars().take(40).collect::<String>(), section.major, section.minor);
+        let found =
+            format!("{} {}.{}", section.name.chars().take(40).collect::<String>(), section.major, section.minor);
         return Err(SavedError::Foreign { path: path.to_owned(), found, expected: name.to_owned() });
     }
-    M::decode(&*section.body)
-        .map_err(|e| damaged(FrameError::Body { kind: Kind::Section, text: e.to_string() }))
+    M::decode(&*section.body).map_err(|e| damaged(FrameError::Body { kind: Kind::Section, text: e.to_string() }))
 }
 
 /// Reads a file.

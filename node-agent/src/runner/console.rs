@@ -41,8 +41,12 @@ impl Log {
         let old = self.end.saturating_sub(KEPT_BYTES) / PUNCH_STEP_BYTES * PUNCH_STEP_BYTES;
         if old > self.punched {
             // A file system without holes keeps the old bytes: harmless.
-            let _unsupported =
-                fallocate(&self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, self.punched, old - self.punched);
+            let _unsupported = fallocate(
+                &self.file,
+                FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+                self.punched,
+                old - self.punched,
+            );
             self.punched = old;
         }
         Ok(start)

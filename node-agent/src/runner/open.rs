@@ -132,9 +132,8 @@ fn open_image(path: &str) -> Result<(PathBuf, File), OpenError> {
 
 fn listen(directory: &Path) -> rustix::io::Result<OwnedFd> {
     // Addresses of sockets are short (unix(7)); a path through the directory's descriptor always fits.
-    let directory = File::open(directory).map_err(|error| {
-        rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::IO)
-    })?;
+    let directory = File::open(directory)
+        .map_err(|error| rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::IO))?;
     let _absent = rustix::fs::unlinkat(&directory, "runner.sock", rustix::fs::AtFlags::empty());
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;

@@ -151,10 +151,8 @@ impl Server {
     }
 
     fn wait(&self) -> rustix::io::Result<(Ready, Vec<usize>)> {
-        let mut polled = vec![
-            PollFd::new(&*self.bell, PollFlags::IN),
-            PollFd::new(&self.ports.listener, PollFlags::IN),
-        ];
+        let mut polled =
+            vec![PollFd::new(&*self.bell, PollFlags::IN), PollFd::new(&self.ports.listener, PollFlags::IN)];
         if let Some(connection) = &self.connection {
             let mut flags = PollFlags::empty();
             flags.set(PollFlags::IN, connection.under_way < REQUESTS_MAX);

@@ -115,10 +115,9 @@ fn prepare(held: &Held, ask: &Ask) -> Answer {
         // Were the older operation committed, a newer one would bring a newer generation.
         VmState::Incoming if ask.generation == held.generation && ask.operation != held.operation => Answer::Replace,
         _ if ask.generation <= held.generation => fenced(held, ask),
-        _ => refuse(
-            Code::Conflict,
-            format!("this host still has generation {} of it, {}", held.generation, words(held)),
-        ),
+        _ => {
+            refuse(Code::Conflict, format!("this host still has generation {} of it, {}", held.generation, words(held)))
+        }
     }
 }
 
@@ -185,7 +184,7 @@ pub fn state_words(state: VmState) -> &'static str {
 }
 
 /// The ledger's word on a VM, with what this host had said of it in the heartbeat that it answers.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Word {
     /// The word.
     pub verdict: Verdict,
@@ -195,6 +194,8 @@ pub struct Word {
     pub reported_generation: u64,
     /// State that the heartbeat reported.
     pub reported_state: VmState,
+    /// Operation that the heartbeat reported.
+    pub reported_operation: String,
 }
 
 /// What follows from the ledger's word.
@@ -211,7 +212,7 @@ pub enum Consequence {
 }
 
 /// Judges a verdict. One that answers an older report than what is held now changes nothing: the next heartbeat will.
-pub fn judge(held: &Held, word: Word) -> Consequence {
+pub fn judge(held: &Held, word: &Word) -> Consequence {
     if word.reported_generation != held.generation {
         return Consequence::Nothing;
     }
@@ -219,8 +220,12 @@ pub fn judge(held: &Held, word: Word) -> Consequence {
         Verdict::Hold if word.generation != held.generation => Consequence::Nothing,
         Verdict::Hold => match held.state {
             VmState::Starting | VmState::Running | VmState::Paused => Consequence::Renew,
-            // The ledger knew of the hand-over when it said so, and no transfer is under way here.
-            VmState::HandedOver if word.reported_state == VmState::HandedOver && !held.transferring => {
+            // The ledger knew of this very hand-over when it said so, and no transfer is under way here.
+            VmState::HandedOver
+                if word.reported_state == VmState::HandedOver
+                    && word.reported_operation == held.operation
+                    && !held.transferring =>
+            {
                 Consequence::Resume
             }
             _ => Consequence::Nothing,
@@ -271,8 +276,11 @@ mod tests {
     }
 
     fn ask() -> impl Strategy<Value = Ask> {
-        (prop::sample::select(&VERBS[..]), 0..6u64, "[ab]")
-            .prop_map(|(verb, generation, operation)| Ask { verb, generation, operation })
+        (prop::sample::select(&VERBS[..]), 0..6u64, "[ab]").prop_map(|(verb, generation, operation)| Ask {
+            verb,
+            generation,
+            operation,
+        })
     }
 
     proptest! {
@@ -317,17 +325,26 @@ mod tests {
         }
 
         #[test]
-        fn a_stale_verdict_changes_nothing(held in held(), reported in 0..6u64, word in 0..6u64) {
+        fn a_stale_verdict_changes_nothing(
+            held in held(), reported in 0..6u64, word in 0..6u64, reported_operation in "[ab]"
+        ) {
             for verdict in [Verdict::Hold, Verdict::Wait, Verdict::Discard] {
                 for reported_state in STATES {
-                    let word = Word { verdict, generation: word, reported_generation: reported, reported_state };
-                    let consequence = judge(&held, word);
+                    let word = Word {
+                        verdict,
+                        generation: word,
+                        reported_generation: reported,
+                        reported_state,
+                        reported_operation: reported_operation.clone(),
+                    };
+                    let consequence = judge(&held, &word);
                     if reported != held.generation || verdict == Verdict::Wait {
                         prop_assert_eq!(consequence, Consequence::Nothing);
                     }
                     if consequence == Consequence::Resume {
                         prop_assert!(held.state == VmState::HandedOver && reported_state == VmState::HandedOver);
                         prop_assert_eq!(word.generation, held.generation);
+                        prop_assert_eq!(&word.reported_operation, &held.operation);
                     }
                 }
             }
@@ -336,13 +353,7 @@ mod tests {
 
     #[test]
     fn every_step_of_a_saga_may_be_repeated() {
-        let held = |state, loaded| Held {
-            generation: 2,
-            state,
-            operation: "op".into(),
-            transferring: false,
-            loaded,
-        };
+        let held = |state, loaded| Held { generation: 2, state, operation: "op".into(), transferring: false, loaded };
         let ask = |verb, generation| Ask { verb, generation, operation: "op".into() };
         let incoming = held(VmState::Incoming, true);
         assert_eq!(admit(0, Some(&incoming), &ask(Verb::Prepare, 2)), Answer::Ignore);
