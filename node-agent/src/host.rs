@@ -15,7 +15,7 @@ use crate::migration::Failure;
 const RESERVE_BYTES: u64 = 128 << 20;
 /// Guest RAM is a multiple of this.
 const MEMORY_STEP_BYTES: u64 = 2 << 20;
-const MEMORY_BYTES_MAX: u64 = 1 << 40;
+const MEMORY_BYTES: std::ops::RangeInclusive<u64> = 16 << 20..=1 << 40;
 const DISKS_MAX: usize = 16;
 const NETS_MAX: usize = 8;
 
@@ -100,8 +100,8 @@ pub fn settle(mut config: MachineConfig, vm: &str, default: Engine) -> Result<Ma
         config.vcpus = 1;
     }
     let memory = config.memory_bytes;
-    if memory == 0 || memory > MEMORY_BYTES_MAX || !memory.is_multiple_of(MEMORY_STEP_BYTES) {
-        return Err(bad(format!("memory of {memory} bytes: a multiple of 2 MiB up to 1 TiB is needed")));
+    if !MEMORY_BYTES.contains(&memory) || !memory.is_multiple_of(MEMORY_STEP_BYTES) {
+        return Err(bad(format!("memory of {memory} bytes: a multiple of 2 MiB from 16 MiB to 1 TiB is needed")));
     }
     if config.disks.len() > DISKS_MAX || config.nets.len() > NETS_MAX {
         return Err(bad(format!("at most {DISKS_MAX} disks and {NETS_MAX} network cards are possible")));

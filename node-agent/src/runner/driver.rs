@@ -265,7 +265,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         };
         match decision {
             Idle::Skip(tsc) => {
-                self.guest.skip_idle_until(tsc);
+                self.guest.skip_idle_until(tsc.max(self.guest.tsc()));
                 self.idle = None;
                 Wait::No
             }

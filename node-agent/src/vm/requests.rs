@@ -286,9 +286,10 @@ mod tests {
     proptest! {
         #[test]
         fn an_older_generation_never_changes_anything(held in held(), ask in ask()) {
-            prop_assume!(ask.generation < held.generation && ask.verb != Verb::Abandon);
             let answer = admit(held.generation, Some(&held), &ask);
-            prop_assert!(!matches!(answer, Answer::Accept | Answer::Replace), "{answer:?}");
+            if ask.generation < held.generation && ask.verb != Verb::Abandon {
+                prop_assert!(!matches!(answer, Answer::Accept | Answer::Replace), "{answer:?}");
+            }
         }
 
         #[test]
@@ -301,7 +302,10 @@ mod tests {
 
         #[test]
         fn only_activate_runs_what_is_incoming(held in held(), ask in ask()) {
-            prop_assume!(held.state == VmState::Incoming && admit(0, Some(&held), &ask) == Answer::Accept);
+            let held = Held { state: VmState::Incoming, ..held };
+            if admit(0, Some(&held), &ask) != Answer::Accept {
+                return Ok(());
+            }
             prop_assert!(matches!(ask.verb, Verb::Activate | Verb::Discard | Verb::Abandon), "{ask:?}");
             if ask.verb == Verb::Activate {
                 prop_assert!(held.loaded && ask.generation == held.generation && ask.operation == held.operation);
@@ -310,13 +314,17 @@ mod tests {
 
         #[test]
         fn only_abandon_and_discard_end_a_hand_over(held in held(), ask in ask()) {
-            prop_assume!(held.state == VmState::HandedOver && admit(0, Some(&held), &ask) == Answer::Accept);
-            prop_assert!(matches!(ask.verb, Verb::Discard | Verb::Abandon), "{ask:?}");
+            let held = Held { state: VmState::HandedOver, ..held };
+            let accepted = admit(0, Some(&held), &ask) == Answer::Accept;
+            prop_assert!(!accepted || matches!(ask.verb, Verb::Discard | Verb::Abandon), "{ask:?}");
         }
 
         #[test]
         fn a_transfer_is_disturbed_by_its_own_operation_or_a_discard_alone(held in held(), ask in ask()) {
-            prop_assume!(held.transferring && admit(0, Some(&held), &ask) == Answer::Accept);
+            let held = Held { transferring: true, ..held };
+            if admit(0, Some(&held), &ask) != Answer::Accept {
+                return Ok(());
+            }
             let crashed = held.state == VmState::Crashed && ask.verb == Verb::Stop;
             prop_assert!(
                 crashed || ask.verb == Verb::Discard || (ask.verb == Verb::Abandon && ask.operation == held.operation),
