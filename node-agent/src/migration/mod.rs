@@ -24,7 +24,14 @@
 //! threads that read and hash pages, pace, progress, cancel. The simulator joins the two pure machines under a seed.
 //! This room refuses to know sagas, leases, the runner's socket and who may call.
 
+#[cfg(test)]
+mod bank;
 pub mod link;
+pub mod message;
+#[cfg(test)]
+mod sim;
+pub mod source;
+pub mod target;
 
 use std::fmt;
 use std::sync::Arc;
@@ -120,4 +127,21 @@ pub struct Sent {
     pub base: Base,
 }
 
-pub use link::{Phase, Receiver, read_hello, send, tune_endpoint};
+/// Names of the parts in which two digests differ.
+fn differing_parts(ours: &v1::MachineDigest, theirs: &v1::MachineDigest) -> Vec<&'static str> {
+    let mut parts = Vec::new();
+    for (name, same) in
+        [("RAM", ours.ram == theirs.ram), ("state", ours.state == theirs.state), ("disks", ours.disks == theirs.disks)]
+    {
+        if !same {
+            parts.push(name);
+        }
+    }
+    // Parts that agree under a root that does not: the other side computed nonsense.
+    if parts.is_empty() && ours.machine != theirs.machine {
+        parts.push("digest");
+    }
+    parts
+}
+
+pub use link::{Phase, Receiver, Replies, read_hello, refusal, send, tune_endpoint, tune_server};
