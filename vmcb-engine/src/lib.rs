@@ -4,6 +4,14 @@
 //! snapshot, journal, replay, transfer`. This crate refuses to know async, sockets, buckets, the wall clock, the
 //! environment and randomness: what enters from outside is an argument.
 
+pub mod addr;
+pub mod vmcb;
+
+pub mod cpu;
+
 pub mod memory;
+
+pub mod device;
+
 pub mod snapshot;
 pub mod transfer;
