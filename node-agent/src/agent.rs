@@ -79,9 +79,14 @@ impl Agent {
         let store = Store::open(&config.state_dir)?;
         let listener =
             TcpListener::bind(&config.listen).await.map_err(|e| AgentError::Listen(config.listen.clone(), e))?;
+        // A port of 0 has become a real one.
+        let address = match (config.address == config.listen, listener.local_addr()) {
+            (true, Ok(local)) if config.listen.ends_with(":0") => local.to_string(),
+            _ => config.address.clone(),
+        };
         let host = Host {
             name: config.name.clone(),
-            address: config.address.clone(),
+            address,
             store,
             clock: Box::new(HostClock),
             leases: Leases::new(!config.controller.is_empty()),

@@ -9,6 +9,8 @@ pub mod vmcb;
 
 pub mod cpu;
 
+pub mod capability;
+
 pub mod memory;
 
 pub mod device;

@@ -7,6 +7,7 @@
 use crate::cpu::fields::CpuState;
 use crate::cpu::gpr::{RAX, RSP};
 use crate::vmcb::control::{INTERRUPT_SHADOW, V_NMI, V_NMI_ENABLE, V_NMI_MASK, V_TPR};
+use crate::vmcb::registers::efer;
 use crate::vmcb::{SaveArea, Vmcb};
 
 /// An MSR that has a row in the save area.
@@ -45,7 +46,8 @@ const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 
 impl CpuState {
     /// Writes the guest's state into `vmcb`: the save area, the pending event, the interrupt shadow, V_TPR and the TSC
-    /// offset. All clean bits are dropped; every other control survives.
+    /// offset. EFER.SVME is set, because VMRUN demands it, whatever the guest itself
+    /// sees. All clean bits are dropped; every other control survives.
     pub fn to_vmcb(&self, vmcb: &mut Vmcb) {
         let save = &mut vmcb.save;
         save.es = self.es;
@@ -59,7 +61,7 @@ impl CpuState {
         save.idtr = self.idtr;
         save.tr = self.tr;
         save.cpl = self.cpl;
-        save.efer = self.efer;
+        save.efer = self.efer | efer::SVME;
         save.cr0 = self.cr0;
         save.cr2 = self.cr2;
         save.cr3 = self.cr3;
@@ -89,7 +91,7 @@ impl CpuState {
     }
 
     /// Takes back what [`CpuState::to_vmcb`] wrote, after the guest ran: the inverse of it. The event that an exit
-    /// interrupted (EXITINTINFO) is the engine's to judge and is not read here.
+    /// interrupted (EXITINTINFO) is the engine's to judge and is not read here; EFER.SVME stays what the guest sees.
     pub fn from_vmcb(&mut self, vmcb: &Vmcb) {
         let save = &vmcb.save;
         self.es = save.es;
@@ -103,7 +105,7 @@ impl CpuState {
         self.idtr = save.idtr;
         self.tr = save.tr;
         self.cpl = save.effective_cpl();
-        self.efer = save.efer;
+        self.efer = (save.efer & !efer::SVME) | (self.efer & efer::SVME);
         self.cr0 = save.cr0;
         self.cr2 = save.cr2;
         self.cr3 = save.cr3;

@@ -13,6 +13,10 @@ mod fields;
 mod fpu;
 mod load;
 mod stored;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod traps;
 
 use prost::Message;
 

@@ -195,8 +195,8 @@ const CLEAN_WORD: usize = 0xc0;
 pub enum Snapshot<'a> {
     /// Appends to a buffer.
     Save(&'a mut Vec<u8>),
-    /// Consumes a buffer from its start.
-    Restore(&'a mut &'a [u8]),
+    /// Consumes bytes from their start; what is left stays in here.
+    Restore(&'a [u8]),
 }
 
 /// A snapshot that ends too early.
@@ -217,7 +217,7 @@ impl Snapshot<'_> {
                 let missing = value.len().saturating_sub(rest.len());
                 let (head, tail) = rest.split_at_checked(value.len()).ok_or(SnapshotEnds { offset, missing })?;
                 value.copy_from_slice(head);
-                **rest = tail;
+                *rest = tail;
             }
         }
         Ok(())
@@ -332,5 +332,84 @@ impl Vmcb {
             self.control.mark_dirty(groups);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn access() -> impl Strategy<Value = Access> {
+        let width = prop_oneof![Just(Width::Byte), Just(Width::Word), Just(Width::Double), Just(Width::Quad)];
+        (0..PAGE_SIZE as u16, width).prop_filter_map("leaves the page", |(offset, width)| Access::new(offset, width))
+    }
+
+    #[test]
+    fn an_access_cannot_leave_the_page() {
+        assert!(Access::new(4088, Width::Quad).is_some());
+        assert!(Access::new(4089, Width::Quad).is_none());
+        assert!(Access::new(u16::MAX, Width::Byte).is_none());
+    }
+
+    #[test]
+    fn every_named_register_is_one_place() {
+        for &register in Register::NAMED {
+            let mut vmcb = Vmcb::boxed();
+            vmcb.write(register, 0x0123_4567_89ab_cdef);
+            assert_eq!(vmcb.read(register), 0x0123_4567_89ab_cdef, "{register:?}");
+            assert_eq!(vmcb.as_page().iter().filter(|byte| **byte != 0).count(), 8, "{register:?}");
+        }
+    }
+
+    #[test]
+    fn a_short_snapshot_is_refused_and_changes_nothing() {
+        let mut vmcb = Vmcb::boxed();
+        let before = vmcb.clone();
+        let mut short = Snapshot::Restore(&[1; 15]);
+        let ends = vmcb.snapshot_segment(SegmentRegister::Cs, &mut short);
+        assert_eq!(ends, Err(SnapshotEnds { offset: 0x410, missing: 1 }));
+        assert!(vmcb == before && matches!(short, Snapshot::Restore(rest) if rest.len() == 15));
+    }
+
+    proptest! {
+        #[test]
+        fn raw_access_touches_its_own_bytes_only(access in access(), value: u64, fill: u8) {
+            let mut vmcb = Vmcb::from_bytes(&[fill; PAGE_SIZE]);
+            vmcb.control.vmcb_clean = 0;
+            let before = vmcb.clone();
+            vmcb.write_any(access, value);
+            let mask = if access.width() == 8 { u64::MAX } else { (1 << (8 * access.width())) - 1 };
+            prop_assert_eq!(vmcb.read_any(access), value & mask);
+            vmcb.write_any(access, before.read_any(access));
+            prop_assert!(vmcb == before);
+        }
+
+        #[test]
+        fn snapshots_restore_what_they_saved(selector: u16, attrib: u16, limit: u32, base: u64, access in access()) {
+            let mut source = Vmcb::boxed();
+            source.save.gs = Segment::new(selector, attrib, limit, base);
+            source.write_any(access, base);
+            let mut buffer = Vec::new();
+            source.snapshot_segment(SegmentRegister::Gs, &mut Snapshot::Save(&mut buffer)).unwrap();
+            source.snapshot_any(access, &mut Snapshot::Save(&mut buffer)).unwrap();
+            let mut target = Vmcb::boxed();
+            let mut restore = Snapshot::Restore(&buffer);
+            target.snapshot_segment(SegmentRegister::Gs, &mut restore).unwrap();
+            target.snapshot_any(access, &mut restore).unwrap();
+            prop_assert!(matches!(restore, Snapshot::Restore([])));
+            prop_assert_eq!(target.segment(SegmentRegister::Gs), source.segment(SegmentRegister::Gs));
+            prop_assert_eq!(target.read_any(access), source.read_any(access));
+        }
+
+        #[test]
+        fn descriptors_keep_selector_and_unknown_attributes(selector: u16, attrib: u16, limit: u32, base: u64) {
+            let mut vmcb = Vmcb::boxed();
+            *vmcb.segment_mut(SegmentRegister::Cs) = Segment::new(selector, attrib, limit, base);
+            let before = vmcb.clone();
+            let descriptor = vmcb.descriptor(SegmentRegister::Cs);
+            vmcb.set_descriptor(SegmentRegister::Cs, descriptor);
+            prop_assert!(vmcb == before);
+        }
     }
 }

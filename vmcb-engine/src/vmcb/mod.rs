@@ -6,6 +6,7 @@
 //! | `bits` | named runs of bits; unknown bits survive every write |
 //! | `segment`, `event`, `exit`, `intercept`, `permission` | the words inside and the maps beside it |
 //! | `access` | registers by name, and any (offset, width) |
+//! | `registers` | bits of control registers, EFER, RFLAGS, debug registers |
 //! | `check` | the consistency checks of VMRUN as a pure list of violations |
 //! | `decode` | the page for people: rows and differences |
 //!
@@ -14,10 +15,14 @@
 
 pub mod access;
 pub mod bits;
+pub mod check;
 pub mod control;
+pub mod decode;
 pub mod event;
 pub mod exit;
 pub mod intercept;
+pub mod permission;
+pub mod registers;
 pub mod save;
 pub mod segment;
 
@@ -29,6 +34,7 @@ pub use control::{ControlArea, clean, tlb_control};
 pub use event::{Event, EventType};
 pub use exit::{ExitCode, IoInfo, npf};
 pub use intercept::Intercept;
+pub use permission::{Iopm, MsrAccess, Msrpm, PortSize};
 pub use save::SaveArea;
 pub use segment::Segment;
 
