@@ -94,6 +94,7 @@ impl Agent {
             tls: Arc::clone(&tls),
             engine: config.engine,
             boot_id: host::boot_id(),
+            ending: CancellationToken::new(),
         };
         let vms = Arc::new(Vms::recover(Arc::new(host)).await?);
         Ok(Agent { config, listener, tls, vms, _lock: lock })
@@ -123,6 +124,7 @@ impl Agent {
             let (vms, controller) = (Arc::clone(&self.vms), self.config.controller.clone());
             beating = Some(tokio::spawn(heartbeat::run(vms, controller, version.clone(), shutdown.clone())));
         }
+        let ending = self.vms.host().ending.clone();
         let (tls, ended) = (Arc::clone(&self.tls), shutdown.clone());
         tokio::spawn(async move {
             while tokio::time::timeout(CERTIFICATE_INTERVAL, ended.cancelled()).await.is_err() {
@@ -144,6 +146,7 @@ impl Agent {
         if let Some(beating) = beating {
             let _ended = beating.await;
         }
+        ending.cancel();
         tracing::info!("the agent has ended; guests go on");
         Ok(())
     }

@@ -3,6 +3,7 @@
 //! Guest RAM is a memfd that fills as the guest touches it, so free memory alone says too little: what running guests
 //! may still touch is counted as taken. Checks are plain functions over numbers; only the readings look at the host.
 
+use std::io::Read;
 use std::path::Path;
 
 use proto::status::Code;
@@ -143,6 +144,23 @@ pub fn settle(mut config: MachineConfig, vm: &str, default: Engine) -> Result<Ma
         settle_mac(net, vm, card)?;
     }
     Ok(config)
+}
+
+/// Fills what only a machine that is made for the first time may leave open: its randomness and its time of day.
+///
+/// # Errors
+/// The host has no randomness.
+pub fn settle_new(config: &mut MachineConfig, realtime_ns: u64) -> Result<(), Failure> {
+    if config.seed.is_empty() {
+        let mut seed = [0; 32];
+        let read = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut seed));
+        read.map_err(|error| Failure::new(Code::Internal, format!("/dev/urandom: {error}")))?;
+        config.seed = seed.to_vec();
+    }
+    if config.epoch_ns == 0 {
+        config.epoch_ns = realtime_ns;
+    }
+    Ok(())
 }
 
 fn settle_mac(net: &mut NetConfig, vm: &str, card: usize) -> Result<(), Failure> {

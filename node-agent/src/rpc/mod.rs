@@ -25,15 +25,12 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::{Request, Status};
 
-use crate::migration::{Failure, MESSAGE_BYTES_MAX};
+use crate::migration::{Failure, MESSAGE_BYTES_MAX, tune_server};
 use crate::tls::{Identity, Peer, PeerStream, Tls};
 use crate::vm::Vms;
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const HANDSHAKES_MAX: usize = 64;
-const STREAM_WINDOW_BYTES: u32 = 16 << 20;
-const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
-const HTTP_FRAME_BYTES: u32 = 1 << 20;
 
 /// A failure as a gRPC status; its code survives the way.
 pub fn status(failure: Failure) -> Status {
@@ -73,10 +70,7 @@ pub async fn serve(
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let (greeted, incoming) = mpsc::channel(HANDSHAKES_MAX);
     let accepting = tokio::spawn(accept(listener, tls, greeted, shutdown.clone()));
-    let served = Server::builder()
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_frame_size(HTTP_FRAME_BYTES)
+    let served = tune_server(Server::builder())
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .add_service(agent)

@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::requests::{Answer, Ask, Consequence, Held, Verb, Word, admit, judge, state_words};
 use super::runner::{Event, Runner};
+use super::store::StoreError;
 use super::transfer::{Reception, Transfer};
 use super::{Host, Message, Published};
 use crate::host;
@@ -63,7 +64,14 @@ impl Actor {
 
     pub(super) async fn run(mut self, mut messages: mpsc::UnboundedReceiver<Message>) {
         self.publish();
-        while let Some(message) = messages.recv().await {
+        let ending = self.host.ending.clone();
+        loop {
+            // A message that was begun is finished: what it put on disk and what it did belong together.
+            let message = tokio::select! {
+                message = messages.recv() => message,
+                () = ending.cancelled() => return,
+            };
+            let Some(message) = message else { return };
             self.take(message).await;
             self.publish();
         }
@@ -82,7 +90,7 @@ impl Actor {
             Message::Send(request, events, reply) => drop(reply.send(self.send(*request, events))),
             Message::Abandon(operation, reply) => self.abandon(operation, reply).await,
             Message::Verdict(word, sent_ns) => self.verdict(word, sent_ns).await,
-            Message::Lane(operation, reply) => drop(reply.send(self.lane(&operation).await)),
+            Message::Lane(hello, reply) => drop(reply.send(self.lane(&hello).await)),
             Message::Look(reply) => drop(reply.send(self.look().await)),
             Message::Runner(serial, event) if serial == self.runner_serial => self.runner_said(event).await,
             Message::Runner(..) => {}
@@ -96,7 +104,7 @@ impl Actor {
     pub(super) fn admit(&self, ask: &Ask) -> Result<Answer, Failure> {
         let seen = match self.record {
             Some(_) => 0,
-            None => self.host.store.seen(&self.name).map_err(|error| Failure::new(Code::Internal, error))?,
+            None => self.host.store.seen(&self.name).map_err(StoreError::into_failure)?,
         };
         match admit(seen, self.held().as_ref(), ask) {
             Answer::Refuse(code, text) => Err(refusal(&self.name, code, &text)),
@@ -124,18 +132,18 @@ impl Actor {
     pub(super) async fn save(&self) -> Result<(), Failure> {
         let Some(record) = self.record.clone() else { return Ok(()) };
         let store = self.host.store.clone();
-        self.on_disk(move || store.save(&record)).await
+        self.on_disk(move || store.save(&record).map_err(StoreError::into_failure)).await
     }
 
     /// Does work with files where it does not hold up the other tasks.
-    pub(super) async fn on_disk<T: Send + 'static, E: std::error::Error + Send + 'static>(
+    pub(super) async fn on_disk<T: Send + 'static>(
         &self,
-        work: impl FnOnce() -> Result<T, E> + Send + 'static,
+        work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, Failure> {
+        let named = |failure: Failure| refusal(&self.name, failure.code, &failure.reason);
         match tokio::task::spawn_blocking(work).await {
-            Ok(Ok(value)) => Ok(value),
-            Ok(Err(error)) => Err(refusal(&self.name, Code::Internal, &chain(&error))),
-            Err(error) => Err(refusal(&self.name, Code::Internal, &error.to_string())),
+            Ok(done) => done.map_err(named),
+            Err(error) => Err(named(Failure::new(Code::Internal, error))),
         }
     }
 
@@ -209,10 +217,12 @@ impl Actor {
         }
         let config = request.config.clone().unwrap_or_default();
         let mut config = host::settle(config, &self.name, self.host.engine)?;
+        let realtime_ns = self.host.clock.realtime_ns();
         config = self
             .on_disk(move || {
+                host::settle_new(&mut config, realtime_ns)?;
                 host::settle_files(&mut config)?;
-                Ok::<_, Failure>(config)
+                Ok(config)
             })
             .await?;
         self.record = Some(StoredVm {
@@ -248,7 +258,7 @@ impl Actor {
     pub(super) async fn create_on_disk(&self) -> Result<(), Failure> {
         let Some(record) = self.record.clone() else { return Ok(()) };
         let store = self.host.store.clone();
-        self.on_disk(move || store.create(&record)).await
+        self.on_disk(move || store.create(&record).map_err(StoreError::into_failure)).await
     }
 
     pub(super) fn policy(&self) -> proto::v1::IsolationPolicy {
@@ -332,7 +342,7 @@ impl Actor {
         let owned = self.record.as_ref().filter(|record| record.state() != VmState::Incoming);
         if let Some(record) = owned {
             let (store, name, generation) = (self.host.store.clone(), self.name.clone(), record.generation);
-            self.on_disk(move || store.note_seen(&name, generation)).await?;
+            self.on_disk(move || store.note_seen(&name, generation).map_err(StoreError::into_failure)).await?;
         }
         tracing::info!(vm = self.name, why, "discarded");
         self.forget().await
@@ -346,7 +356,7 @@ impl Actor {
         self.end_runner().await;
         let generation = self.record.as_ref().map_or(0, |record| record.generation);
         let (store, name) = (self.host.store.clone(), self.name.clone());
-        self.on_disk(move || store.remove(&name, generation)).await?;
+        self.on_disk(move || store.remove(&name, generation).map_err(StoreError::into_failure)).await?;
         self.record = None;
         self.base = None;
         self.runner_state = RunnerState::default();

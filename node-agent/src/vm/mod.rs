@@ -25,8 +25,9 @@ use std::time::Duration;
 
 use proto::status::Code;
 use proto::v1::{ActivateReply, ActivateRequest, CreateVmRequest, OperationRef, PrepareRequest, SendRequest};
-use proto::v1::{HostInfo, StoredVm, TransferEvent, VmInfo, VmState};
+use proto::v1::{Hello, HostInfo, StoredVm, TransferEvent, VmInfo, VmState};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
 
 use self::actor::Actor;
 use self::lease::Leases;
@@ -65,6 +66,8 @@ pub struct Host {
     pub engine: Engine,
     /// This boot.
     pub boot_id: String,
+    /// Ends the actors; guests go on.
+    pub ending: CancellationToken,
 }
 
 /// What an actor is told.
@@ -94,8 +97,8 @@ pub enum Message {
     Abandon(OperationRef, Reply<()>),
     /// The ledger's word, answering a heartbeat sent at this instant.
     Verdict(Word, u64),
-    /// Who takes the lanes of this operation.
-    Lane(String, Reply<Receiver>),
+    /// Who takes the lanes of the hello's operation.
+    Lane(Hello, Reply<Receiver>),
     /// The newest numbers.
     Look(Reply<VmInfo>),
     /// From the runner of this serial number.

@@ -14,8 +14,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use proto::status::Code;
 use proto::v1::StoredVm;
 
+use crate::migration::Failure;
 use crate::saved::{self, SavedError};
 
 /// Why something could not be kept.
@@ -44,6 +46,18 @@ pub enum StoreError {
         /// What is there.
         kept: u64,
     },
+}
+
+impl StoreError {
+    /// In the form that travels.
+    pub fn into_failure(self) -> Failure {
+        let code = match self {
+            StoreError::Older { .. } => Code::Denied,
+            StoreError::Saved(SavedError::Damaged { .. } | SavedError::Foreign { .. }) => Code::Corrupt,
+            StoreError::Saved(SavedError::File { .. }) | StoreError::Directory { .. } => Code::Internal,
+        };
+        Failure::new(code, super::actor::chain(&self))
+    }
 }
 
 /// The state directory.

@@ -13,7 +13,7 @@ use proto::status::Code;
 use proto::v1::runner_request::Request;
 use proto::v1::transfer_event::Event as Told;
 use proto::v1::{
-    ActivateReply, ActivateRequest, OperationRef, PrepareRequest, RunnerAnnounce, SendRequest, StoredVm, Ticket,
+    ActivateReply, ActivateRequest, Hello, OperationRef, PrepareRequest, RunnerAnnounce, SendRequest, StoredVm, Ticket,
     TransferEvent, VmState,
 };
 use tokio::sync::mpsc;
@@ -166,13 +166,14 @@ impl Actor {
     }
 
     /// Who takes a lane of this operation. The first lane uses the ticket up, on disk.
-    pub(super) async fn lane(&mut self, operation: &str) -> Result<Receiver, Failure> {
+    pub(super) async fn lane(&mut self, hello: &Hello) -> Result<Receiver, Failure> {
         let none = || Failure::new(Code::Denied, "no VM is expected for this operation");
-        let reception =
-            self.reception.as_ref().filter(|reception| reception.operation == operation).ok_or_else(none)?;
-        let receiver = reception.receiver.clone();
+        let ours = |reception: &&Reception| reception.operation == hello.operation;
+        let receiver = self.reception.as_ref().filter(ours).ok_or_else(none)?.receiver.clone();
         let record = self.record.as_mut().ok_or_else(none)?;
-        if record.state() != VmState::Incoming {
+        let secret = record.ticket.as_ref().map_or(&[][..], |ticket| &ticket.secret);
+        // Comparing hashes takes the same time wherever they differ. The ticket is used up by its holder alone.
+        if record.state() != VmState::Incoming || blake3::hash(secret) != blake3::hash(&hello.secret) {
             return Err(none());
         }
         if !record.ticket_used {

@@ -1,5 +1,6 @@
 //! The machine thread against a scripted guest, with time as an argument.
 
+use crate::scripted::{Act, Hand, Kept, Kernel, Scripted, Shared, terms};
 use node_agent::runner::driver::{Driver, Input, Output, Wait};
 use node_agent::runner::guest::Outcome;
 use proptest::prelude::*;
@@ -9,7 +10,6 @@ use proto::v1::{
     RunnerApply, RunnerBoot, RunnerCapture, RunnerConsoleInput, RunnerLease, RunnerPause, RunnerRequest, RunnerResume,
     RunnerState, RunnerStatus, Section, VmState,
 };
-use crate::scripted::{Act, Hand, Kept, Kernel, Scripted, Shared, terms};
 
 const MS: u64 = 1_000_000;
 
@@ -46,7 +46,9 @@ impl Bench {
 
     fn booted(&mut self) {
         self.ask(Request::Lease(RunnerLease { until_boottime_ns: 0 }));
-        assert!(matches!(self.ask(Request::Boot(RunnerBoot {})), Reply::State(state) if state.state() == VmState::Running));
+        assert!(
+            matches!(self.ask(Request::Boot(RunnerBoot {})), Reply::State(state) if state.state() == VmState::Running)
+        );
     }
 
     fn runs(&self) -> u64 {

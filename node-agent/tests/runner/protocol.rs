@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use crate::scripted::{Act, Kernel, Scripted, Shared, terms};
 use node_agent::clock::HostClock;
 use node_agent::runner::console::Log;
 use node_agent::runner::driver::Driver;
@@ -16,7 +17,6 @@ use node_agent::vm::runner::{Event, Runner};
 use proto::frame::{Kind, encode, encode_message};
 use proto::v1::runner_request::Request;
 use proto::v1::{RunnerAttach, RunnerBoot, RunnerRequest, VmState};
-use crate::scripted::{Act, Kernel, Scripted, Shared, terms};
 use tokio::sync::mpsc;
 
 static DIRECTORIES: AtomicU32 = AtomicU32::new(0);
