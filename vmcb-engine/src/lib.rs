@@ -5,15 +5,11 @@
 //! environment and randomness: what enters from outside is an argument.
 
 pub mod addr;
-pub mod vmcb;
-
-pub mod cpu;
-
 pub mod capability;
-
-pub mod memory;
-
+pub mod cpu;
 pub mod device;
-
+pub mod engine;
+pub mod memory;
 pub mod snapshot;
 pub mod transfer;
+pub mod vmcb;
