@@ -119,9 +119,14 @@ fn jcxz<W: Width, A: Width, const LONG: bool>(core: &mut Core, op: &Op) -> Step 
     Ok(())
 }
 
-/// E0-E3.
+/// E0-E3. F3 makes LOOPE and F2 makes LOOPNE of either (AMD family 19h; the manual is silent).
 pub fn pick_loop(insn: &Insn) -> Option<Pick> {
-    by_wide!(insn.op.size, W => by_wide!(insn.op.address_size, A => by_long!(insn, L => match insn.opcode & 3 {
+    let kind = match (insn.opcode & 3, insn.prefix) {
+        (0 | 1, 0xf3) => 1,
+        (0 | 1, 0xf2) => 0,
+        (kind, _) => kind,
+    };
+    by_wide!(insn.op.size, W => by_wide!(insn.op.address_size, A => by_long!(insn, L => match kind {
         0 => last(looping::<W, A, L, 0>),
         1 => last(looping::<W, A, L, 1>),
         2 => last(looping::<W, A, L, 2>),

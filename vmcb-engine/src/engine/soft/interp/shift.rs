@@ -32,7 +32,7 @@ impl Shift for Shl {
         let wide = u128::from(value.wide()) << count;
         let result = W::cut(wide as u64);
         let cf = wide >> W::BITS & 1 != 0;
-        (result, Flags::parts(result.signed(), cf, cf != top(result), false))
+        (result, Flags::parts(result.signed(), cf, cf != top(result), true))
     }
 }
 
@@ -43,7 +43,7 @@ impl Shift for Shr {
     fn apply<W: Width>(_: Flags, value: W, count: u32) -> (W, Flags) {
         let before = value.wide() >> (count - 1);
         let result = W::cut(before >> 1);
-        (result, Flags::parts(result.signed(), before & 1 != 0, top(result) != second(result), false))
+        (result, Flags::parts(result.signed(), before & 1 != 0, top(result) != second(result), true))
     }
 }
 
@@ -54,7 +54,7 @@ impl Shift for Sar {
     fn apply<W: Width>(_: Flags, value: W, count: u32) -> (W, Flags) {
         let before = value.signed() as i64 >> (count - 1);
         let result = W::cut((before >> 1) as u64);
-        (result, Flags::parts(result.signed(), before & 1 != 0, false, false))
+        (result, Flags::parts(result.signed(), before & 1 != 0, false, true))
     }
 }
 

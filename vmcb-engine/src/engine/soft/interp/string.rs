@@ -258,11 +258,12 @@ fn rep_scas<W: Width>(core: &mut Core, op: &Op) -> Step {
     repeat(core, op, elements, |core| scas_one::<W>(core, op))
 }
 
+/// AMD family 19h reads the operand at rDI first, which shows if both fault.
 fn cmps_one<W: Width>(core: &mut Core, op: &Op) -> Step<bool> {
-    let from = source::<W>(core, op)?;
-    let left = core.load::<W>(from)?;
     let to = target::<W>(core, op, false)?;
     let right = core.load::<W>(to)?;
+    let from = source::<W>(core, op)?;
+    let left = core.load::<W>(from)?;
     core.flags = super::alu::subtract(left, right).1;
     advance::<W>(core, op, RSI);
     advance::<W>(core, op, RDI);
