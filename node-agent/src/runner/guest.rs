@@ -4,26 +4,7 @@
 //! implementation is [`vmcb_engine::machine::Machine`]. The seam refuses to know processes, sockets and time.
 
 use proto::v1::Section;
-
-/// Why a run of the guest came back. Mirrors the engine's outcome.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Outcome {
-    /// The asked number of instructions has been retired.
-    Reached,
-    /// Every vCPU waits; nothing happens before this TSC value, or before an input.
-    Idle {
-        /// TSC of the next timer; `None` when only an input can wake the guest.
-        until_tsc: Option<u64>,
-    },
-    /// The guest switched itself off.
-    PowerOff,
-    /// The guest asked for a reset.
-    Reset,
-    /// Shutdown by triple fault (APM2 15.14.3).
-    TripleFault,
-    /// The engine cannot go on; the text says at what.
-    Failed(String),
-}
+pub use vmcb_engine::machine::Outcome;
 
 /// A machine as the driver sees it.
 pub trait Guest {

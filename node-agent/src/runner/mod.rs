@@ -12,6 +12,7 @@ pub mod announce;
 pub mod console;
 pub mod driver;
 pub mod guest;
+pub mod machine;
 pub mod open;
 pub mod pace;
 pub mod sandbox;
