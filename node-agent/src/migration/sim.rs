@@ -50,14 +50,16 @@ impl Chance {
 struct Guest {
     ram: Bank,
     disk: Bank,
+    spaces: [SharedPages; 2],
     epoch: u32,
     running: bool,
     steps: u64,
 }
 
 impl Guest {
-    fn spaces(&self) -> [SharedPages; 2] {
-        [self.ram.shared(), self.disk.shared()]
+    fn new() -> Self {
+        let (ram, disk) = (Bank::new(RAM_PAGES), Bank::new(DISK_PAGES));
+        Self { spaces: [ram.shared(), disk.shared()], ram, disk, epoch: 1, running: true, steps: 0 }
     }
 
     fn act(&mut self, chance: &mut Chance) {
@@ -362,7 +364,7 @@ impl<'a> World<'a> {
             Event::NextPiece => self.next_piece(),
             Event::GuestActs => {
                 (0..self.chance.below(6)).for_each(|_| self.guest.act(self.chance));
-                if self.now_us < CONTROLLER_PATIENCE_US + 10_000 {
+                if self.source.as_ref().is_some_and(|source| !source.is_over()) {
                     self.soon(Event::GuestActs);
                 }
             }
@@ -377,7 +379,9 @@ impl<'a> World<'a> {
             }
             Event::ControllerHears | Event::ControllerLosesPatience => (),
             Event::SourceAbandoned => match &self.source {
-                Some(Source::HandedOver(_) | Source::Failed(_)) | None => self.guest.running = true,
+                // A new agent, or one that has waited for this word.
+                Some(Source::HandedOver(_)) | None => self.guest.running = true,
+                Some(Source::Failed(_)) => assert!(self.guest.running, "a failed source lets the guest go by itself"),
                 Some(_) => self.step_source(source::Input::Cancel(Failure::new(Code::Cancelled, "abandoned"))),
             },
             Event::TargetAbandoned => self.step_target(target::Input::Abandon { reason: "abandoned".into() }),
@@ -414,7 +418,7 @@ impl<'a> World<'a> {
             }
             Effect::SendRound { round, since, last } => self.begin_round(round, since, last),
             Effect::MeasureLeft { since } => {
-                let pages: u64 = self.guest.spaces().iter().map(|space| space.count_since(since).unwrap()).sum();
+                let pages: u64 = self.guest.spaces.iter().map(|space| space.count_since(since).unwrap()).sum();
                 self.soon(Event::SourceAnswer(source::Input::Left { bytes: pages * 4096 }));
             }
             Effect::Stop => {
@@ -431,7 +435,7 @@ impl<'a> World<'a> {
             Effect::Digest { sections, verify_full } => {
                 if verify_full {
                     assert!(!self.guest.running, "compared while it runs");
-                    for (space, digests) in self.guest.spaces().iter().zip(&self.source_digests) {
+                    for (space, digests) in self.guest.spaces.iter().zip(&self.source_digests) {
                         assert_eq!(digests.first_difference(&space.digests().unwrap()), None);
                     }
                 }
@@ -450,7 +454,7 @@ impl<'a> World<'a> {
 
     fn begin_round(&mut self, round: u32, since: u32, last: bool) {
         let mut pieces = VecDeque::new();
-        for (number, space) in (0..).zip(self.guest.spaces()) {
+        for (number, space) in (0..).zip(&self.guest.spaces) {
             // Small pieces, so that much happens between them.
             let runs = space.since(since).unwrap();
             pieces.extend(runs.into_iter().flat_map(|run| run.pieces(5)).map(|run| (number, run)));
@@ -472,7 +476,7 @@ impl<'a> World<'a> {
         };
         let at = usize::from(space);
         let digests = &mut self.source_digests[at];
-        let pages = &self.guest.spaces()[at];
+        let pages = &self.guest.spaces[at];
         let frames = runs::frames(space, pages, run, |page| digests.get(page) == ZERO_LEAF).unwrap();
         frames.iter().flat_map(runs::PageFrame::digests).for_each(|(page, leaf)| digests.set(page, leaf));
         worker.totals.pages += run.pages;
@@ -581,7 +585,7 @@ struct Tally {
 fn run(seed: u64) -> Tally {
     let _printed = PrintSeed(seed);
     let mut chance = Chance(seed);
-    let mut guest = Guest { ram: Bank::new(RAM_PAGES), disk: Bank::new(DISK_PAGES), epoch: 1, running: true, steps: 0 };
+    let mut guest = Guest::new();
     (0..30).for_each(|_| guest.act(&mut chance));
     let mut base: Option<Base> = None;
     let mut tally = Tally::default();
@@ -590,6 +594,7 @@ fn run(seed: u64) -> Tally {
         let fault = if attempt < 3 { Fault::draw(&mut chance) } else { Fault::None };
         let checkpoint = if attempt < 3 { chance.below(2) == 0 } else { attempt == 3 };
         let from = base.clone().filter(|_| checkpoint);
+        (0..chance.below(9)).for_each(|_| guest.act(&mut chance));
         let mut world = World::new(&mut chance, &mut guest, fault, from.as_ref(), checkpoint);
         world.run();
         let running = (world.guest.running, world.target_runs);

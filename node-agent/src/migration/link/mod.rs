@@ -14,6 +14,8 @@ mod pace;
 mod receive;
 mod send;
 #[cfg(test)]
+mod speed;
+#[cfg(test)]
 mod tests;
 mod workers;
 
