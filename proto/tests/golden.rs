@@ -24,9 +24,7 @@ fn accept(name: &str, bytes: &[u8]) -> Result<(), FrameError> {
         "frame-runner-request.bin" => frame::decode_message::<RunnerRequest>(Kind::Control, bytes).map(drop),
         "frame-runner-reply.bin" => frame::decode_message::<RunnerReply>(Kind::Control, bytes).map(drop),
         "frame-journal.bin" => frame::decode(bytes).map(drop),
-        _ if name.starts_with("frame-control-") => {
-            frame::decode_message::<LaneMessage>(Kind::Control, bytes).map(drop)
-        }
+        _ if name.starts_with("frame-control-") => frame::decode_message::<LaneMessage>(Kind::Control, bytes).map(drop),
         _ => panic!("{name} is nobody's"),
     }
 }

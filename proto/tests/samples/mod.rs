@@ -13,10 +13,10 @@ use proto::frame::{self, Encoding, Kind, PAGE_BYTES, PageRun};
 use proto::ids::Digest;
 use proto::v1::lane_message::Message as Said;
 use proto::v1::{
-    Abort, BootSource, CapabilityAtom, CapabilityRule, CapabilitySet, ClockV1, DiskConfig, Hello, HelloReply, LaneMessage,
-    MachineConfig, MachineDigest, Manifest, NetConfig, PackEntry, PackIndex, PackRef, PageExtent, PageMap, Ready, RoundAck,
-    RoundEnd, RunnerLease, RunnerReply, RunnerRequest, RunnerState, Section, SectionRef, StateEnd, VmState, runner_reply,
-    runner_request,
+    Abort, BootSource, CapabilityAtom, CapabilityRule, CapabilitySet, ClockV1, DiskConfig, Hello, HelloReply,
+    LaneMessage, MachineConfig, MachineDigest, Manifest, NetConfig, PackEntry, PackIndex, PackRef, PageExtent, PageMap,
+    Ready, RoundAck, RoundEnd, RunnerLease, RunnerReply, RunnerRequest, RunnerState, Section, SectionRef, StateEnd,
+    VmState, runner_reply, runner_request,
 };
 
 /// Pages of RAM of the machine.
@@ -46,7 +46,8 @@ pub fn payload() -> Vec<u8> {
 /// Where the pages with data are.
 pub const RUN: PageRun = PageRun { first_page: 1, pages: 2, space: 0, encoding: Encoding::Raw };
 /// A run of zeros: four billion pages need no byte.
-pub const ZERO_RUN: PageRun = PageRun { first_page: 0x1_0000_0003, pages: u32::MAX, space: 2, encoding: Encoding::Zero };
+pub const ZERO_RUN: PageRun =
+    PageRun { first_page: 0x1_0000_0003, pages: u32::MAX, space: 2, encoding: Encoding::Zero };
 
 /// The frame of the pages with data.
 pub fn raw_pages() -> Vec<u8> {
