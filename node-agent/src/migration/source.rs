@@ -8,6 +8,7 @@
 //! It refuses to know lanes as connections, threads, clocks and the runner; [`super::link`] does what it says.
 
 use std::collections::BTreeSet;
+use std::ops::ControlFlow;
 
 use proto::status::Code;
 use proto::v1::{MachineDigest, PhaseReport, RoundReport, Section, TransferPolicy};
@@ -339,11 +340,11 @@ fn fail(failure: Failure, holds_guest: bool, tell_target: bool) -> Step {
 }
 
 /// Ends for the inputs that end every state alike; gives back the others.
-fn end(input: Input, holds_guest: bool) -> Result<Input, Step> {
+fn end(input: Input, holds_guest: bool) -> ControlFlow<Step, Input> {
     match input {
-        Input::Aborted(failure) => Err(fail(failure, holds_guest, false)),
-        Input::Lost(failure) | Input::Cancel(failure) => Err(fail(failure, holds_guest, true)),
-        other => Ok(other),
+        Input::Aborted(failure) => ControlFlow::Break(fail(failure, holds_guest, false)),
+        Input::Lost(failure) | Input::Cancel(failure) => ControlFlow::Break(fail(failure, holds_guest, true)),
+        other => ControlFlow::Continue(other),
     }
 }
 
@@ -395,8 +396,8 @@ impl Flight {
 impl Connecting {
     fn step(mut self, input: Input, now_us: u64) -> Step {
         let input = match end(input, false) {
-            Ok(input) => input,
-            Err(step) => return step,
+            ControlFlow::Continue(input) => input,
+            ControlFlow::Break(step) => return step,
         };
         match input {
             Input::Replied { lane, protocol } if PROTOCOL.contains(&protocol) && lane < self.plan.lanes => {
@@ -438,8 +439,8 @@ impl Connecting {
 impl Precopy {
     fn step(mut self, input: Input, now_us: u64) -> Step {
         let input = match end(input, false) {
-            Ok(input) => input,
-            Err(step) => return step,
+            ControlFlow::Continue(input) => input,
+            ControlFlow::Break(step) => return step,
         };
         match (input, self.step) {
             (Input::Epoch(epoch), PrecopyStep::Advancing) => {
@@ -523,8 +524,8 @@ impl Stopping {
 
     fn step(mut self, input: Input, now_us: u64) -> Step {
         let input = match end(input, true) {
-            Ok(input) => input,
-            Err(step) => return step,
+            ControlFlow::Continue(input) => input,
+            ControlFlow::Break(step) => return step,
         };
         match (input, self.step) {
             (Input::Stopped, StoppingStep::Pausing) => {
@@ -562,8 +563,8 @@ impl LastPages {
     fn step(mut self, input: Input, now_us: u64) -> Step {
         let holds_guest = self.pause.lasts();
         let input = match end(input, holds_guest) {
-            Ok(input) => input,
-            Err(step) => return step,
+            ControlFlow::Continue(input) => input,
+            ControlFlow::Break(step) => return step,
         };
         let mut effects = Vec::new();
         let landed = match input {
@@ -605,8 +606,8 @@ impl Comparing {
     fn step(mut self, input: Input, now_us: u64) -> Step {
         let holds_guest = self.pause.lasts();
         let input = match end(input, holds_guest) {
-            Ok(input) => input,
-            Err(step) => return step,
+            ControlFlow::Continue(input) => input,
+            ControlFlow::Break(step) => return step,
         };
         match (input, self.step) {
             (Input::Digested(digest), ComparingStep::Digesting { sections }) => {
