@@ -19,7 +19,7 @@ use super::run::Ended;
 use super::{SoftConfig, SoftEngine};
 use crate::capability::{CpuModel, Topology};
 use crate::cpu::CpuState;
-use crate::engine::{Engine, Exit, Platform};
+use crate::engine::{Engine, Exit, LoadError, Platform};
 use crate::memory::GuestMemory;
 use crate::vmcb::registers::{cr0, cr4, efer};
 use crate::vmcb::{ExitCode, Segment};
