@@ -23,7 +23,7 @@ fn blame<T>(core: &mut Core, stop: Stop) -> Step<T> {
 impl Core {
     /// The bits of RSP that address the stack.
     #[inline(always)]
-    fn stack_mask<const LONG: bool>(&self) -> u64 {
+    fn sp_mask<const LONG: bool>(&self) -> u64 {
         match (LONG, self.segments[SS].big()) {
             (true, _) => u64::MAX,
             (false, true) => 0xffff_ffff,
@@ -33,16 +33,26 @@ impl Core {
 
     #[inline(always)]
     fn set_stack<const LONG: bool>(&mut self, sp: u64) {
-        let mask = self.stack_mask::<LONG>();
+        let mask = self.sp_mask::<LONG>();
         self.gprs[RSP] = self.gprs[RSP] & !mask | sp & mask;
     }
 
     /// Writes a value on the stack at an offset in SS.
     #[inline(always)]
     fn stack_store<W: Width, const LONG: bool>(&mut self, sp: u64, value: W) -> Step {
-        let sp = sp & self.stack_mask::<LONG>();
+        let sp = sp & self.sp_mask::<LONG>();
         let linear = if LONG { sp } else { self.segment_linear(SS, sp, W::BYTES, true)? };
         match self.store(linear, value) {
+            Ok(()) => Ok(()),
+            Err(stop) => blame(self, stop),
+        }
+    }
+
+    /// Raises what a write at an offset in SS would raise.
+    pub(super) fn stack_probe<const LONG: bool>(&mut self, sp: u64, bytes: u64) -> Step {
+        let sp = sp & self.sp_mask::<LONG>();
+        let linear = self.segment_linear(SS, sp, bytes, true)?;
+        match self.probe_write(linear, bytes as usize) {
             Ok(()) => Ok(()),
             Err(stop) => blame(self, stop),
         }
@@ -51,7 +61,7 @@ impl Core {
     /// Reads a value of the stack at an offset in SS.
     #[inline(always)]
     fn stack_load<W: Width, const LONG: bool>(&mut self, sp: u64) -> Step<W> {
-        let sp = sp & self.stack_mask::<LONG>();
+        let sp = sp & self.sp_mask::<LONG>();
         let linear = if LONG { sp } else { self.segment_linear(SS, sp, W::BYTES, false)? };
         match self.load(linear) {
             Ok(value) => Ok(value),
@@ -182,6 +192,7 @@ pub fn pick_all(insn: &Insn) -> Option<Pick> {
     }
 }
 
+/// The final top of the stack must be writable, though nothing is written there.
 fn enter<W: Width, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
     let (bytes, level) = (op.immediate & 0xffff, op.immediate >> 16 & 31);
     let mut sp = core.gprs[RSP].wrapping_sub(W::BYTES);
@@ -198,9 +209,11 @@ fn enter<W: Width, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
         sp = sp.wrapping_sub(W::BYTES);
         core.stack_store::<W, LONG>(sp, W::cut(frame))?;
     }
-    let mask = core.stack_mask::<LONG>();
+    let mask = core.sp_mask::<LONG>();
+    let top = sp.wrapping_sub(bytes);
+    core.stack_probe::<LONG>(top, W::BYTES)?;
     W::set(core, RBP as u8, W::cut(frame & mask));
-    core.set_stack::<LONG>(sp.wrapping_sub(bytes));
+    core.set_stack::<LONG>(top);
     Ok(())
 }
 
