@@ -82,10 +82,15 @@ fn iretq_goes_to_user_code_and_back() {
         a.push(rax).unwrap();
         a.iretq().unwrap();
     });
-    bare.memory.write(CODE + 0x800, &assemble(64, CODE + 0x800, |a| {
-        a.mov(ecx, 77).unwrap();
-        a.int(0x80).unwrap();
-    })).unwrap();
+    bare.memory
+        .write(
+            CODE + 0x800,
+            &assemble(64, CODE + 0x800, |a| {
+                a.mov(ecx, 77).unwrap();
+                a.int(0x80).unwrap();
+            }),
+        )
+        .unwrap();
     handlers(&bare.memory, [0x80]);
     assert_eq!(bare.halted_vector(), 0x80);
     assert_eq!(bare.core.gprs[RCX], 77);
@@ -102,10 +107,15 @@ fn a_returning_handler_resumes_the_program_with_its_flags() {
         a.setc(al).unwrap();
         a.hlt().unwrap();
     });
-    bare.memory.write(HANDLERS + 0x80 * 16, &assemble(64, HANDLERS + 0x80 * 16, |a| {
-        a.clc().unwrap();
-        a.iretq().unwrap();
-    })).unwrap();
+    bare.memory
+        .write(
+            HANDLERS + 0x80 * 16,
+            &assemble(64, HANDLERS + 0x80 * 16, |a| {
+                a.clc().unwrap();
+                a.iretq().unwrap();
+            }),
+        )
+        .unwrap();
     bare.core.gprs[RAX] = 0;
     bare.halt();
     assert_eq!(bare.core.gprs[RAX], 1);
@@ -120,12 +130,17 @@ fn syscall_and_sysret_swap_levels() {
         a.ud2().unwrap();
     });
     let entry = CODE + 0x800;
-    bare.memory.write(entry, &assemble(64, entry, |a| {
-        a.swapgs().unwrap();
-        a.add(eax, 1).unwrap();
-        a.swapgs().unwrap();
-        a.sysretq().unwrap();
-    })).unwrap();
+    bare.memory
+        .write(
+            entry,
+            &assemble(64, entry, |a| {
+                a.swapgs().unwrap();
+                a.add(eax, 1).unwrap();
+                a.swapgs().unwrap();
+                a.sysretq().unwrap();
+            }),
+        )
+        .unwrap();
     bare.core.msrs.star = u64::from(KERNEL_CS) << 32 | u64::from(USER_CS - 16) << 48;
     bare.core.msrs.lstar = entry;
     bare.core.msrs.sfmask = rflags::IF;
@@ -190,15 +205,25 @@ fn legacy_gates_switch_stacks_and_return() {
         let target = HANDLERS + vector * 16;
         put(&memory, IDT + vector * 8, target & 0xffff | u64::from(CS_32) << 16 | 0xee << 40 | (target >> 16) << 48);
     }
-    memory.write(CODE, &assemble(32, CODE, |a| {
-        a.int(0x80).unwrap();
-        a.mov(ebx, 5).unwrap();
-        a.ud2().unwrap();
-    })).unwrap();
-    memory.write(HANDLERS + 0x80 * 16, &assemble(32, HANDLERS + 0x80 * 16, |a| {
-        a.mov(eax, cs).unwrap();
-        a.iretd().unwrap();
-    })).unwrap();
+    memory
+        .write(
+            CODE,
+            &assemble(32, CODE, |a| {
+                a.int(0x80).unwrap();
+                a.mov(ebx, 5).unwrap();
+                a.ud2().unwrap();
+            }),
+        )
+        .unwrap();
+    memory
+        .write(
+            HANDLERS + 0x80 * 16,
+            &assemble(32, HANDLERS + 0x80 * 16, |a| {
+                a.mov(eax, cs).unwrap();
+                a.iretd().unwrap();
+            }),
+        )
+        .unwrap();
     handlers(&memory, [6]);
     core.rip = CODE;
     core.gprs[RSP] = USER_STACK;
@@ -249,11 +274,16 @@ fn far_transfers_change_code_segments() {
         a.push(rax).unwrap();
         a.db(&[0x48, 0xcb]).unwrap();
     });
-    bare.memory.write(CODE + 0x800, &assemble(32, CODE + 0x800, |a| {
-        a.mov(eax, u32::MAX).unwrap();
-        a.inc(eax).unwrap();
-        a.hlt().unwrap();
-    })).unwrap();
+    bare.memory
+        .write(
+            CODE + 0x800,
+            &assemble(32, CODE + 0x800, |a| {
+                a.mov(eax, u32::MAX).unwrap();
+                a.inc(eax).unwrap();
+                a.hlt().unwrap();
+            }),
+        )
+        .unwrap();
     assert_eq!(bare.halt(), CODE + 0x806);
     assert!(!bare.core.mode.long && bare.core.mode.big);
     assert_eq!(bare.core.gprs[RAX], 0);

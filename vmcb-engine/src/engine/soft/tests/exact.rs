@@ -43,14 +43,24 @@ fn program(a: &mut CodeAssembler) {
 fn guest() -> Guest {
     let mut guest = Guest::new(program);
     let memory = &guest.memory;
-    memory.write(HANDLERS + 0x80 * 16, &assemble(64, 0, |a| {
-        a.inc(r9).unwrap();
-        a.iretq().unwrap();
-    })).unwrap();
-    memory.write(HANDLERS + 0x40 * 16, &assemble(64, 0, |a| {
-        a.inc(r10).unwrap();
-        a.iretq().unwrap();
-    })).unwrap();
+    memory
+        .write(
+            HANDLERS + 0x80 * 16,
+            &assemble(64, 0, |a| {
+                a.inc(r9).unwrap();
+                a.iretq().unwrap();
+            }),
+        )
+        .unwrap();
+    memory
+        .write(
+            HANDLERS + 0x40 * 16,
+            &assemble(64, 0, |a| {
+                a.inc(r10).unwrap();
+                a.iretq().unwrap();
+            }),
+        )
+        .unwrap();
     guest.world.alarms = (1..12).map(|n| (n * 17, 0x40)).collect();
     guest
 }

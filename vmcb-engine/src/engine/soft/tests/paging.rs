@@ -161,8 +161,7 @@ fn non_canonical_is_a_general_protection_fault() {
 
 #[test]
 fn legacy_paging_with_and_without_pae() {
-    let mut bare = Bare::new(|a| a.hlt().unwrap());
-    let memory = Arc::clone(&bare.memory);
+    let memory = ram();
     put(&memory, 0x30_0010, 0xabcd);
     let mut core = Core::new(Arc::clone(&memory));
     core.cr0 = cr0::PE | cr0::PG;
@@ -185,7 +184,6 @@ fn legacy_paging_with_and_without_pae() {
     core.tlb.flush();
     assert_eq!(core.load::<u32>(0x1010), Ok(1));
     assert_eq!(get(&memory, 0x5_0000), 0x5_1001, "no accessed bit in the pointer table");
-    drop(bare.core.load::<u8>(0));
 }
 
 #[test]
@@ -223,10 +221,15 @@ fn code_changed_through_an_alias_runs_changed() {
         a.hlt().unwrap();
     });
     map(&mut bare.core, &bare.memory, PRESENT | WRITABLE);
-    bare.memory.write(PAGE + 0x800, &assemble(64, PAGE + 0x800, |a| {
-        a.add(eax, 5).unwrap();
-        a.ret().unwrap();
-    })).unwrap();
+    bare.memory
+        .write(
+            PAGE + 0x800,
+            &assemble(64, PAGE + 0x800, |a| {
+                a.db(&[0x83, 0xc0, 5]).unwrap();
+                a.ret().unwrap();
+            }),
+        )
+        .unwrap();
     bare.core.gprs[RAX] = 0;
     bare.halt();
     assert_eq!(bare.core.gprs[RAX], 5 + 6 + 7);

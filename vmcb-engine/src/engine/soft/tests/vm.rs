@@ -116,10 +116,10 @@ fn exceptions_exit_with_error_code_and_address_and_without_cr2() {
 fn a_fault_in_the_middle_of_a_delivery_reports_the_event() {
     let mut bare = Bare::new(|a| a.ud2().unwrap());
     let mut vmcb = vmcb(&mut bare, &[Intercept::exception(14)]);
-    vmcb.save.rsp = 0x4000_0000;
+    vmcb.save.rsp = 0x4000_1000;
     bare.core.vmrun(&mut vmcb, HOST, 1000);
     let control = &vmcb.control;
-    assert_eq!((control.exit_code(), control.exitinfo2), (ExitCode::exception(14), 0x4000_0000 - 40));
+    assert_eq!((control.exit_code(), control.exitinfo2), (ExitCode::exception(14), 0x4000_1000 - 40));
     assert_eq!(control.interrupted_event(), Event::exception(6, None));
 }
 
@@ -325,10 +325,15 @@ fn software_on_the_processor_runs_a_guest_of_its_own() {
         a.hlt().unwrap();
     });
     bare.core.efer |= efer::SVME;
-    bare.memory.write(CODE + 0x800, &assemble(64, CODE + 0x800, |a| {
-        a.mov(eax, 77).unwrap();
-        a.cpuid().unwrap();
-    })).unwrap();
+    bare.memory
+        .write(
+            CODE + 0x800,
+            &assemble(64, CODE + 0x800, |a| {
+                a.mov(eax, 77).unwrap();
+                a.cpuid().unwrap();
+            }),
+        )
+        .unwrap();
     let mut vmcb = vmcb(&mut bare, &[Intercept::CPUID]);
     vmcb.save.rip = CODE + 0x800;
     bare.memory.write(VMCB, vmcb.as_page()).unwrap();
