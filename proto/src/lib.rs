@@ -2,6 +2,7 @@
 //!
 //! - [`v1`]: the protobuf messages of `proto/godwit/v1/*.proto` and, with the feature `rpc`, their gRPC services.
 //! - [`frame`]: the one envelope of wire, bucket and journal: magic, kind, version, length, BLAKE3, body.
+//! - [`leaf`]: BLAKE3 of pages, many at once.
 //! - [`ids`]: identifiers that cannot be confused with each other.
 //! - [`status`]: what can go wrong, as a code that travels.
 //!
@@ -9,6 +10,7 @@
 
 pub mod frame;
 pub mod ids;
+pub mod leaf;
 pub mod status;
 
 /// Messages and services of package `godwit.v1`, generated at build time.

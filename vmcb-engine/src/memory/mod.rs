@@ -8,6 +8,8 @@
 //!
 //! This room refuses to know what the pages mean, who reads them, and the wall clock.
 
+pub mod digest;
+pub mod shared;
 pub mod stamps;
 
 use std::fs::File;
