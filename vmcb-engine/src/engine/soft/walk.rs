@@ -390,7 +390,8 @@ impl Core {
             Ok(page) => {
                 let at = page.at(gpa);
                 // SAFETY: entries are aligned, so they lie within the mapped page.
-                let value = unsafe { if bytes == 8 { at.cast::<u64>().read() } else { at.cast::<u32>().read().into() } };
+                let value =
+                    unsafe { if bytes == 8 { at.cast::<u64>().read() } else { at.cast::<u32>().read().into() } };
                 Ok(Visited { page, offset: gpa & 0xfff, value })
             }
             Err(fault) if self.nested.enabled() => self.exit_with(ExitCode::NPF, fault.0, gpa),

@@ -155,7 +155,10 @@ impl SoftEngine {
         } else {
             return self.emulate(platform);
         };
-        Err(Exit::Failed(format!("the guest {what} at {gpa:#x}, which is not RAM (RIP {:#x})", self.vcpus[0].vmcb.save.rip)))
+        Err(Exit::Failed(format!(
+            "the guest {what} at {gpa:#x}, which is not RAM (RIP {:#x})",
+            self.vcpus[0].vmcb.save.rip
+        )))
     }
 
     /// Runs the instruction that exited with devices answering.

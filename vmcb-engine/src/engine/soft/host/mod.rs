@@ -16,7 +16,6 @@ mod msr;
 mod npt;
 mod state;
 
-
 use std::collections::BTreeMap;
 use std::sync::Arc;
 

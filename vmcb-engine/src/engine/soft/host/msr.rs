@@ -21,13 +21,7 @@ impl Vcpu {
     }
 
     /// RDMSR; `None` is #GP(0).
-    pub(super) fn read_msr(
-        &mut self,
-        model: CpuModel,
-        platform: &mut dyn Platform,
-        tsc: u64,
-        msr: u32,
-    ) -> Option<u64> {
+    pub(super) fn read_msr(&mut self, model: CpuModel, platform: &mut dyn Platform, tsc: u64, msr: u32) -> Option<u64> {
         let row = model.msr(msr)?;
         match (row.home, msr) {
             (Home::Constant, _) => Some(row.reset),

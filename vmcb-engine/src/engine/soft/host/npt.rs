@@ -14,18 +14,8 @@ const TWO_MIB: u64 = 2 << 20;
 const ADDRESS: u64 = 0x0000_ffff_ffff_f000;
 
 /// MSRs that the guest may touch without its host: what VMLOAD and VMSAVE move.
-const PASSED_MSRS: [u32; 10] = [
-    0x174,
-    0x175,
-    0x176,
-    0xc000_0081,
-    0xc000_0082,
-    0xc000_0083,
-    0xc000_0084,
-    0xc000_0100,
-    0xc000_0101,
-    0xc000_0102,
-];
+const PASSED_MSRS: [u32; 10] =
+    [0x174, 0x175, 0x176, 0xc000_0081, 0xc000_0082, 0xc000_0083, 0xc000_0084, 0xc000_0100, 0xc000_0101, 0xc000_0102];
 
 /// Builds the nested tables for a guest's RAM; returns N_CR3.
 pub fn nested_tables(arena: &mut Arena, memory: &GuestMemory) -> u64 {

@@ -159,7 +159,8 @@ pub fn pick(insn: &Insn) -> Option<Pick> {
     }
 }
 
-/// SHLD, or SHRD if `RIGHT`. Beyond its width a 16-bit operand takes the bits of `right` once more (AMD family 19h).
+/// SHLD, or SHRD if `RIGHT`. Beyond its width a 16-bit operand takes the bits of `right` once more,
+/// and its CF is 0 (AMD family 19h).
 #[inline(always)]
 fn double<W: Width, const RIGHT: bool>(left: W, right: W, count: u32) -> (W, Flags) {
     let (bits, left, right) = (W::BITS, u128::from(left.wide()), u128::from(right.wide()));
@@ -168,7 +169,8 @@ fn double<W: Width, const RIGHT: bool>(left: W, right: W, count: u32) -> (W, Fla
         // The last bit shifted out is the lowest.
         let below = (again | right << bits | left) >> (count - 1);
         let result = W::cut((below >> 1) as u64);
-        return (result, Flags::parts(result.signed(), below & 1 != 0, top(result) != second(result), true));
+        let cf = count <= bits && below & 1 != 0;
+        return (result, Flags::parts(result.signed(), cf, top(result) != second(result), true));
     }
     let shifted = if W::BITS == 16 {
         (left << 32 | right << 16 | right) << count >> 32
@@ -176,8 +178,9 @@ fn double<W: Width, const RIGHT: bool>(left: W, right: W, count: u32) -> (W, Fla
         (left << bits | right) >> (bits - count)
     };
     let result = W::cut(shifted as u64);
-    let cf = shifted >> bits & 1 != 0;
-    (result, Flags::parts(result.signed(), cf, cf != top(result), true))
+    let beyond = count > bits;
+    let cf = !beyond && shifted >> bits & 1 != 0;
+    (result, Flags::parts(result.signed(), cf, !beyond && cf != top(result), true))
 }
 
 fn double_shift<W: Width, P: Place, const RIGHT: bool, const CL: bool>(core: &mut Core, op: &Op) -> Step {

@@ -22,8 +22,7 @@ pub const VM_HSAVE_PA: u32 = 0xc001_0117;
 pub const VM_CR: u32 = 0xc001_0114;
 
 /// Bits of EFER that this processor lets software set.
-pub const EFER_WRITABLE: u64 =
-    efer::SCE | efer::LME | efer::LMA | efer::NXE | efer::SVME | efer::FFXSR | efer::AIBRSE;
+pub const EFER_WRITABLE: u64 = efer::SCE | efer::LME | efer::LMA | efer::NXE | efer::SVME | efer::FFXSR | efer::AIBRSE;
 
 /// MSRs kept by the processor.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]

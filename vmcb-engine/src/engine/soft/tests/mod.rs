@@ -19,7 +19,7 @@ use super::run::Ended;
 use super::{SoftConfig, SoftEngine};
 use crate::capability::{CpuModel, Topology};
 use crate::cpu::CpuState;
-use crate::engine::{Engine, Exit, Platform};
+use crate::engine::{Engine, Exit, LoadError, Platform};
 use crate::memory::GuestMemory;
 use crate::vmcb::registers::{cr0, cr4, efer};
 use crate::vmcb::{ExitCode, Segment};
@@ -102,7 +102,8 @@ pub fn tables(memory: &GuestMemory) {
 /// A 64-bit gate: attributes byte (P, DPL, type) and IST.
 pub fn gate(memory: &GuestMemory, vector: u64, attributes: u64, ist: u64) {
     let target = HANDLERS + vector * 16;
-    let low = target & 0xffff | u64::from(KERNEL_CS) << 16 | ist << 32 | attributes << 40 | (target >> 16 & 0xffff) << 48;
+    let low =
+        target & 0xffff | u64::from(KERNEL_CS) << 16 | ist << 32 | attributes << 40 | (target >> 16 & 0xffff) << 48;
     put(memory, IDT + vector * 16, low);
     put(memory, IDT + vector * 16 + 8, target >> 32);
 }
@@ -115,11 +116,7 @@ pub fn handlers(memory: &GuestMemory, vectors: impl IntoIterator<Item = u64>) {
 }
 
 fn table_registers() -> [Segment; 3] {
-    [
-        Segment::new(0, 0, 0x57, GDT),
-        Segment::new(0, 0, 0xfff, IDT),
-        Segment::new(TSS_SELECTOR, 0x8b, 0x67, TSS),
-    ]
+    [Segment::new(0, 0, 0x57, GDT), Segment::new(0, 0, 0xfff, IDT), Segment::new(TSS_SELECTOR, 0x8b, 0x67, TSS)]
 }
 
 /// A processor without a host, its program at [`CODE`].
