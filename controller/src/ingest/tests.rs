@@ -37,7 +37,8 @@ const LANES: usize = 2;
 const VM_ID: &str = "0123456789abcdef0123456789abcdef";
 
 fn config() -> MachineConfig {
-    let disk = |shared| DiskConfig { size_bytes: DISK_PAGES * PAGE_BYTES as u64 - 512, shared, ..DiskConfig::default() };
+    let disk =
+        |shared| DiskConfig { size_bytes: DISK_PAGES * PAGE_BYTES as u64 - 512, shared, ..DiskConfig::default() };
     MachineConfig { memory_bytes: RAM_PAGES * 4096, disks: vec![disk(true), disk(false)], ..MachineConfig::default() }
 }
 
@@ -169,7 +170,7 @@ async fn send(bucket: &Bucket, lanes: Vec<Vec<Bytes>>) -> (Vec<Said>, Result<Che
         lane.await.unwrap();
     }
     let mut words = Vec::new();
-    while let Some(chunk) = heard[0].try_recv().ok() {
+    while let Ok(chunk) = heard[0].try_recv() {
         words.push(said(&chunk.unwrap().frame).unwrap());
     }
     (words, entry)
