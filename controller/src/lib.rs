@@ -14,6 +14,7 @@ pub mod api;
 pub mod bucket;
 pub mod cluster;
 pub mod config;
+pub mod ctl;
 pub mod entropy;
 pub mod failure;
 pub mod ingest;

@@ -1,1 +1,5 @@
-//! skeleton
+//! Real binaries, real guests, faults: what the whole-cluster tests and the benchmarks are made of.
+
+pub mod bench;
+pub mod cluster;
+pub mod guest;

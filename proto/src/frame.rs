@@ -3,7 +3,7 @@
 //! ```text
 //! offset  0        4     6        8            12         16                 48
 //!         "GDWT"   kind  version  body length  reserved   BLAKE3 (32 bytes)  body
-//!         4 bytes  u16   u16      u32          u32 = 0    of bytes 0..16 and of the body
+//!         4 bytes  u16   u16      u32          u32 = 0    see below
 //! ```
 //! Numbers are little endian. The version is `major << 8 | minor` of the body's format. The header and the length are
 //! checked before anything is allocated; the hash is checked before the body is used. Page payloads are raw bytes:
@@ -11,6 +11,17 @@
 //! ```text
 //! Pages body:  first page u64 | pages u32 | space u16 | encoding u16 | payload (pages * 4096 bytes, or nothing if zero)
 //! ```
+//! What the hash covers:
+//!
+//! ```text
+//! kind Pages:  BLAKE3( bytes 0..16 | first 16 bytes of the body | leaf 0 | leaf 1 | ... ), where leaf i is the BLAKE3 of
+//!              the i-th 4096 bytes of the payload (a last shorter piece is hashed as it is)
+//! others:      BLAKE3( bytes 0..16 | body )
+//! ```
+//! The leaves are the very digests of which both sides build the digest of all RAM ([`crate::leaf`]), so the payload is
+//! hashed once at each end. Kind and length are in bytes 0..16, so the two forms cannot be taken for each other.
+
+use crate::leaf::Leaf;
 
 /// Bytes of a header.
 pub const HEADER_BYTES: usize = 48;
@@ -205,16 +216,50 @@ pub fn begin(kind: Kind, body_bytes: usize) -> Vec<u8> {
 
 /// Writes the hash of a frame made by [`begin`] whose body is complete.
 pub fn seal(frame: &mut [u8]) {
+    let leaves = leaves_of(frame);
+    seal_with(frame, &leaves);
+}
+
+/// [`seal`] for a frame of pages whose digests are known: `leaves` are those of the payload, in order.
+pub fn seal_pages(frame: &mut [u8], leaves: &[Leaf]) {
+    let payload = frame.len().saturating_sub(HEADER_BYTES + PAGES_PREFIX_BYTES);
+    assert_eq!(
+        (kind_bytes(frame), leaves.len()),
+        (Kind::Pages as u16, payload.div_ceil(PAGE_BYTES)),
+        "digests of pages"
+    );
+    seal_with(frame, leaves);
+}
+
+fn seal_with(frame: &mut [u8], leaves: &[Leaf]) {
     let declared = u32::from_le_bytes([frame[8], frame[9], frame[10], frame[11]]) as usize;
     assert_eq!(frame.len(), HEADER_BYTES + declared, "body is not of the declared length");
-    let hash = hash(frame);
+    let hash = hash(frame, leaves);
     frame[16..HEADER_BYTES].copy_from_slice(&hash);
 }
 
-fn hash(frame: &[u8]) -> [u8; 32] {
+fn kind_bytes(frame: &[u8]) -> u16 {
+    u16::from_le_bytes([frame[4], frame[5]])
+}
+
+/// Digests of the pages of a frame's payload; none for frames of other kinds.
+fn leaves_of(frame: &[u8]) -> Vec<Leaf> {
+    if kind_bytes(frame) != Kind::Pages as u16 {
+        return Vec::new();
+    }
+    frame.get(HEADER_BYTES + PAGES_PREFIX_BYTES..).map_or_else(Vec::new, crate::leaf::leaves)
+}
+
+fn hash(frame: &[u8], leaves: &[Leaf]) -> [u8; 32] {
+    let body = &frame[HEADER_BYTES..];
     let mut hasher = blake3::Hasher::new();
     hasher.update(&frame[..16]);
-    hasher.update(&frame[HEADER_BYTES..]);
+    if kind_bytes(frame) == Kind::Pages as u16 {
+        hasher.update(&body[..body.len().min(PAGES_PREFIX_BYTES)]);
+        hasher.update(leaves.as_flattened());
+    } else {
+        hasher.update(body);
+    }
     *hasher.finalize().as_bytes()
 }
 
@@ -223,17 +268,24 @@ fn hash(frame: &[u8]) -> [u8; 32] {
 /// # Errors
 /// Any [`FrameError`] but `Trailing`.
 pub fn split(bytes: &[u8]) -> Result<(Header, &[u8], &[u8]), FrameError> {
+    let (header, end, _) = check(bytes)?;
+    Ok((header, &bytes[HEADER_BYTES..end], &bytes[end..]))
+}
+
+/// Checks the first frame of `bytes`: its header, where it ends, and the digests of its pages.
+fn check(bytes: &[u8]) -> Result<(Header, usize, Vec<Leaf>), FrameError> {
     let header = Header::parse(bytes)?;
     let end = HEADER_BYTES + header.body_bytes;
     if bytes.len() < end {
         return Err(FrameError::Cut { found: bytes.len(), expected: end });
     }
-    let computed = hash(&bytes[..end]);
+    let leaves = leaves_of(&bytes[..end]);
+    let computed = hash(&bytes[..end], &leaves);
     if computed != header.hash {
         let expected = crate::ids::Digest(header.hash);
         return Err(FrameError::Hash { kind: header.kind, expected, computed: crate::ids::Digest(computed) });
     }
-    Ok((header, &bytes[HEADER_BYTES..end], &bytes[end..]))
+    Ok((header, end, leaves))
 }
 
 /// Checks that `bytes` are exactly one frame; returns header and body.
@@ -245,6 +297,33 @@ pub fn decode(bytes: &[u8]) -> Result<(Header, &[u8]), FrameError> {
         (header, body, []) => Ok((header, body)),
         (_, _, rest) => Err(FrameError::Trailing(rest.len())),
     }
+}
+
+/// A checked frame of pages.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Pages<'a> {
+    /// Which pages.
+    pub run: PageRun,
+    /// Their bytes; nothing if they are zero.
+    pub payload: &'a [u8],
+    /// BLAKE3 of each page of the payload, in order; computed from the bytes, not taken from the sender.
+    pub leaves: Vec<Leaf>,
+}
+
+/// Checks that `bytes` are exactly one frame of kind [`Kind::Pages`]; returns its pages with their digests.
+///
+/// # Errors
+/// Any [`FrameError`].
+pub fn decode_pages(bytes: &[u8]) -> Result<Pages<'_>, FrameError> {
+    let (header, end, leaves) = check(bytes)?;
+    if header.kind != Kind::Pages {
+        return Err(FrameError::Unexpected { found: header.kind, expected: Kind::Pages });
+    }
+    if end != bytes.len() {
+        return Err(FrameError::Trailing(bytes.len() - end));
+    }
+    let (run, payload) = PageRun::parse(&bytes[HEADER_BYTES..])?;
+    Ok(Pages { run, payload, leaves })
 }
 
 /// Checks that `bytes` are exactly one frame of this kind and decodes its protobuf body.
@@ -351,11 +430,13 @@ mod tests {
 
         #[test]
         fn any_flipped_bit_is_seen(body in proptest::collection::vec(any::<u8>(), 1..300), at in any::<prop::sample::Index>(), bit in 0..8u8) {
-            let mut frame = encode(Kind::Section, &body);
-            let at = at.index(frame.len());
-            frame[at] ^= 1 << bit;
-            // A minor version may differ; everything else in the header and body is refused.
-            prop_assert!(decode(&frame).is_err());
+            for kind in [Kind::Section, Kind::Pages] {
+                let mut frame = encode(kind, &body);
+                let at = at.index(frame.len());
+                frame[at] ^= 1 << bit;
+                // A minor version may differ; everything else in the header and body is refused.
+                prop_assert!(decode(&frame).is_err());
+            }
         }
 
         #[test]
@@ -369,6 +450,7 @@ mod tests {
         #[test]
         fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = decode(&bytes);
+            let _ = decode_pages(&bytes);
             let _ = PageRun::parse(&bytes);
         }
     }
@@ -382,6 +464,43 @@ mod tests {
         let (_, body) = decode(&frame).unwrap();
         let (found, payload) = PageRun::parse(body).unwrap();
         assert_eq!((found, payload.len()), (run, 8192));
+    }
+
+    #[test]
+    fn the_hash_of_a_page_frame_is_made_of_the_digests_of_its_pages() {
+        let run = PageRun { first_page: 7, pages: 3, space: 0, encoding: Encoding::Raw };
+        let mut frame = run.begin();
+        (0..3 * PAGE_BYTES).for_each(|at| frame.push((at / 5) as u8));
+        let leaves: Vec<Leaf> = frame[HEADER_BYTES + PAGES_PREFIX_BYTES..]
+            .chunks(PAGE_BYTES)
+            .map(|page| *blake3::hash(page).as_bytes())
+            .collect();
+        let mut quick = frame.clone();
+        seal(&mut frame);
+        seal_pages(&mut quick, &leaves);
+        assert_eq!(frame, quick);
+        let covered = [&frame[..16], &frame[HEADER_BYTES..][..PAGES_PREFIX_BYTES], leaves.as_flattened()].concat();
+        assert_eq!(frame[16..HEADER_BYTES], *blake3::hash(&covered).as_bytes());
+        let pages = decode_pages(&frame).unwrap();
+        assert_eq!((pages.run, pages.leaves), (run, leaves));
+    }
+
+    #[test]
+    fn page_frames_that_lie_about_themselves_are_refused() {
+        let run = PageRun { first_page: 7, pages: 2, space: 0, encoding: Encoding::Raw };
+        for bytes in [0, 1, PAGE_BYTES, 3 * PAGE_BYTES] {
+            let mut body = run.begin()[HEADER_BYTES..].to_vec();
+            body.resize(PAGES_PREFIX_BYTES + bytes, 1);
+            assert!(matches!(decode_pages(&encode(Kind::Pages, &body)), Err(FrameError::Pages(_))), "{bytes}");
+        }
+        for bytes in 0..PAGES_PREFIX_BYTES {
+            assert!(
+                matches!(decode_pages(&encode(Kind::Pages, &vec![0; bytes])), Err(FrameError::Pages(_))),
+                "{bytes}"
+            );
+        }
+        let control = encode(Kind::Control, &[]);
+        assert!(matches!(decode_pages(&control), Err(FrameError::Unexpected { .. })));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! - [`v1`]: the protobuf messages of `proto/godwit/v1/*.proto` and, with the feature `rpc`, their gRPC services.
 //! - [`frame`]: the one envelope of wire, bucket and journal: magic, kind, version, length, BLAKE3, body.
+//! - [`leaf`]: BLAKE3 of pages, many at once.
 //! - [`ids`]: identifiers that cannot be confused with each other.
 //! - [`status`]: what can go wrong, as a code that travels.
 //!
@@ -9,10 +10,17 @@
 
 pub mod frame;
 pub mod ids;
+pub mod leaf;
 pub mod status;
 
 /// Messages and services of package `godwit.v1`, generated at build time.
-#[allow(missing_docs, clippy::all, clippy::pedantic, reason = "generated; documented in the .proto files")]
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::pedantic,
+    clippy::allow_attributes_without_reason,
+    reason = "generated; documented in the .proto files"
+)]
 pub mod v1 {
     include!(concat!(env!("OUT_DIR"), "/godwit.v1.rs"));
 }

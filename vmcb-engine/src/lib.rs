@@ -1,1 +1,17 @@
-//! skeleton
+//! The machine: VMCB, CPU state, guest memory, devices, the engines, capture and apply, record and replay.
+//!
+//! Rooms, in order; each may use those before it: `addr, vmcb, cpu, capability, memory, device, engine, boot, machine,
+//! snapshot, journal, replay, transfer`. This crate refuses to know async, sockets, buckets, the wall clock, the
+//! environment and randomness: what enters from outside is an argument.
+
+pub mod addr;
+pub mod boot;
+pub mod capability;
+pub mod cpu;
+pub mod device;
+pub mod engine;
+pub mod machine;
+pub mod memory;
+pub mod snapshot;
+pub mod transfer;
+pub mod vmcb;

@@ -1,0 +1,167 @@
+//! Whole clusters of real binaries with the in-tree guest: what an operator does, and that it holds.
+
+use e2e::cluster::{Cluster, Ticks, wait};
+use e2e::guest::Program;
+use proto::status::Code;
+
+/// A guest of about 40 MiB that rewrites 8 MiB/s.
+const BUSY: Program = Program { region_bytes: 16 << 20, pages_per_s: 2000, tick_ms: 20, tsc_hz: 1_000_000_000 };
+
+fn digests_agree(migration: &serde_json::Value) {
+    let digest = |side: &str| migration[side].as_str().unwrap_or_default().to_owned();
+    assert_eq!(digest("source_digest"), digest("target_digest"), "{migration:#}");
+    assert_eq!(digest("source_digest").len(), 64, "{migration:#}");
+}
+
+#[test]
+fn a_busy_guest_moves_there_and_back_and_loses_nothing() {
+    let cluster = Cluster::up(2);
+    cluster.create("vm1", "hostA", BUSY);
+    cluster.goes_on("vm1", 5);
+    let there = cluster.json(["migrate", "vm1", "--to", "hostB"]);
+    digests_agree(&there);
+    assert_eq!((cluster.host_of("vm1").as_str(), &there["generation"]), ("hostB", &serde_json::json!(2)));
+    cluster.goes_on("vm1", 20);
+    assert_eq!(cluster.running_on("vm1"), ["hostB"]);
+    let back = cluster.json(["migrate", "vm1", "--to", "hostA", "--via", "controller", "--verify", "full"]);
+    digests_agree(&back);
+    assert_eq!((cluster.host_of("vm1").as_str(), &back["generation"]), ("hostA", &serde_json::json!(3)));
+    cluster.goes_on("vm1", 20);
+    // Ticks on the console of the last host follow each other without a gap or a repetition: it is one guest.
+    let ticks: Vec<u64> = Ticks::all(&cluster.console("vm1")).iter().map(|t| t.tick).collect();
+    assert!(ticks.windows(2).all(|pair| pair[1] == pair[0] + 1), "{ticks:?}");
+    cluster.ok(["vm", "stop", "vm1"]);
+    cluster.ok(["vm", "rm", "vm1"]);
+    assert_eq!(cluster.json(["vm", "ls"]), serde_json::json!([]));
+}
+
+#[test]
+fn a_checkpoint_brings_the_guest_back_after_its_host_died() {
+    let cluster = Cluster::up(2);
+    cluster.create("vm1", "hostA", BUSY);
+    cluster.goes_on("vm1", 10);
+    let checkpoint = cluster.json(["checkpoint", "create", "vm1"]);
+    let id = checkpoint["id"].as_str().expect("a checkpoint has an id").to_owned();
+    cluster.ok(["checkpoint", "verify", &id]);
+    let at_checkpoint = cluster.goes_on("vm1", 20);
+    let runner = cluster.runner("hostA", "vm1").expect("the guest has a runner");
+    cluster.kill(cluster.daemon("hostA"));
+    cluster.kill(runner);
+    cluster.ok(["restore", "vm1", "--to", "hostB"]);
+    assert_eq!(cluster.host_of("vm1"), "hostB");
+    let after = cluster.goes_on("vm1", 20);
+    assert!(after.bad == 0 && at_checkpoint.bad == 0);
+    // A clone under another name, beside the original.
+    cluster.ok(["restore", &id, "--to", "hostB", "--as", "vm2"]);
+    cluster.goes_on("vm2", 5);
+    cluster.goes_on("vm1", 5);
+    cluster.ok(["checkpoint", "rm", &id]);
+    assert_eq!(cluster.json(["checkpoint", "ls"]), serde_json::json!([]));
+}
+
+#[test]
+fn a_damaged_checkpoint_is_named_and_nothing_starts() {
+    let cluster = Cluster::up(2);
+    cluster.create("vm1", "hostA", BUSY);
+    cluster.goes_on("vm1", 5);
+    let id = cluster.json(["checkpoint", "create", "vm1"])["id"].as_str().unwrap_or_default().to_owned();
+    for file in files(&cluster.dir().join("bucket")) {
+        let good = std::fs::read(&file).expect("a file of the bucket");
+        let mut bad = good.clone();
+        let middle = bad.len() / 2;
+        bad[middle] ^= 0x10;
+        std::fs::write(&file, &bad).expect("a file of the bucket");
+        let said = cluster.fails(Code::Corrupt, ["checkpoint", "verify", &id]);
+        let name = file.file_stem().and_then(|n| n.to_str()).unwrap_or_default();
+        assert!(said.contains(&name[..16.min(name.len())]), "{said} does not name {name}");
+        cluster.fails(Code::Corrupt, ["restore", &id, "--to", "hostB", "--as", "vm2"]);
+        assert_eq!(cluster.running_on("vm2"), Vec::<String>::new());
+        std::fs::write(&file, &good).expect("a file of the bucket");
+    }
+    cluster.ok(["checkpoint", "verify", &id]);
+    cluster.goes_on("vm1", 5);
+}
+
+fn files(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
+}
+
+#[test]
+fn a_guest_does_not_notice_that_its_agent_is_killed_and_started_again() {
+    let cluster = Cluster::up(2);
+    cluster.create("vm1", "hostA", BUSY);
+    cluster.goes_on("vm1", 5);
+    let runner = cluster.runner("hostA", "vm1");
+    cluster.kill(cluster.daemon("hostA"));
+    cluster.start(2);
+    wait("the new agent to find the guest", || (cluster.observed("vm1") == "running").then_some(()));
+    assert_eq!(cluster.runner("hostA", "vm1"), runner, "the guest's process is another one");
+    cluster.goes_on("vm1", 10);
+    digests_agree(&cluster.json(["migrate", "vm1", "--to", "hostB"]));
+    cluster.goes_on("vm1", 10);
+}
+
+#[test]
+fn the_controller_comes_back_with_all_it_knew() {
+    let cluster = Cluster::up(2);
+    cluster.create("vm1", "hostA", BUSY);
+    cluster.ok(["checkpoint", "create", "vm1"]);
+    let before = (cluster.json(["vm", "show", "vm1"])["id"].clone(), cluster.json(["checkpoint", "ls"]));
+    cluster.kill(cluster.daemon("controller"));
+    cluster.start(2);
+    let after = (cluster.json(["vm", "show", "vm1"])["id"].clone(), cluster.json(["checkpoint", "ls"]));
+    assert_eq!(before, after);
+    wait("the guest to be seen again", || (cluster.observed("vm1") == "running").then_some(()));
+    cluster.goes_on("vm1", 5);
+}
+
+#[test]
+fn a_paused_guest_stands_still_and_moves_paused() {
+    let cluster = Cluster::up(2);
+    cluster.create("vm1", "hostA", BUSY);
+    cluster.goes_on("vm1", 5);
+    cluster.ok(["vm", "pause", "vm1"]);
+    let retired = || cluster.json(["vm", "show", "vm1"])["retired_instructions"].clone();
+    let before = retired();
+    cluster.ok(["migrate", "vm1", "--to", "hostB"]);
+    wait("hostB to report it", || (cluster.observed("vm1") == "paused").then_some(()));
+    assert_eq!(before, retired());
+    cluster.ok(["vm", "resume", "vm1"]);
+    cluster.goes_on("vm1", 5);
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_with_the_reason() {
+    let cluster = Cluster::up(2);
+    cluster.create("vm1", "hostA", BUSY);
+    let dir = cluster.dir().to_str().expect("temporary paths are text").to_owned();
+    let (kernel, text) = (format!("{dir}/vm1.elf"), format!("{dir}/ctl.toml"));
+    let create = |name: &'static str, more: &[&str]| -> Vec<String> {
+        let args = ["vm", "create", name, "--host"];
+        args.iter().chain(more).map(|s| (*s).to_owned()).collect()
+    };
+    let cases: [(Code, Vec<String>, &str); 8] = [
+        (Code::Conflict, create("vm1", &["hostA", "--memory", "64M", "--kernel", &kernel]), "vm1"),
+        (Code::NotFound, create("vm2", &["hostZ", "--memory", "64M", "--kernel", &kernel]), "hostZ"),
+        (Code::BadInput, create("vm2", &["hostA", "--memory", "64M", "--kernel", &text]), "ctl.toml"),
+        (Code::BadInput, create("vm2", &["hostA", "--memory", "64M", "--kernel", "/nonexistent"]), "/nonexistent"),
+        (Code::Exhausted, create("vm2", &["hostA", "--memory", "1000G", "--kernel", &kernel]), "memory"),
+        (Code::BadInput, create("vm2", &["hostA", "--memory", "12Q", "--kernel", &kernel]), "12Q"),
+        (Code::BadInput, create("../x", &["hostA", "--memory", "64M", "--kernel", &kernel]), "../x"),
+        (
+            Code::BadInput,
+            create("vm2", &["hostA", "--memory", "64M", "--kernel", &kernel, "--disk", "/no/disk"]),
+            "/no/disk",
+        ),
+    ];
+    for (code, args, named) in cases {
+        let said = cluster.fails(code, args.iter().map(String::as_str));
+        assert!(said.contains(named), "{args:?}: {said:?} does not name {named:?}");
+    }
+    cluster.fails(Code::NotFound, ["migrate", "vm9", "--to", "hostB"]);
+    cluster.fails(Code::NotFound, ["migrate", "vm1", "--to", "hostZ"]);
+    cluster.fails(Code::NotFound, ["checkpoint", "show", "0123456789abcdef"]);
+    cluster.goes_on("vm1", 3);
+    assert_eq!(cluster.json(["vm", "ls"]).as_array().map(Vec::len), Some(1));
+}

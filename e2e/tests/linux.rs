@@ -1,0 +1,65 @@
+//! Debian's unmodified cloud kernel on the software engine, through a migration and a restore. `deploy/guest` makes the
+//! files; without them these tests say so and pass.
+
+use std::path::PathBuf;
+
+use e2e::cluster::{Cluster, wait};
+
+fn guest() -> Option<PathBuf> {
+    let dir = std::env::var_os("GODWIT_GUEST")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/guest"), PathBuf::from);
+    if dir.join("vmlinuz").is_file() {
+        return Some(dir.canonicalize().expect("the folder is there"));
+    }
+    eprintln!("SKIPPED: no Linux guest in {}; run deploy/guest", dir.display());
+    None
+}
+
+/// Creates `vm1` on hostA from the files of `deploy/guest`, with a copy of the disk.
+fn boot(cluster: &Cluster) -> Option<()> {
+    let guest = guest()?;
+    let disk = cluster.dir().join("disk.img");
+    std::fs::copy(guest.join("disk.img"), &disk).expect("a copy of the disk");
+    let text = |path: PathBuf| path.to_str().expect("paths are text").to_owned();
+    let cmdline = std::fs::read_to_string(guest.join("cmdline")).expect("the command line");
+    let (kernel, initrd, disk) = (text(guest.join("vmlinuz")), text(guest.join("initramfs.cpio")), text(disk));
+    let files = ["--kernel", &kernel, "--initrd", &initrd, "--cmdline", cmdline.trim(), "--disk", &disk];
+    let args = ["vm", "create", "vm1", "--host", "hostA", "--memory", "512M", "--net", "tap="];
+    cluster.ok(args.into_iter().chain(files));
+    Some(())
+}
+
+/// The newest `godwit: beat N SHA256` of the guest's console.
+fn count(cluster: &Cluster) -> Option<u64> {
+    let console = cluster.ctl(["vm", "console", "vm1", "--log"]).stdout;
+    let beat = |line: &str| line.split_once("godwit: beat ")?.1.split(' ').next()?.parse().ok();
+    console.lines().filter_map(beat).last()
+}
+
+fn goes_on(cluster: &Cluster) {
+    let before = count(cluster).unwrap_or(0);
+    wait("Linux to go on counting", || count(cluster).filter(|now| *now >= before + 3));
+    let console = cluster.console("vm1");
+    for trouble in ["DAMAGED", "BUG:", "Oops", "panic", "I/O error", "Call Trace"] {
+        assert!(!console.contains(trouble), "{trouble} in:\n{console}");
+    }
+}
+
+#[test]
+fn linux_boots_works_moves_and_comes_back() {
+    let cluster = Cluster::up(2);
+    if boot(&cluster).is_none() {
+        return;
+    }
+    goes_on(&cluster);
+    let migration = cluster.json(["migrate", "vm1", "--to", "hostB"]);
+    assert_eq!(migration["source_digest"], migration["target_digest"]);
+    goes_on(&cluster);
+    cluster.ok(["checkpoint", "create", "vm1"]);
+    goes_on(&cluster);
+    let runner = cluster.runner("hostB", "vm1").expect("the guest has a runner");
+    cluster.kill(cluster.daemon("hostB"));
+    cluster.kill(runner);
+    cluster.ok(["restore", "vm1", "--to", "hostA"]);
+    goes_on(&cluster);
+}

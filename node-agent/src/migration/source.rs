@@ -1,0 +1,783 @@
+//! The source of a transfer, as a pure machine: inputs and `now` in, effects out. Diagram in [`super`].
+//!
+//! Each state holds only what is valid in it, and a step consumes it. Whatever goes wrong before `HandedOver` ends in
+//! `Failed`, with [`Effect::Resume`] if the guest was stopped. The mark at which the next attempt begins moves only when
+//! the target has acknowledged a round, and it is given out only by a transfer that ended well: a failed attempt forgets
+//! no page.
+//!
+//! It refuses to know lanes as connections, threads, clocks and the runner; [`super::link`] does what it says.
+
+use std::collections::BTreeSet;
+use std::ops::ControlFlow;
+
+use proto::status::Code;
+use proto::v1::{MachineDigest, PhaseReport, RoundReport, Section, TransferPolicy};
+use vmcb_engine::transfer::rounds::{Decision, RoundFacts, Rounds, StopReason};
+
+use super::{Failure, PROTOCOL, differing_parts};
+
+/// What is decided before the transfer begins.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// How many lanes.
+    pub lanes: u32,
+    /// The operator's wishes.
+    pub policy: TransferPolicy,
+    /// The guest goes on at the source once its state is captured and its last pages are read.
+    pub checkpoint: bool,
+    /// Send pages stamped with this epoch or later; 0 sends all.
+    pub mark: u32,
+}
+
+/// What a round put on the lanes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RoundTotals {
+    /// Pages read.
+    pub pages: u64,
+    /// Of these, pages whose bytes did not travel because they are zero.
+    pub zero_pages: u64,
+    /// Bytes of frames.
+    pub bytes: u64,
+}
+
+/// What happened.
+#[derive(Debug, Clone)]
+pub enum Input {
+    /// A lane's target accepted our Hello.
+    Replied {
+        /// Which lane.
+        lane: u32,
+        /// The version it chose.
+        protocol: u32,
+    },
+    /// Answer to [`Effect::AdvanceEpoch`].
+    Epoch(u32),
+    /// Answer to [`Effect::SendRound`]: all its frames and `RoundEnd`s are on the lanes.
+    RoundSent(RoundTotals),
+    /// `RoundAck`.
+    Acked {
+        /// Which round.
+        round: u32,
+    },
+    /// Answer to [`Effect::MeasureLeft`]: bytes in pages that are dirty now.
+    Left {
+        /// Bytes.
+        bytes: u64,
+    },
+    /// Answer to [`Effect::Stop`].
+    Stopped,
+    /// Answer to [`Effect::Capture`].
+    Captured(Vec<Section>),
+    /// Answer to [`Effect::Digest`].
+    Digested(MachineDigest),
+    /// `Ready`.
+    Ready(MachineDigest),
+    /// `Abort` from the target.
+    Aborted(Failure),
+    /// A lane is lost, the runner refuses, a page cannot be read.
+    Lost(Failure),
+    /// The operator or the controller wants no more of it.
+    Cancel(Failure),
+}
+
+/// What is to be done, in order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    /// Close the running epoch.
+    AdvanceEpoch,
+    /// Put pages with stamp `since` or later on the lanes, then `RoundEnd` on each.
+    SendRound {
+        /// Number of the round, from 1.
+        round: u32,
+        /// Mark.
+        since: u32,
+        /// The guest is stopped.
+        last: bool,
+    },
+    /// Count pages with stamp `since` or later.
+    MeasureLeft {
+        /// Mark.
+        since: u32,
+    },
+    /// Pause the guest.
+    Stop,
+    /// Get its sections.
+    Capture,
+    /// Compute the digest of all pages (as sent) and of the sections.
+    Digest {
+        /// The sections.
+        sections: Vec<Section>,
+        /// Hash all pages again from memory and compare with what was sent.
+        verify_full: bool,
+    },
+    /// Put the sections and `StateEnd` on lane 0.
+    SendState {
+        /// The sections.
+        sections: Vec<Section>,
+        /// Our digest.
+        digest: MachineDigest,
+        /// Ask the target to hash all pages again.
+        verify_full: bool,
+    },
+    /// Let the guest go on.
+    Resume,
+    /// Tell the target that it is over.
+    AbortTarget(Failure),
+    /// A round is done.
+    ReportRound(RoundReport),
+    /// A phase is done.
+    ReportPhase(PhaseReport),
+}
+
+/// The machine.
+#[derive(Debug)]
+pub enum Source {
+    /// Lanes are being opened.
+    Connecting(Connecting),
+    /// Rounds while the guest runs.
+    Precopy(Precopy),
+    /// The guest is being stopped and captured.
+    Stopping(Stopping),
+    /// The last pages are under way.
+    LastPages(LastPages),
+    /// Sections and digest are under way; the target compares.
+    Comparing(Comparing),
+    /// Both digests agree. The controller decides.
+    HandedOver(HandedOver),
+    /// Over; the guest runs here as before.
+    Failed(Failed),
+}
+
+/// A state and what is to be done.
+#[derive(Debug)]
+pub struct Step {
+    /// The state after the step.
+    pub state: Source,
+    /// Effects in order.
+    pub effects: Vec<Effect>,
+}
+
+/// State [`Source::Connecting`].
+#[derive(Debug)]
+pub struct Connecting {
+    plan: Plan,
+    replied: BTreeSet<u32>,
+    began_us: u64,
+}
+
+/// State [`Source::Precopy`].
+#[derive(Debug)]
+pub struct Precopy {
+    plan: Plan,
+    rounds: Rounds,
+    round: u32,
+    mark: u32,
+    began_us: u64,
+    step: PrecopyStep,
+}
+
+#[derive(Debug)]
+enum PrecopyStep {
+    Advancing,
+    Sending { epoch: u32, began_us: u64, flight: Flight },
+    Measuring { epoch: u32, took_us: u64, totals: RoundTotals },
+}
+
+/// A round on its way: what is known of it may come in either order.
+#[derive(Debug, Default)]
+struct Flight {
+    sent: Option<RoundTotals>,
+    acked: bool,
+}
+
+/// State [`Source::Stopping`].
+#[derive(Debug)]
+pub struct Stopping {
+    plan: Plan,
+    round: u32,
+    mark: u32,
+    reason: StopReason,
+    stop_us: u64,
+    step: StoppingStep,
+}
+
+#[derive(Debug)]
+enum StoppingStep {
+    Pausing,
+    Capturing { since_us: u64 },
+    Advancing { sections: Vec<Section> },
+}
+
+/// State [`Source::LastPages`].
+#[derive(Debug)]
+pub struct LastPages {
+    plan: Plan,
+    round: u32,
+    sections: Vec<Section>,
+    mark: u32,
+    pause: Pause,
+    began_us: u64,
+    flight: Flight,
+}
+
+/// State [`Source::Comparing`].
+#[derive(Debug)]
+pub struct Comparing {
+    plan: Plan,
+    mark: u32,
+    pause: Pause,
+    began_us: u64,
+    step: ComparingStep,
+}
+
+#[derive(Debug)]
+enum ComparingStep {
+    Digesting { sections: Vec<Section> },
+    Waiting { digest: MachineDigest },
+}
+
+/// How long the guest has stood still.
+#[derive(Debug, Clone, Copy)]
+enum Pause {
+    /// Since then.
+    Since(u64),
+    /// It runs again (checkpoint), after so many microseconds.
+    Over(u64),
+}
+
+/// State [`Source::HandedOver`].
+#[derive(Debug)]
+pub struct HandedOver {
+    /// The digest of both sides.
+    pub source: MachineDigest,
+    /// The target's own word.
+    pub target: MachineDigest,
+    /// Microseconds that the guest has stood still.
+    pub stopped_us: u64,
+    /// It still does: this is not a checkpoint.
+    pub guest_stands: bool,
+    /// All pages with an older stamp are at the target.
+    pub mark: u32,
+}
+
+/// State [`Source::Failed`].
+#[derive(Debug)]
+pub struct Failed {
+    /// Why.
+    pub failure: Failure,
+}
+
+impl Source {
+    /// Begins: Hello is being sent on every lane.
+    pub fn new(plan: Plan, now_us: u64) -> Self {
+        Self::Connecting(Connecting { plan, replied: BTreeSet::new(), began_us: now_us })
+    }
+
+    /// Takes one input in.
+    pub fn step(self, input: Input, now_us: u64) -> Step {
+        match self {
+            Self::Connecting(state) => state.step(input, now_us),
+            Self::Precopy(state) => state.step(input, now_us),
+            Self::Stopping(state) => state.step(input, now_us),
+            Self::LastPages(state) => state.step(input, now_us),
+            Self::Comparing(state) => state.step(input, now_us),
+            state @ (Self::HandedOver(_) | Self::Failed(_)) => Step { state, effects: vec![] },
+        }
+    }
+
+    /// It will not change any more.
+    pub fn is_over(&self) -> bool {
+        matches!(self, Self::HandedOver(_) | Self::Failed(_))
+    }
+
+    /// The guest stands still because of this machine.
+    pub fn holds_guest(&self) -> bool {
+        match self {
+            Self::Connecting(_) | Self::Precopy(_) | Self::Failed(_) => false,
+            Self::Stopping(_) => true,
+            Self::LastPages(LastPages { pause, .. }) | Self::Comparing(Comparing { pause, .. }) => pause.lasts(),
+            Self::HandedOver(state) => state.guest_stands,
+        }
+    }
+}
+
+impl Input {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Replied { .. } => "HelloReply",
+            Self::Epoch(_) => "an epoch",
+            Self::RoundSent(_) => "the end of a round",
+            Self::Acked { .. } => "RoundAck",
+            Self::Left { .. } => "a measurement",
+            Self::Stopped => "a stop",
+            Self::Captured(_) => "sections",
+            Self::Digested(_) => "a digest",
+            Self::Ready(_) => "Ready",
+            Self::Aborted(_) => "Abort",
+            Self::Lost(_) => "a loss",
+            Self::Cancel(_) => "a cancel",
+        }
+    }
+
+    /// What an input means that does not fit the state.
+    fn misplaced(&self, state: &str) -> Failure {
+        let from_target = matches!(self, Self::Replied { .. } | Self::Acked { .. } | Self::Ready(_));
+        let code = if from_target { Code::Protocol } else { Code::Internal };
+        Failure::new(code, format_args!("{} came while {state}", self.name()))
+    }
+}
+
+/// Whether the guest must be let go when a transfer fails, and whether the target knows of it already.
+fn fail(failure: Failure, holds_guest: bool, tell_target: bool) -> Step {
+    let mut effects = Vec::new();
+    if holds_guest {
+        effects.push(Effect::Resume);
+    }
+    if tell_target {
+        effects.push(Effect::AbortTarget(failure.clone()));
+    }
+    Step { state: Source::Failed(Failed { failure }), effects }
+}
+
+/// Ends for the inputs that end every state alike; gives back the others.
+fn end(input: Input, holds_guest: bool) -> ControlFlow<Step, Input> {
+    match input {
+        Input::Aborted(failure) => ControlFlow::Break(fail(failure, holds_guest, false)),
+        Input::Lost(failure) | Input::Cancel(failure) => ControlFlow::Break(fail(failure, holds_guest, true)),
+        other => ControlFlow::Continue(other),
+    }
+}
+
+fn phase(phase: &str, since_us: u64, now_us: u64) -> Effect {
+    Effect::ReportPhase(PhaseReport { phase: phase.to_owned(), ms: ms(now_us.saturating_sub(since_us)) })
+}
+
+fn ms(us: u64) -> f64 {
+    us as f64 / 1000.0
+}
+
+impl Pause {
+    fn lasts(self) -> bool {
+        matches!(self, Self::Since(_))
+    }
+
+    fn us(self, now_us: u64) -> u64 {
+        match self {
+            Self::Since(since_us) => now_us.saturating_sub(since_us),
+            Self::Over(us) => us,
+        }
+    }
+
+    /// Lets the guest go, once.
+    fn end(&mut self, now_us: u64, effects: &mut Vec<Effect>) {
+        if self.lasts() {
+            *self = Self::Over(self.us(now_us));
+            effects.push(Effect::Resume);
+        }
+    }
+}
+
+impl Flight {
+    fn sent(&mut self, totals: RoundTotals) -> Option<RoundTotals> {
+        self.sent = Some(totals);
+        self.landed()
+    }
+
+    fn acked(&mut self) -> Option<RoundTotals> {
+        self.acked = true;
+        self.landed()
+    }
+
+    fn landed(&self) -> Option<RoundTotals> {
+        self.sent.filter(|_| self.acked)
+    }
+}
+
+impl Connecting {
+    fn step(mut self, input: Input, now_us: u64) -> Step {
+        let input = match end(input, false) {
+            ControlFlow::Continue(input) => input,
+            ControlFlow::Break(step) => return step,
+        };
+        match input {
+            Input::Replied { lane, protocol } if PROTOCOL.contains(&protocol) && lane < self.plan.lanes => {
+                self.replied.insert(lane);
+                if self.replied.len() < self.plan.lanes as usize {
+                    return Step { state: Source::Connecting(self), effects: vec![] };
+                }
+                let effects = vec![phase("setup", self.began_us, now_us), Effect::AdvanceEpoch];
+                let state = Precopy {
+                    rounds: Rounds::new(&self.plan.policy),
+                    round: 1,
+                    mark: self.plan.mark,
+                    began_us: now_us,
+                    step: PrecopyStep::Advancing,
+                    plan: self.plan,
+                };
+                Step { state: Source::Precopy(state), effects }
+            }
+            Input::Replied { protocol, .. } => {
+                let words =
+                    format_args!("the target speaks lane protocol {protocol}; this release speaks {PROTOCOL:?}");
+                fail(Failure::new(Code::Protocol, words), false, true)
+            }
+            other @ (Input::Epoch(_)
+            | Input::RoundSent(_)
+            | Input::Acked { .. }
+            | Input::Left { .. }
+            | Input::Stopped
+            | Input::Captured(_)
+            | Input::Digested(_)
+            | Input::Ready(_)
+            | Input::Aborted(_)
+            | Input::Lost(_)
+            | Input::Cancel(_)) => fail(other.misplaced("connecting"), false, true),
+        }
+    }
+}
+
+impl Precopy {
+    fn step(mut self, input: Input, now_us: u64) -> Step {
+        let input = match end(input, false) {
+            ControlFlow::Continue(input) => input,
+            ControlFlow::Break(step) => return step,
+        };
+        match (input, self.step) {
+            (Input::Epoch(epoch), PrecopyStep::Advancing) => {
+                let effects = vec![Effect::SendRound { round: self.round, since: self.mark, last: false }];
+                self.step = PrecopyStep::Sending { epoch, began_us: now_us, flight: Flight::default() };
+                Step { state: Source::Precopy(self), effects }
+            }
+            (Input::RoundSent(totals), PrecopyStep::Sending { epoch, began_us, mut flight })
+                if flight.sent.is_none() =>
+            {
+                let landed = flight.sent(totals);
+                self.step = PrecopyStep::Sending { epoch, began_us, flight };
+                self.after_flight(landed, now_us)
+            }
+            (Input::Acked { round }, PrecopyStep::Sending { epoch, began_us, mut flight })
+                if round == self.round && !flight.acked =>
+            {
+                let landed = flight.acked();
+                self.step = PrecopyStep::Sending { epoch, began_us, flight };
+                self.after_flight(landed, now_us)
+            }
+            (Input::Left { bytes }, PrecopyStep::Measuring { epoch, took_us, totals }) => {
+                self.mark = epoch;
+                self.step = PrecopyStep::Advancing;
+                self.decide(RoundFacts { sent_bytes: totals.bytes, took_us, left_bytes: bytes }, totals, now_us)
+            }
+            (other, PrecopyStep::Advancing | PrecopyStep::Sending { .. } | PrecopyStep::Measuring { .. }) => {
+                fail(other.misplaced("sending rounds"), false, true)
+            }
+        }
+    }
+
+    /// Goes on when a round is sent and acknowledged.
+    fn after_flight(mut self, landed: Option<RoundTotals>, now_us: u64) -> Step {
+        let mut effects = Vec::new();
+        self.step = match (self.step, landed) {
+            (PrecopyStep::Sending { epoch, began_us, .. }, Some(totals)) => {
+                effects.push(Effect::MeasureLeft { since: epoch });
+                PrecopyStep::Measuring { epoch, took_us: now_us.saturating_sub(began_us), totals }
+            }
+            (step, _) => step,
+        };
+        Step { state: Source::Precopy(self), effects }
+    }
+
+    fn decide(mut self, facts: RoundFacts, totals: RoundTotals, now_us: u64) -> Step {
+        let mut effects = vec![report(self.round, totals, facts.took_us, facts.left_bytes)];
+        self.round += 1;
+        match self.rounds.decide(facts) {
+            Decision::Again => {
+                effects.push(Effect::AdvanceEpoch);
+                Step { state: Source::Precopy(self), effects }
+            }
+            Decision::Stop(reason) => {
+                effects.extend([phase("precopy", self.began_us, now_us), Effect::Stop]);
+                let Self { plan, round, mark, .. } = self;
+                let state = Stopping { plan, round, mark, reason, stop_us: now_us, step: StoppingStep::Pausing };
+                Step { state: Source::Stopping(state), effects }
+            }
+        }
+    }
+}
+
+fn report(round: u32, totals: RoundTotals, took_us: u64, dirtied_bytes: u64) -> Effect {
+    let dirty_rate = u128::from(dirtied_bytes) * 1_000_000 / u128::from(took_us.max(1));
+    Effect::ReportRound(RoundReport {
+        round,
+        pages: totals.pages,
+        zero_pages: totals.zero_pages,
+        bytes: totals.bytes,
+        ms: ms(took_us),
+        dirty_rate: dirty_rate.min(u64::MAX.into()) as u64,
+    })
+}
+
+impl Stopping {
+    /// Why the guest is being stopped.
+    pub fn reason(&self) -> StopReason {
+        self.reason
+    }
+
+    fn step(mut self, input: Input, now_us: u64) -> Step {
+        let input = match end(input, true) {
+            ControlFlow::Continue(input) => input,
+            ControlFlow::Break(step) => return step,
+        };
+        match (input, self.step) {
+            (Input::Stopped, StoppingStep::Pausing) => {
+                let effects = vec![phase("stop", self.stop_us, now_us), Effect::Capture];
+                self.step = StoppingStep::Capturing { since_us: now_us };
+                Step { state: Source::Stopping(self), effects }
+            }
+            // The sections come first: whatever capturing writes into RAM is then among the last pages.
+            (Input::Captured(sections), StoppingStep::Capturing { since_us }) => {
+                let effects = vec![phase("state", since_us, now_us), Effect::AdvanceEpoch];
+                self.step = StoppingStep::Advancing { sections };
+                Step { state: Source::Stopping(self), effects }
+            }
+            (Input::Epoch(epoch), StoppingStep::Advancing { sections }) => {
+                let effects = vec![Effect::SendRound { round: self.round, since: self.mark, last: true }];
+                let state = LastPages {
+                    plan: self.plan,
+                    round: self.round,
+                    sections,
+                    mark: epoch,
+                    pause: Pause::Since(self.stop_us),
+                    began_us: now_us,
+                    flight: Flight::default(),
+                };
+                Step { state: Source::LastPages(state), effects }
+            }
+            (other, StoppingStep::Pausing | StoppingStep::Capturing { .. } | StoppingStep::Advancing { .. }) => {
+                fail(other.misplaced("stopping the guest"), true, true)
+            }
+        }
+    }
+}
+
+impl LastPages {
+    fn step(mut self, input: Input, now_us: u64) -> Step {
+        let holds_guest = self.pause.lasts();
+        let input = match end(input, holds_guest) {
+            ControlFlow::Continue(input) => input,
+            ControlFlow::Break(step) => return step,
+        };
+        let mut effects = Vec::new();
+        let landed = match input {
+            Input::RoundSent(totals) if self.flight.sent.is_none() => {
+                // All bytes have left the guest's memory. With a full comparison they are needed a little longer.
+                if self.plan.checkpoint && !self.plan.policy.verify_full {
+                    self.pause.end(now_us, &mut effects);
+                }
+                self.flight.sent(totals)
+            }
+            Input::Acked { round } if round == self.round && !self.flight.acked => self.flight.acked(),
+            other @ (Input::Replied { .. }
+            | Input::Epoch(_)
+            | Input::RoundSent(_)
+            | Input::Acked { .. }
+            | Input::Left { .. }
+            | Input::Stopped
+            | Input::Captured(_)
+            | Input::Digested(_)
+            | Input::Ready(_)
+            | Input::Aborted(_)
+            | Input::Lost(_)
+            | Input::Cancel(_)) => return fail(other.misplaced("sending the last pages"), holds_guest, true),
+        };
+        let Some(totals) = landed else {
+            return Step { state: Source::LastPages(self), effects };
+        };
+        let verify_full = self.plan.policy.verify_full;
+        effects.push(report(self.round, totals, now_us.saturating_sub(self.began_us), 0));
+        effects.push(phase("last-pages", self.began_us, now_us));
+        effects.push(Effect::Digest { sections: self.sections.clone(), verify_full });
+        let Self { plan, sections, mark, pause, .. } = self;
+        let step = ComparingStep::Digesting { sections };
+        Step { state: Source::Comparing(Comparing { plan, mark, pause, began_us: now_us, step }), effects }
+    }
+}
+
+impl Comparing {
+    fn step(mut self, input: Input, now_us: u64) -> Step {
+        let holds_guest = self.pause.lasts();
+        let input = match end(input, holds_guest) {
+            ControlFlow::Continue(input) => input,
+            ControlFlow::Break(step) => return step,
+        };
+        match (input, self.step) {
+            (Input::Digested(digest), ComparingStep::Digesting { sections }) => {
+                let mut effects = Vec::new();
+                if self.plan.checkpoint {
+                    self.pause.end(now_us, &mut effects);
+                }
+                let verify_full = self.plan.policy.verify_full;
+                effects.push(Effect::SendState { sections, digest: digest.clone(), verify_full });
+                self.step = ComparingStep::Waiting { digest };
+                Step { state: Source::Comparing(self), effects }
+            }
+            (Input::Ready(target), ComparingStep::Waiting { digest: source }) => {
+                let parts = differing_parts(&source, &target);
+                if !parts.is_empty() {
+                    let words = format_args!("the target says that its {} differs from ours", parts.join(" and its "));
+                    return fail(Failure::new(Code::Corrupt, words), holds_guest, true);
+                }
+                let effects = vec![phase("digest", self.began_us, now_us)];
+                let stopped_us = self.pause.us(now_us);
+                let state = HandedOver { source, target, stopped_us, guest_stands: holds_guest, mark: self.mark };
+                Step { state: Source::HandedOver(state), effects }
+            }
+            (other, ComparingStep::Digesting { .. } | ComparingStep::Waiting { .. }) => {
+                fail(other.misplaced("comparing digests"), holds_guest, true)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::ids::Digest;
+    use vmcb_engine::snapshot::machine_digest;
+
+    use super::*;
+
+    fn digest(ram: u8) -> MachineDigest {
+        machine_digest(Digest([ram; 32]), Digest([2; 32]), &[])
+    }
+
+    fn source(checkpoint: bool) -> Source {
+        let policy = TransferPolicy { downtime_ms_max: 10, rounds_max: 2, ..Default::default() };
+        Source::new(Plan { lanes: 2, policy, checkpoint, mark: 3 }, 0)
+    }
+
+    /// Every input of a transfer that ends well, in order.
+    fn script() -> Vec<Input> {
+        let sent = Input::RoundSent(RoundTotals { pages: 512, zero_pages: 0, bytes: 2 << 20 });
+        vec![
+            Input::Replied { lane: 1, protocol: 1 },
+            Input::Replied { lane: 0, protocol: 1 },
+            Input::Epoch(7),
+            sent.clone(),
+            Input::Acked { round: 1 },
+            Input::Left { bytes: 1 << 30 },
+            Input::Epoch(8),
+            // The acknowledgement may be noticed first.
+            Input::Acked { round: 2 },
+            sent.clone(),
+            Input::Left { bytes: 4096 },
+            Input::Stopped,
+            Input::Captured(vec![]),
+            Input::Epoch(9),
+            sent,
+            Input::Acked { round: 3 },
+            Input::Digested(digest(1)),
+            Input::Ready(digest(1)),
+        ]
+    }
+
+    fn play(checkpoint: bool, inputs: &[Input]) -> (Source, Vec<Effect>) {
+        let mut all = Vec::new();
+        let mut state = source(checkpoint);
+        for (at, input) in (0..).zip(inputs) {
+            let step = state.step(input.clone(), at * 1000);
+            state = step.state;
+            all.extend(step.effects);
+        }
+        (state, all)
+    }
+
+    fn marks(effects: &[Effect]) -> Vec<(u32, u32, bool)> {
+        effects
+            .iter()
+            .filter_map(|effect| match effect {
+                Effect::SendRound { round, since, last } => Some((*round, *since, *last)),
+                _ => None,
+            })
+            .collect()
+    }
+
+    fn count(effects: &[Effect], wanted: &Effect) -> usize {
+        effects.iter().filter(|effect| *effect == wanted).count()
+    }
+
+    #[test]
+    fn each_round_begins_at_the_epoch_that_the_one_before_closed() {
+        let (state, effects) = play(false, &script());
+        assert_eq!(marks(&effects), [(1, 3, false), (2, 7, false), (3, 8, true)]);
+        assert!(matches!(state, Source::HandedOver(HandedOver { mark: 9, stopped_us: 7000, .. })), "{state:?}");
+        assert_eq!((count(&effects, &Effect::Stop), count(&effects, &Effect::Resume)), (1, 0));
+    }
+
+    #[test]
+    fn a_checkpoints_guest_goes_on_as_soon_as_its_last_pages_are_read() {
+        let inputs = script();
+        let (_, effects) = play(true, &inputs[..14]);
+        assert_eq!(count(&effects, &Effect::Resume), 1);
+        let (state, effects) = play(true, &inputs);
+        assert_eq!(count(&effects, &Effect::Resume), 1);
+        assert!(matches!(state, Source::HandedOver(HandedOver { stopped_us: 4000, .. })), "{state:?}");
+    }
+
+    #[test]
+    fn a_failure_at_any_step_lets_the_guest_go_exactly_if_it_stands() {
+        let failure = || Failure::new(Code::Unreachable, "x");
+        for checkpoint in [false, true] {
+            for steps in 0..script().len() {
+                for bad in [Input::Lost(failure()), Input::Aborted(failure()), Input::Cancel(failure())] {
+                    let (before, effects) = play(checkpoint, &script()[..steps]);
+                    let stands = count(&effects, &Effect::Stop) > count(&effects, &Effect::Resume);
+                    assert_eq!(before.holds_guest(), stands, "after {steps} steps");
+                    let Step { state, effects } = before.step(bad.clone(), 99);
+                    assert!(matches!(&state, Source::Failed(failed) if failed.failure == failure()), "{state:?}");
+                    assert_eq!(count(&effects, &Effect::Resume), usize::from(stands), "after {steps} steps: {bad:?}");
+                    let tells = !matches!(bad, Input::Aborted(_));
+                    assert_eq!(count(&effects, &Effect::AbortTarget(failure())), usize::from(tells));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn any_input_out_of_order_ends_the_transfer_and_never_panics() {
+        for steps in 0..script().len() {
+            for (at, input) in script().into_iter().enumerate() {
+                let (before, _) = play(false, &script()[..steps]);
+                let stands = before.holds_guest();
+                let Step { state, effects } = before.step(input.clone(), 99);
+                match state {
+                    Source::Failed(_) => assert_eq!(count(&effects, &Effect::Resume), usize::from(stands)),
+                    Source::HandedOver(_) => assert_eq!(at, script().len() - 1),
+                    _ => (),
+                }
+            }
+        }
+        let (state, _) = play(false, &[script()[0].clone(), Input::Acked { round: 1 }]);
+        assert!(matches!(&state, Source::Failed(f) if f.failure.code == Code::Protocol), "{state:?}");
+        let (state, _) = play(false, &[Input::Replied { lane: 0, protocol: 9 }]);
+        assert!(matches!(&state, Source::Failed(f) if f.failure.reason.contains("protocol 9")), "{state:?}");
+    }
+
+    #[test]
+    fn a_target_with_another_digest_is_refused_by_part() {
+        let mut inputs = script();
+        inputs.pop();
+        inputs.push(Input::Ready(digest(4)));
+        let (state, effects) = play(false, &inputs);
+        assert!(
+            matches!(&state, Source::Failed(f) if f.failure.code == Code::Corrupt && f.failure.reason.contains("RAM"))
+        );
+        assert_eq!(count(&effects, &Effect::Resume), 1);
+    }
+
+    #[test]
+    fn what_has_ended_stays_as_it_is() {
+        let failure = Failure::new(Code::Cancelled, "late");
+        let (state, _) = play(false, &script());
+        let Step { state, effects } = state.step(Input::Cancel(failure), 99);
+        assert!(matches!(state, Source::HandedOver(_)) && effects.is_empty());
+    }
+}

@@ -1,0 +1,110 @@
+//! What a guest needs and what a host has, compared bit by bit before anything moves.
+//!
+//! | file | what |
+//! |---|---|
+//! | `soft_v1` | the frozen CPU model `soft-v1`: CPUID, power-up state, writable control bits |
+//! | `msr` | its MSRs: reset values, legal writes, and which part holds them |
+//! | `set` | `CapabilitySet`: atoms and facts, their saved form, and the check |
+//! | `feature` | a name for every bit of the feature leaves |
+//!
+//! A contract is made once, when the guest first boots, and travels with it; a host's set is measured. This room refuses
+//! to execute CPUID itself: whoever can, passes a reader.
+
+pub mod feature;
+pub mod msr;
+mod set;
+pub mod soft_v1;
+
+#[cfg(test)]
+mod tests;
+
+pub use set::{Atom, BadSet, CapabilitySet, CpuidRegister, Facts, Failing, Rule};
+
+use crate::cpu::CpuState;
+use crate::vmcb::check::Limits;
+
+/// What varies between the vCPUs and machines of one model.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Topology {
+    /// This vCPU, from 0; also its APIC id.
+    pub vcpu: u32,
+    /// vCPUs of the machine, at least 1.
+    pub vcpus: u32,
+    /// Guest TSC frequency.
+    pub tsc_hz: u64,
+}
+
+/// A named CPU contract. There is one; the type is what later ones must offer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum CpuModel {
+    /// [`soft_v1`].
+    SoftV1,
+}
+
+impl CpuModel {
+    /// Every model.
+    pub const ALL: [CpuModel; 1] = [CpuModel::SoftV1];
+
+    /// By the name that `MachineConfig.cpu_model` carries.
+    pub fn by_name(name: &str) -> Option<CpuModel> {
+        Self::ALL.into_iter().find(|model| model.name() == name)
+    }
+
+    /// The name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            CpuModel::SoftV1 => "soft-v1",
+        }
+    }
+
+    /// EAX, EBX, ECX, EDX of CPUID.
+    pub fn cpuid(self, leaf: u32, subleaf: u32, topology: &Topology) -> [u32; 4] {
+        match self {
+            CpuModel::SoftV1 => soft_v1::cpuid(leaf, subleaf, topology),
+        }
+    }
+
+    /// State of a vCPU when the machine is built: RESET plus what depends on the model.
+    pub fn power_up(self, topology: &Topology) -> CpuState {
+        match self {
+            CpuModel::SoftV1 => soft_v1::power_up(topology),
+        }
+    }
+
+    /// The MSR `index`, or `None` where RDMSR and WRMSR raise #GP(0).
+    pub fn msr(self, index: u32) -> Option<&'static msr::MsrRow> {
+        match self {
+            CpuModel::SoftV1 => msr::find(index),
+        }
+    }
+
+    /// What VMRUN's consistency checks take as existing bits.
+    pub fn limits(self) -> Limits {
+        match self {
+            CpuModel::SoftV1 => soft_v1::LIMITS,
+        }
+    }
+
+    /// What a guest of this model needs from any host.
+    pub fn contract(self, tsc_khz: u64) -> CapabilitySet {
+        let topology = Topology { vcpu: 0, vcpus: 1, tsc_hz: tsc_khz.saturating_mul(1000) };
+        let facts = Facts {
+            phys_bits: soft_v1::PHYS_BITS,
+            linear_bits: soft_v1::LINEAR_BITS,
+            tsc_khz,
+            tsc_scaling: false,
+            engines: ["kvm", "soft"].map(str::to_owned).into(),
+            msrs: msr::saved().map(|(index, _)| index).collect(),
+        };
+        CapabilitySet::from_cpuid(self.name(), &mut |leaf, subleaf| self.cpuid(leaf, subleaf, &topology), facts)
+    }
+}
+
+/// What the software engine offers on any host: the table of its newest model, at any TSC rate.
+pub fn soft_host() -> CapabilitySet {
+    let mut set = CpuModel::SoftV1.contract(0);
+    set.model.clear();
+    set.facts.tsc_scaling = true;
+    set.facts.engines = ["soft".to_owned()].into();
+    set
+}

@@ -1,0 +1,266 @@
+//! The frozen model stays frozen, refusals name the bit, and the saved form takes only its own bytes.
+
+use super::CpuidRegister::{Eax, Ebx, Ecx, Edx};
+use super::*;
+use crate::cpu::{RunState, gpr};
+use crate::vmcb::Vmcb;
+use crate::vmcb::check::violations;
+use crate::vmcb::registers::{cr0, cr4, efer};
+use proptest::prelude::*;
+
+const ONE: Topology = Topology { vcpu: 0, vcpus: 1, tsc_hz: 1_000_000_000 };
+
+/// Every leaf that answers, as one digest: a change of any bit would break guests that were booted with the model.
+#[test]
+fn soft_v1_is_frozen() {
+    let mut hasher = blake3::Hasher::new();
+    for topology in [ONE, Topology { vcpu: 2, vcpus: 4, tsc_hz: 2_500_000_000 }] {
+        for leaf in (0..0x20).chain(0x4000_0000..0x4000_0020).chain(0x8000_0000..0x8000_0040) {
+            for subleaf in 0..3 {
+                for word in CpuModel::SoftV1.cpuid(leaf, subleaf, &topology) {
+                    hasher.update(&word.to_le_bytes());
+                }
+            }
+        }
+    }
+    for row in msr::ROWS {
+        hasher.update(format!("{row:?}").as_bytes());
+    }
+    assert_eq!(hasher.finalize().to_hex().as_str(), FROZEN);
+}
+
+const FROZEN: &str = "2f28614531c142a6b209bbd344fd19764401936f59cfd29dba4ec084e145f779";
+
+fn has(leaf: u32, register: CpuidRegister, bit: u32) -> bool {
+    CpuModel::SoftV1.cpuid(leaf, 0, &ONE)[register as usize] & (1 << bit) != 0
+}
+
+#[test]
+fn the_features_are_those_of_x86_64_v2_and_no_more() {
+    // System V ABI, levels v1 and v2.
+    for bit in [0, 8, 15, 23, 24, 25, 26] {
+        assert!(has(1, Edx, bit), "1.EDX {bit}");
+    }
+    for bit in [0, 9, 13, 19, 20, 23] {
+        assert!(has(1, Ecx, bit), "1.ECX {bit}");
+    }
+    assert!(has(0x8000_0001, Ecx, 0) && has(0x8000_0001, Edx, 11) && has(0x8000_0001, Edx, 29));
+    // PCLMUL, FMA, PCID, MOVBE, AES, XSAVE, OSXSAVE, AVX, F16C, RDRAND.
+    for bit in [1, 12, 17, 22, 25, 26, 27, 28, 29, 30] {
+        assert!(!has(1, Ecx, bit), "1.ECX {bit}");
+    }
+    // BMI1, AVX2, BMI2, INVPCID, RDSEED, SMAP.
+    for bit in [3, 5, 8, 10, 18, 20] {
+        assert!(!has(7, Ebx, bit), "7.EBX {bit}");
+    }
+    assert_eq!(CpuModel::SoftV1.cpuid(7, 0, &ONE)[2], 0, "no UMIP, PKU, LA57");
+    assert!(!has(0x8000_0001, Ecx, 2), "no SVM");
+    assert_eq!(CpuModel::SoftV1.cpuid(0xd, 0, &ONE), [0; 4]);
+}
+
+#[test]
+fn what_spares_guests_their_mitigations_is_there_and_usable() {
+    for (register, bits) in [(Eax, &[2, 6, 8, 29][..]), (Ecx, &[1, 2])] {
+        assert!(bits.iter().all(|&bit| has(0x8000_0021, register, bit)));
+    }
+    assert!(has(0x8000_0008, Ebx, 26) && has(0x8000_0008, Ebx, 29));
+    let row = CpuModel::SoftV1.msr(0xc000_0080).unwrap();
+    assert!(row.accepts(0xd01, 0xd01 | efer::AIBRSE), "AutoIBRS can be turned on");
+    assert!(!row.accepts(0, efer::SVME) && !row.accepts(0, efer::FFXSR));
+}
+
+#[test]
+fn identity_reads_as_text() {
+    let text = |leaves: &[u32], order: [usize; 4], take: usize| -> String {
+        let bytes = leaves.iter().flat_map(|&leaf| {
+            let answer = CpuModel::SoftV1.cpuid(leaf, 0, &ONE);
+            order.into_iter().take(take).flat_map(move |register| answer[register].to_le_bytes())
+        });
+        String::from_utf8(bytes.collect()).unwrap().trim_end_matches('\0').to_owned()
+    };
+    assert_eq!(text(&[0], [1, 3, 2, 0], 3), "AuthenticAMD");
+    assert_eq!(text(&[0x4000_0000], [1, 2, 3, 0], 3), "KVMKVMKVM");
+    assert_eq!(text(&[0x8000_0002, 0x8000_0003, 0x8000_0004], [0, 1, 2, 3], 4), "Godwit soft-v1");
+    let signature = CpuModel::SoftV1.cpuid(1, 0, &ONE)[0];
+    assert_eq!((signature >> 8 & 0xf) + (signature >> 20 & 0xff), 0x19, "family");
+    assert_eq!(signature >> 4 & 0xf | signature >> 12 & 0xf0, 0x11, "model");
+}
+
+#[test]
+fn leaves_vary_by_vcpu_where_they_must() {
+    let topology = Topology { vcpu: 2, vcpus: 4, tsc_hz: 2_500_000_000 };
+    let [_, ebx, _, edx] = CpuModel::SoftV1.cpuid(1, 0, &topology);
+    assert_eq!((ebx >> 24, ebx >> 16 & 0xff, edx >> 28 & 1), (2, 4, 1));
+    assert_eq!(CpuModel::SoftV1.cpuid(0x8000_0008, 0, &topology)[2], 0x2003);
+    assert_eq!(CpuModel::SoftV1.cpuid(0x4000_0010, 0, &topology)[..2], [2_500_000, 2_500_000]);
+    assert_eq!(CpuModel::SoftV1.cpuid(0x8000_0008, 0, &ONE)[0], 0x3030);
+}
+
+#[test]
+fn power_up_is_reset_with_the_contract_in_it() {
+    let first = CpuModel::SoftV1.power_up(&ONE);
+    assert_eq!(first.gprs[gpr::RDX], u64::from(soft_v1::SIGNATURE));
+    assert_eq!((first.msrs[&0x277], first.msrs[&0x2ff]), (0x0007_0406_0007_0406, 0x806));
+    assert!(!first.msrs.contains_key(&0xc000_0080) && !first.msrs.contains_key(&0x800));
+    assert_eq!(first.run_state, RunState::Runnable);
+    assert_eq!(CpuModel::SoftV1.power_up(&Topology { vcpu: 1, ..ONE }).run_state, RunState::Uninitialised);
+    let back = CpuState::from_bytes(&first.to_bytes()).unwrap();
+    assert_eq!(back, first);
+}
+
+#[test]
+fn a_guest_in_long_mode_passes_the_checks_of_vmrun() {
+    let mut state = CpuModel::SoftV1.power_up(&ONE);
+    state.cr0 = cr0::PE | cr0::PG;
+    state.cr4 = cr4::PAE | cr4::SMEP;
+    state.efer = efer::LME | efer::LMA | efer::AIBRSE;
+    let mut vmcb = Vmcb::boxed();
+    state.to_vmcb(&mut vmcb);
+    vmcb.control.np_enable = 1;
+    vmcb.control.guest_asid = 1;
+    vmcb.control.set_intercept(crate::vmcb::Intercept::VMRUN, true);
+    assert_eq!(violations(&vmcb, CpuModel::SoftV1.limits()), []);
+}
+
+#[test]
+fn msr_rows_are_sorted_and_apart() {
+    for pair in msr::ROWS.windows(2) {
+        assert!(pair[0].first + pair[0].count <= pair[1].first, "{} and {}", pair[0].name, pair[1].name);
+    }
+    for row in msr::ROWS {
+        assert_eq!(msr::find(row.first), Some(row));
+        assert_eq!(msr::find(row.first + row.count - 1), Some(row));
+        if row.home == msr::Home::Saved && row.form != msr::Form::ReadOnly {
+            assert!(row.accepts(row.reset, row.reset), "{} refuses its own reset value", row.name);
+        }
+    }
+    for absent in [0, 0x48, 0x49, 0x210, 0x900, 0xc000_0104, 0xc001_0114, u32::MAX] {
+        assert_eq!(msr::find(absent), None, "{absent:#x}");
+    }
+    let legal = |index, current, value| msr::find(index).unwrap().accepts(current, value);
+    assert!(!legal(0xc000_0082, 0, 1 << 47), "LSTAR must be canonical");
+    assert!(!legal(0x277, 0, 2) && legal(0x277, 0, 0x0007_0406_0001_0406));
+    assert!(legal(0xc001_1029, 2, 2) && !legal(0xc001_1029, 2, 0), "LFENCE stays serialising");
+    assert!(!legal(0x8b, 0, 0));
+}
+
+#[test]
+fn the_soft_host_runs_the_soft_contract_at_any_rate() {
+    assert_eq!(CpuModel::by_name("soft-v1"), Some(CpuModel::SoftV1));
+    assert_eq!(CpuModel::by_name("soft-v0"), None);
+    assert_eq!(CpuModel::SoftV1.contract(2_596_000).failing_on(&soft_host()), []);
+}
+
+#[test]
+fn a_refusal_names_each_missing_thing() {
+    let guest = CpuModel::SoftV1.contract(1_000_000);
+    let mut host = soft_host();
+    for atom in &mut host.atoms {
+        match (atom.leaf, atom.register) {
+            (1, Ecx) => atom.value &= !(1 << 20 | 1 << 23),
+            (0, Ebx) => atom.value = 0x756e_6547,
+            (0x8000_0021, Ecx) => atom.value = 2,
+            _ => {}
+        }
+    }
+    host.facts.phys_bits = 40;
+    host.facts.tsc_scaling = false;
+    host.facts.engines = ["xen".to_owned()].into();
+    host.facts.msrs.remove(&0xc001_1029);
+    let text: Vec<String> = guest.failing_on(&host).iter().map(Failing::to_string).collect();
+    assert_eq!(
+        text,
+        [
+            "CPUID 0x0.0 EBX mask 0xffffffff: the host's 0x756e6547 differs from the guest's 0x68747541",
+            "CPUID 0x1.0 ECX bit 20 (SSE4.2): the host lacks it",
+            "CPUID 0x1.0 ECX bit 23 (POPCNT): the host lacks it",
+            "CPUID 0x80000021.0 ECX bit 2 (TSA_L1_NO): the host lacks it",
+            "the guest has 48 physical address bits, the host 40",
+            "the guest's TSC runs at 1000000 kHz, the host's at 0 kHz, and the host cannot scale it",
+            "the guest runs on engines {\"kvm\", \"soft\"}, the host has {\"xen\"}",
+            "MSR 0xc0011029: the host cannot set it",
+        ]
+    );
+}
+
+#[test]
+fn the_three_rules_point_the_right_way() {
+    let atom = |rule, value| Atom { leaf: 9, subleaf: 0, register: Eax, mask: 0xff, value, rule };
+    let set = |rule, value| {
+        let facts = Facts { engines: ["soft".to_owned()].into(), ..Facts::default() };
+        CapabilitySet { model: String::new(), atoms: vec![atom(rule, value)], facts }
+    };
+    let passes = |rule, guest, host| set(rule, guest).failing_on(&set(rule, host)).is_empty();
+    assert!(passes(Rule::Subset, 0b0101, 0b1101) && !passes(Rule::Subset, 0b1101, 0b0101));
+    assert!(passes(Rule::Equal, 7, 7) && !passes(Rule::Equal, 6, 7) && !passes(Rule::Equal, 7, 6));
+    assert!(passes(Rule::NotGreater, 6, 7) && passes(Rule::NotGreater, 7, 7) && !passes(Rule::NotGreater, 8, 7));
+}
+
+#[test]
+fn xsave_components_must_lie_at_the_same_place() {
+    let set = |pkru_offset: u32| {
+        let mut cpuid = |leaf, subleaf| match (leaf, subleaf) {
+            (0xd, 0) => [0x207, 0, 0, 0],
+            (0xd, 2) => [256, 0x240, 0, 0],
+            (0xd, 9) => [8, pkru_offset, 0, 0],
+            _ => [0; 4],
+        };
+        let facts = Facts { engines: ["kvm".to_owned()].into(), ..Facts::default() };
+        CapabilitySet::from_cpuid("", &mut cpuid, facts)
+    };
+    assert_eq!(set(0x980).failing_on(&set(0x980)), []);
+    let failing = set(0x980).failing_on(&set(0xa80));
+    assert!(matches!(failing[..], [Failing::Field { guest: Atom { leaf: 0xd, subleaf: 9, .. }, host: 0xa80 }]));
+}
+
+#[test]
+fn every_bit_that_the_model_sets_has_a_name() {
+    for atom in CpuModel::SoftV1.contract(0).atoms.iter().filter(|atom| atom.rule == Rule::Subset) {
+        for bit in (0..32).filter(|bit| atom.value & (1 << bit) != 0) {
+            assert!(feature::name(atom.leaf, atom.subleaf, atom.register, bit).is_some(), "{atom:x?} bit {bit}");
+        }
+    }
+}
+
+#[test]
+fn the_saved_form_refuses_what_no_encoder_wrote() {
+    type Spoil = fn(&mut proto::v1::CapabilitySet);
+    let rows: &[Spoil] = &[
+        |set| set.atoms.swap(0, 1),
+        |set| set.atoms.insert(0, set.atoms[0]),
+        |set| set.atoms[0].register = 4,
+        |set| set.atoms[0].rule = 0,
+        |set| set.atoms[0].rule = 99,
+        |set| set.atoms[0].mask = 0,
+        |set| set.engines.reverse(),
+        |set| set.msrs.push(0),
+        |set| set.model = "x".repeat(65),
+        |set| set.msrs = (0..5000).collect(),
+    ];
+    let good = CpuModel::SoftV1.contract(5).encode();
+    assert_eq!(CapabilitySet::decode(good.clone()), Ok(CpuModel::SoftV1.contract(5)));
+    for (index, spoil) in rows.iter().enumerate() {
+        let mut set = good.clone();
+        spoil(&mut set);
+        assert!(matches!(CapabilitySet::decode(set), Err(BadSet::Malformed(_))), "row {index}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn sets_round_trip_and_corruption_never_panics(khz: u64, at: prop::sample::Index, flip in 1u8..) {
+        let set = CpuModel::SoftV1.contract(khz);
+        let mut bytes = set.to_bytes();
+        prop_assert_eq!(CapabilitySet::from_bytes(&bytes), Ok(set));
+        let at = at.index(bytes.len());
+        bytes[at] ^= flip;
+        let _ = CapabilitySet::from_bytes(&bytes);
+    }
+
+    #[test]
+    fn any_msr_and_value_can_be_asked_about(index: u32, current: u64, value: u64) {
+        if let Some(row) = CpuModel::SoftV1.msr(index) {
+            let _ = row.accepts(current, value);
+        }
+    }
+}

@@ -1,0 +1,447 @@
+//! The bus: the only place that knows at which port or address a device sits, which line it pulls, and which vCPU a
+//! message reaches. What nobody claims reads as all ones.
+//!
+//! ```text
+//! ports   0x070-0x071 CMOS clock    0x3f8-0x3ff serial (line 4)    0x600-0x602 sleep control, sleep status, reset
+//! memory  0xd000_0000 + n * 4 KiB   virtio window n (line 5 + n): disks, network cards, entropy
+//!         0xfec0_0000               IOAPIC
+//!         APIC_BASE                 local APIC of the vCPU that looks
+//! ```
+//! This file refuses to know what registers mean, and engines.
+
+mod saved;
+
+pub use saved::{RestoreError, SECTION_VERSION, Take};
+
+use std::sync::Arc;
+
+use super::block::DiskImage;
+use super::ioapic::{Ioapic, PINS};
+use super::kvm_clock::KvmClock;
+use super::lapic::{Action, Lapic, Message, Request, delivery};
+use super::net::NetLink;
+use super::power::{Power, Stop};
+use super::rtc::{Epoch, Rtc};
+use super::uart::Uart;
+use super::virtio::block::Block;
+use super::virtio::mmio::{Mmio, WINDOW_BYTES};
+use super::virtio::net::Net;
+use super::virtio::rng::Rng;
+use crate::memory::GuestMemory;
+
+/// First port of the serial port, and how many.
+pub const SERIAL_PORT: u16 = 0x3f8;
+/// Line of the serial port.
+pub const SERIAL_LINE: u32 = 4;
+/// First of the two ports of the CMOS clock.
+pub const RTC_PORT: u16 = 0x70;
+/// Sleep control register (hardware-reduced ACPI).
+pub const SLEEP_CONTROL_PORT: u16 = 0x600;
+/// Sleep status register.
+pub const SLEEP_STATUS_PORT: u16 = 0x601;
+/// Reset register.
+pub const RESET_PORT: u16 = 0x602;
+/// First virtio window.
+pub const VIRTIO_BASE: u64 = 0xd000_0000;
+/// Line of the first virtio device; the others follow.
+pub const VIRTIO_LINE: u32 = 5;
+/// IOAPIC registers.
+pub const IOAPIC_BASE: u64 = 0xfec0_0000;
+/// Where local APICs are after reset.
+pub const LAPIC_BASE: u64 = 0xfee0_0000;
+/// Most vCPUs: xAPIC ids and the tables stay simple.
+pub const VCPUS_MAX: usize = 32;
+/// Most virtio devices besides the entropy device: one line each.
+pub const CARDS_MAX: usize = PINS - VIRTIO_LINE as usize - 1;
+
+const APIC_BASE_MSR: u32 = 0x1b;
+const TSC_DEADLINE_MSR: u32 = 0x6e0;
+const X2APIC_MSR: u32 = 0x800;
+const X2APIC_MSR_LAST: u32 = 0x8ff;
+
+/// Where a virtio device sits, for the tables that tell the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Window {
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Length.
+    pub bytes: u64,
+    /// Line of the IOAPIC, level triggered.
+    pub line: u32,
+}
+
+/// What devices are made of.
+pub struct Fitting {
+    /// vCPUs: 1 to [`VCPUS_MAX`].
+    pub vcpus: usize,
+    /// Seed of the entropy device.
+    pub seed: [u8; 32],
+    /// Unix nanoseconds at TSC 0.
+    pub epoch_ns: u64,
+    /// TSC ticks per second.
+    pub tsc_hz: u64,
+    /// Disks, in order.
+    pub disks: Vec<DiskImage>,
+    /// Network cards, in order.
+    pub nets: Vec<([u8; 6], Option<NetLink>)>,
+}
+
+/// All devices of a machine.
+#[derive(Debug)]
+pub struct Bus {
+    memory: Arc<GuestMemory>,
+    lapics: Vec<Lapic>,
+    ioapic: Ioapic,
+    uart: Uart,
+    rtc: Rtc,
+    kvm_clock: KvmClock,
+    power: Power,
+    disks: Vec<Mmio<Block>>,
+    nets: Vec<Mmio<Net>>,
+    rng: Mmio<Rng>,
+    /// The vCPU that executes now; chosen by the engine, no state.
+    vcpu: usize,
+}
+
+/// Which device a window belongs to.
+enum Slot {
+    Disk(usize),
+    Net(usize),
+    Rng,
+}
+
+/// Calls a method on the device of a slot.
+macro_rules! on_slot {
+    ($bus:expr, $slot:expr, $device:ident => $call:expr) => {
+        match $slot {
+            Slot::Disk(n) => {
+                let $device = &mut $bus.disks[n];
+                $call
+            }
+            Slot::Net(n) => {
+                let $device = &mut $bus.nets[n];
+                $call
+            }
+            Slot::Rng => {
+                let $device = &mut $bus.rng;
+                $call
+            }
+        }
+    };
+}
+
+impl Bus {
+    /// Devices after power-up.
+    ///
+    /// # Panics
+    /// If there are more vCPUs or cards than there are places.
+    pub fn new(memory: Arc<GuestMemory>, fitting: Fitting) -> Self {
+        let Fitting { vcpus, seed, epoch_ns, tsc_hz, disks, nets } = fitting;
+        assert!((1..=VCPUS_MAX).contains(&vcpus) && disks.len() + nets.len() <= CARDS_MAX);
+        let disks =
+            disks.into_iter().enumerate().map(|(n, image)| Mmio::new(Block::new(image, &format!("godwit-{n}"))));
+        Self {
+            memory,
+            lapics: (0..vcpus).map(Lapic::new).collect(),
+            ioapic: Ioapic::default(),
+            uart: Uart::new(),
+            rtc: Rtc::new(Epoch { epoch_ns, tsc_hz }),
+            kvm_clock: KvmClock::new(epoch_ns, tsc_hz, vcpus),
+            power: Power::default(),
+            disks: disks.collect(),
+            nets: nets.into_iter().map(|(mac, link)| Mmio::new(Net::new(mac, link))).collect(),
+            rng: Mmio::new(Rng::new(&seed)),
+            vcpu: 0,
+        }
+    }
+
+    /// How many vCPUs.
+    pub fn vcpus(&self) -> usize {
+        self.lapics.len()
+    }
+
+    /// Windows of the virtio devices, in order.
+    pub fn windows(&self) -> Vec<Window> {
+        let count = self.disks.len() + self.nets.len() + 1;
+        (0..count as u32)
+            .map(|n| Window {
+                gpa: VIRTIO_BASE + u64::from(n) * WINDOW_BYTES,
+                bytes: WINDOW_BYTES,
+                line: VIRTIO_LINE + n,
+            })
+            .collect()
+    }
+
+    fn slot(&self, index: usize) -> Option<Slot> {
+        let (disks, nets) = (self.disks.len(), self.nets.len());
+        match index {
+            _ if index < disks => Some(Slot::Disk(index)),
+            _ if index < disks + nets => Some(Slot::Net(index - disks)),
+            _ if index == disks + nets => Some(Slot::Rng),
+            _ => None,
+        }
+    }
+
+    /// The engine executes this vCPU from now on.
+    pub fn set_vcpu(&mut self, vcpu: usize) {
+        self.vcpu = vcpu;
+    }
+
+    /// IN.
+    pub fn io_read(&mut self, tsc: u64, port: u16, size: u8) -> u32 {
+        let mut value = 0;
+        for n in 0..size.min(4) {
+            value |= u32::from(self.read_port(tsc, port.wrapping_add(n.into()))) << (8 * n);
+        }
+        value
+    }
+
+    fn read_port(&mut self, tsc: u64, port: u16) -> u8 {
+        match port {
+            0x3f8..=0x3ff => {
+                let value = self.uart.read(port - SERIAL_PORT);
+                self.drive(SERIAL_LINE as usize, self.uart.interrupt());
+                value
+            }
+            // The index register cannot be read in the PC either.
+            0x71 => self.rtc.read(tsc),
+            SLEEP_CONTROL_PORT => self.power.sleep_control(),
+            SLEEP_STATUS_PORT | RESET_PORT => 0,
+            _ => 0xff,
+        }
+    }
+
+    /// OUT.
+    pub fn io_write(&mut self, tsc: u64, port: u16, size: u8, value: u32) {
+        for n in 0..size.min(4) {
+            self.write_port(tsc, port.wrapping_add(n.into()), (value >> (8 * n)) as u8);
+        }
+    }
+
+    fn write_port(&mut self, tsc: u64, port: u16, value: u8) {
+        match port {
+            0x3f8..=0x3ff => {
+                self.uart.write(port - SERIAL_PORT, value);
+                self.drive(SERIAL_LINE as usize, self.uart.interrupt());
+            }
+            0x70 => self.rtc.select(value),
+            0x71 => self.rtc.write(tsc, value),
+            SLEEP_CONTROL_PORT => self.power.set_sleep_control(value),
+            RESET_PORT => self.power.reset(value),
+            _ => {}
+        }
+    }
+
+    /// Load from an address that is not RAM.
+    pub fn mmio_read(&mut self, tsc: u64, gpa: u64, size: u8) -> u64 {
+        let ones = if size >= 8 { u64::MAX } else { (1 << (8 * size)) - 1 };
+        let (page, offset) = (gpa & !0xfff, gpa & 0xfff);
+        if self.lapics[self.vcpu].page() == Some(page) {
+            // Parts of a register show; loads across one do not exist in the chip.
+            let shift = 8 * (offset & 3);
+            let word = self.lapics[self.vcpu].read_page(tsc, offset as u16 & !3);
+            return u64::from(word) >> shift & ones;
+        }
+        if page == IOAPIC_BASE {
+            return u64::from(self.ioapic.read(offset as u16));
+        }
+        match self.window_of(gpa) {
+            Some((slot, _, offset)) => on_slot!(self, slot, device => device.read(offset, size)) & ones,
+            None => ones,
+        }
+    }
+
+    /// Store to an address that is not RAM.
+    pub fn mmio_write(&mut self, tsc: u64, gpa: u64, size: u8, value: u64) {
+        let (page, offset) = (gpa & !0xfff, gpa & 0xfff);
+        if self.lapics[self.vcpu].page() == Some(page) {
+            if size >= 4 {
+                let action = self.lapics[self.vcpu].write_page(tsc, offset as u16, value as u32);
+                self.act(self.vcpu, action);
+            }
+        } else if page == IOAPIC_BASE {
+            self.ioapic.write(offset as u16, value as u32);
+            self.settle();
+        } else if let Some((slot, line, offset)) = self.window_of(gpa) {
+            let memory = Arc::clone(&self.memory);
+            let interrupt = on_slot!(self, slot, device => {
+                device.write(&memory, offset, size, value);
+                device.interrupt()
+            });
+            self.drive(line, interrupt);
+        }
+    }
+
+    /// Slot, line and offset of an address in a virtio window.
+    fn window_of(&self, gpa: u64) -> Option<(Slot, usize, u64)> {
+        let distance = gpa.checked_sub(VIRTIO_BASE)?;
+        let index = usize::try_from(distance / WINDOW_BYTES).ok()?;
+        let slot = self.slot(index)?;
+        Some((slot, VIRTIO_LINE as usize + index, distance % WINDOW_BYTES))
+    }
+
+    /// RDMSR; `None` is #GP(0).
+    pub fn msr_read(&mut self, tsc: u64, vcpu: usize, msr: u32) -> Option<u64> {
+        let lapic = &mut self.lapics[vcpu];
+        match msr {
+            APIC_BASE_MSR => Some(lapic.base()),
+            TSC_DEADLINE_MSR => Some(lapic.tsc_deadline()),
+            X2APIC_MSR..=X2APIC_MSR_LAST => lapic.read_msr(tsc, msr - X2APIC_MSR),
+            _ => self.kvm_clock.read(vcpu, msr),
+        }
+    }
+
+    /// WRMSR; `None` is #GP(0).
+    pub fn msr_write(&mut self, tsc: u64, vcpu: usize, msr: u32, value: u64) -> Option<()> {
+        let lapic = &mut self.lapics[vcpu];
+        match msr {
+            APIC_BASE_MSR => lapic.set_base(value),
+            TSC_DEADLINE_MSR => {
+                lapic.set_tsc_deadline(tsc, value);
+                Some(())
+            }
+            X2APIC_MSR..=X2APIC_MSR_LAST => {
+                let action = lapic.write_msr(tsc, msr - X2APIC_MSR, value)?;
+                self.act(vcpu, action);
+                Some(())
+            }
+            _ => self.kvm_clock.write(&self.memory, tsc, vcpu, msr, value),
+        }
+    }
+
+    fn act(&mut self, vcpu: usize, action: Action) {
+        match action {
+            Action::None => {}
+            Action::EndOfInterrupt(vector) => {
+                self.ioapic.end_of_interrupt(vector);
+                self.settle();
+            }
+            Action::Send(message) => {
+                self.deliver(message, Some(vcpu as u32));
+            }
+        }
+    }
+
+    /// Brings a message to the local APICs it is for; true if one accepted it.
+    fn deliver(&mut self, message: Message, sender: Option<u32>) -> bool {
+        let targets = self.lapics.iter_mut().filter(|lapic| lapic.is_target(message.target, sender));
+        if message.delivery == delivery::LOWEST {
+            // The first of equals, so that it does not depend on history.
+            return targets.min_by_key(|lapic| lapic.arbitration()).is_some_and(|lapic| lapic.accept(message));
+        }
+        targets.fold(false, |accepted, lapic| lapic.accept(message) | accepted)
+    }
+
+    fn drive(&mut self, line: usize, asserted: bool) {
+        if let Some(edge) = self.ioapic.set_line(line, asserted) {
+            self.deliver(edge, None);
+        }
+        self.settle_pin(line);
+    }
+
+    fn settle(&mut self) {
+        (0..PINS).for_each(|pin| self.settle_pin(pin));
+    }
+
+    fn settle_pin(&mut self, pin: usize) {
+        if let Some(message) = self.ioapic.level_message(pin)
+            && self.deliver(message, None)
+        {
+            self.ioapic.accepted(pin);
+        }
+    }
+
+    /// Lets time-driven devices act.
+    pub fn tick(&mut self, tsc: u64) {
+        self.lapics.iter_mut().for_each(|lapic| lapic.tick(tsc));
+    }
+
+    /// TSC at which [`Bus::tick`] must be called next.
+    #[inline]
+    pub fn next_deadline(&self) -> Option<u64> {
+        self.lapics.iter().filter_map(Lapic::deadline).min()
+    }
+
+    /// The vector that may interrupt a vCPU now.
+    #[inline]
+    pub fn pending_interrupt(&self, vcpu: usize) -> Option<u8> {
+        self.lapics[vcpu].pending()
+    }
+
+    /// A vCPU took a vector.
+    pub fn acknowledge(&mut self, vcpu: usize, vector: u8) {
+        self.lapics[vcpu].acknowledge(vector);
+    }
+
+    /// What a vCPU is asked to do apart from interrupts.
+    pub fn take_request(&mut self, vcpu: usize) -> Option<Request> {
+        self.lapics[vcpu].take_request()
+    }
+
+    /// True if [`Bus::take_request`] would say something.
+    pub fn has_request(&self, vcpu: usize) -> bool {
+        self.lapics[vcpu].has_request()
+    }
+
+    /// CR8.
+    pub fn cr8(&self, vcpu: usize) -> u8 {
+        self.lapics[vcpu].cr8()
+    }
+
+    /// MOV to CR8.
+    pub fn set_cr8(&mut self, vcpu: usize, value: u8) {
+        self.lapics[vcpu].set_cr8(value);
+    }
+
+    /// What the guest asked for: off or reset.
+    pub fn stopped(&self) -> Option<Stop> {
+        self.power.stopped()
+    }
+
+    /// Serial input; returns how many bytes fit.
+    pub fn console_input(&mut self, bytes: &[u8]) -> usize {
+        let fit = self.uart.input(bytes);
+        self.drive(SERIAL_LINE as usize, self.uart.interrupt());
+        fit
+    }
+
+    /// Serial output since the last call.
+    pub fn take_console_output(&mut self) -> Vec<u8> {
+        self.uart.take_output()
+    }
+
+    /// A packet for a network card; false if the guest has no buffer for it.
+    pub fn net_input(&mut self, card: usize, packet: &[u8]) -> bool {
+        let Some(net) = self.nets.get_mut(card) else { return false };
+        let taken = net.input(&self.memory, packet);
+        let interrupt = net.interrupt();
+        self.drive(VIRTIO_LINE as usize + self.disks.len() + card, interrupt);
+        taken
+    }
+
+    /// Plugs the cable of a network card in or pulls it out.
+    pub fn set_link(&mut self, card: usize, up: bool) {
+        let Some(net) = self.nets.get_mut(card) else { return };
+        net.set_link(up);
+        let interrupt = net.interrupt();
+        self.drive(VIRTIO_LINE as usize + self.disks.len() + card, interrupt);
+    }
+
+    /// MAC of a network card.
+    pub fn mac(&self, card: usize) -> Option<[u8; 6]> {
+        self.nets.get(card).map(|net| net.device().mac())
+    }
+
+    /// Images of the disks, in order.
+    pub fn disk_images(&self) -> impl Iterator<Item = &DiskImage> {
+        self.disks.iter().map(|disk| disk.device().image())
+    }
+
+    /// Blocks written from now on are stamped with this epoch.
+    pub fn set_epoch(&mut self, epoch: u32) {
+        self.disks.iter_mut().for_each(|disk| disk.device_mut().image_mut().set_epoch(epoch));
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,145 @@
+//! What runs guest instructions: one trait, implemented by the software SVM processor ([`soft`]) and by hardware SVM
+//! through Linux KVM. State is architectural on both sides of the trait, so a guest can move between them.
+//!
+//! An engine refuses to know devices: what the guest asks of the world goes through [`Platform`], synchronously, and
+//! what the world asks of the guest (interrupts, deadlines) is fetched from it between two instructions.
+
+use std::fmt;
+
+use crate::cpu::CpuState;
+use crate::vmcb::Vmcb;
+
+pub mod soft;
+
+/// The machine's time. Guest TSC = `retired * tsc_per_instruction + skipped_tsc` (+ the vCPU's own offset).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Clock {
+    /// Guest instructions retired over all vCPUs.
+    pub retired: u64,
+    /// TSC ticks that passed while the machine was idle.
+    pub skipped_tsc: u64,
+    /// TSC ticks an instruction takes.
+    pub tsc_per_instruction: u32,
+}
+
+impl Clock {
+    /// TSC ticks since the machine was built.
+    pub fn tsc(&self) -> u64 {
+        self.retired.wrapping_mul(self.tsc_per_instruction.into()).wrapping_add(self.skipped_tsc)
+    }
+
+    /// The first instruction count at which [`Clock::tsc`] is at least `tsc`, if the machine stays busy.
+    pub fn retired_at(&self, tsc: u64) -> u64 {
+        self.retired + tsc.saturating_sub(self.tsc()).div_ceil(u64::from(self.tsc_per_instruction))
+    }
+}
+
+/// Everything outside the processor, as the processor sees it. `tsc` is [`Clock::tsc`] now.
+pub trait Platform {
+    /// IN of `size` bytes (1, 2, 4).
+    fn io_read(&mut self, tsc: u64, port: u16, size: u8) -> u32;
+    /// OUT of `size` bytes (1, 2, 4).
+    fn io_write(&mut self, tsc: u64, port: u16, size: u8, value: u32);
+    /// Load of `size` bytes (1, 2, 4, 8) from an address that is not RAM.
+    fn mmio_read(&mut self, tsc: u64, gpa: u64, size: u8) -> u64;
+    /// Store of `size` bytes (1, 2, 4, 8) to an address that is not RAM.
+    fn mmio_write(&mut self, tsc: u64, gpa: u64, size: u8, value: u64);
+    /// RDMSR of an MSR that the engine does not own (APIC_BASE, x2APIC, TSC_DEADLINE, kvm-clock); `None` is #GP(0).
+    fn msr_read(&mut self, tsc: u64, vcpu: usize, msr: u32) -> Option<u64>;
+    /// WRMSR of an MSR that the engine does not own; `None` is #GP(0).
+    fn msr_write(&mut self, tsc: u64, vcpu: usize, msr: u32, value: u64) -> Option<()>;
+    /// Lets time-driven devices act; called whenever [`Platform::next_deadline`] has passed, and after idle jumps.
+    fn tick(&mut self, tsc: u64);
+    /// TSC at which `tick` must be called next.
+    fn next_deadline(&self) -> Option<u64>;
+    /// The vector that the local APIC would deliver now (priority above PPR), without acknowledging it.
+    fn pending_interrupt(&mut self, vcpu: usize) -> Option<u8>;
+    /// The processor took this vector.
+    fn acknowledge(&mut self, vcpu: usize, vector: u8);
+    /// Task priority, as CR8 shows it.
+    fn cr8(&self, vcpu: usize) -> u8;
+    /// MOV to CR8.
+    fn set_cr8(&mut self, vcpu: usize, value: u8);
+    /// This vCPU executes from now on: loads and stores of its local APIC page are its own. Engines with several vCPUs
+    /// say so at every change.
+    fn executing(&mut self, vcpu: usize) {
+        let _ = vcpu;
+    }
+    /// What the processor is asked to do besides interrupts, once each; looked at where interrupts are.
+    fn take_request(&mut self, vcpu: usize) -> Option<Request> {
+        let _ = vcpu;
+        None
+    }
+    /// True once the guest asked to be powered off or reset: the engine returns [`Exit::Stopped`] at once.
+    fn stopped(&self) -> bool;
+}
+
+/// What one processor or a device asks another processor to do, besides interrupts (APM2 16.5).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Request {
+    /// INIT: reset, then wait for a start-up.
+    Init,
+    /// Start in real mode at this page of the first MiB.
+    Startup(u8),
+    /// Non-maskable interrupt.
+    Nmi,
+}
+
+/// Why [`Engine::run`] came back. Always between two instructions.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Exit {
+    /// The instruction count that was asked for.
+    Reached,
+    /// Every vCPU waits for an interrupt. No deadline has passed.
+    Halted,
+    /// Triple fault (APM2 8.2.9, 15.14.3).
+    Shutdown,
+    /// [`Platform::stopped`].
+    Stopped,
+    /// The engine met something that it cannot do; the guest cannot go on.
+    Failed(String),
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Exit::Reached => f.write_str("reached the instruction asked for"),
+            Exit::Halted => f.write_str("halted"),
+            Exit::Shutdown => f.write_str("triple fault"),
+            Exit::Stopped => f.write_str("stopped by the guest"),
+            Exit::Failed(why) => write!(f, "engine cannot go on: {why}"),
+        }
+    }
+}
+
+/// Why a CPU state cannot be loaded.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum LoadError {
+    /// This engine has no such vCPU.
+    #[error("there is no vCPU {0}")]
+    NoVcpu(usize),
+    /// VMRUN would refuse it (APM2 15.5.1).
+    #[error("illegal CPU state: {0}")]
+    Illegal(String),
+}
+
+/// Runs the vCPUs of one machine. Owned by one thread.
+pub trait Engine {
+    /// Runs until exactly `until_retired` instructions have retired over all vCPUs, or until an earlier [`Exit`].
+    fn run(&mut self, platform: &mut dyn Platform, until_retired: u64) -> Exit;
+    /// The machine's time.
+    fn clock(&self) -> Clock;
+    /// Sets the machine's time: restore, and jumps over idle time.
+    fn set_clock(&mut self, clock: Clock);
+    /// Architectural state of a vCPU. Forgets all cached translations, so that a restored machine behaves the same.
+    fn store(&mut self, vcpu: usize) -> CpuState;
+    /// Loads architectural state.
+    ///
+    /// # Errors
+    /// No such vCPU, or a state that VMRUN would refuse.
+    fn load(&mut self, vcpu: usize, state: &CpuState) -> Result<(), LoadError>;
+    /// The epoch of page stamps advanced: the next write to every page must be stamped again.
+    fn rearm_stamps(&mut self);
+    /// The VMCB that holds this vCPU now.
+    fn vmcb(&self, vcpu: usize) -> Vmcb;
+}
