@@ -124,14 +124,17 @@ fn shift<W: Width, S: Shift, P: Place>(core: &mut Core, op: &Op, count: u64) -> 
     Ok(())
 }
 
+#[inline(always)]
 fn by_imm<W: Width, S: Shift, P: Place>(core: &mut Core, op: &Op) -> Step {
     shift::<W, S, P>(core, op, op.immediate)
 }
 
+#[inline(always)]
 fn by_one<W: Width, S: Shift, P: Place>(core: &mut Core, op: &Op) -> Step {
     shift::<W, S, P>(core, op, 1)
 }
 
+#[inline(always)]
 fn by_cl<W: Width, S: Shift, P: Place>(core: &mut Core, op: &Op) -> Step {
     let count = core.gprs[RCX];
     shift::<W, S, P>(core, op, count)

@@ -25,6 +25,7 @@ impl Core {
             gprs: [0; 32],
             flags: Flags::from_rflags(0),
             budget: 0,
+            follow: 0,
             tlb_set: 0,
             tlb: crate::engine::soft::tlb::Tlb::new(),
             rip: 0xfff0,
