@@ -200,6 +200,18 @@ impl Program {
     }
 }
 
+/// An ELF with a PVH note that runs `code` in 64-bit mode with the first 8 GiB mapped one to one and interrupts off.
+///
+/// # Errors
+/// The assembler refused.
+pub fn bare(code: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Result<Vec<u8>, IcedError> {
+    let mut asm = CodeAssembler::new(64)?;
+    asm.mov(rsp, STACK)?;
+    code(&mut asm)?;
+    let segments = [(ENTRY, entry()?), (MAIN, asm.assemble(MAIN)?), (TABLES, tables(0)), (PML4, page_tables())];
+    Ok(elf(&segments))
+}
+
 /// Subroutines, and the texts that they print.
 struct Routines {
     /// rbx page, rcx count: writes the whole page. Keeps rbx and rcx.

@@ -1,4 +1,5 @@
 //! Real binaries, real guests, faults: what the whole-cluster tests and the benchmarks are made of.
 
+pub mod bench;
 pub mod cluster;
 pub mod guest;

@@ -6,10 +6,8 @@ use std::path::PathBuf;
 use e2e::cluster::{Cluster, wait};
 
 fn guest() -> Option<PathBuf> {
-    let dir = std::env::var_os("GODWIT_GUEST").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/guest"),
-        PathBuf::from,
-    );
+    let dir = std::env::var_os("GODWIT_GUEST")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/guest"), PathBuf::from);
     if dir.join("vmlinuz").is_file() {
         return Some(dir.canonicalize().expect("the folder is there"));
     }
@@ -31,17 +29,18 @@ fn boot(cluster: &Cluster) -> Option<()> {
     Some(())
 }
 
-/// The newest `count N` of the guest's console.
+/// The newest `godwit: beat N SHA256` of the guest's console.
 fn count(cluster: &Cluster) -> Option<u64> {
     let console = cluster.ctl(["vm", "console", "vm1", "--log"]).stdout;
-    console.lines().filter_map(|line| line.trim().strip_prefix("count ")?.split(' ').next()?.parse().ok()).last()
+    let beat = |line: &str| line.split_once("godwit: beat ")?.1.split(' ').next()?.parse().ok();
+    console.lines().filter_map(beat).last()
 }
 
 fn goes_on(cluster: &Cluster) {
     let before = count(cluster).unwrap_or(0);
     wait("Linux to go on counting", || count(cluster).filter(|now| *now >= before + 3));
     let console = cluster.console("vm1");
-    for trouble in ["BAD", "BUG:", "Oops", "panic", "I/O error", "Call Trace"] {
+    for trouble in ["DAMAGED", "BUG:", "Oops", "panic", "I/O error", "Call Trace"] {
         assert!(!console.contains(trouble), "{trouble} in:\n{console}");
     }
 }

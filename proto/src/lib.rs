@@ -14,7 +14,13 @@ pub mod leaf;
 pub mod status;
 
 /// Messages and services of package `godwit.v1`, generated at build time.
-#[allow(missing_docs, clippy::all, clippy::pedantic, reason = "generated; documented in the .proto files")]
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::pedantic,
+    clippy::allow_attributes_without_reason,
+    reason = "generated; documented in the .proto files"
+)]
 pub mod v1 {
     include!(concat!(env!("OUT_DIR"), "/godwit.v1.rs"));
 }

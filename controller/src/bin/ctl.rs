@@ -1,1 +1,5 @@
-fn main() {}
+//! `ctl`, the operator's tool: see `controller::ctl`.
+
+fn main() -> std::process::ExitCode {
+    controller::ctl::main()
+}

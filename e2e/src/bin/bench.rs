@@ -1,1 +1,50 @@
-fn main() {}
+//! `bench SUITE [CASE...] [--json]`: measures, prints one figure a line.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use e2e::bench::{Report, engine, migrate};
+
+/// Godwit's benchmarks.
+#[derive(Parser)]
+struct Arguments {
+    /// One JSON object a line instead of a table.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    suite: Suite,
+}
+
+#[derive(Subcommand)]
+enum Suite {
+    /// Instructions a second of the software engine: int, mem, branch, sse, linux-boot.
+    Engine {
+        /// Only these cases.
+        cases: Vec<String>,
+        /// What `deploy/guest` made.
+        #[arg(long, default_value = "target/guest")]
+        guest: PathBuf,
+    },
+    /// A guest of 1 GiB between two agents: idle, dirty-50, dirty-200.
+    Migrate {
+        /// Only these cases.
+        cases: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let report = Report::new(arguments.json);
+    let result = match &arguments.suite {
+        Suite::Engine { cases, guest } => engine::run(&report, guest, cases),
+        Suite::Migrate { cases } => migrate::run(&report, cases),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("bench: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -24,8 +24,12 @@
 //! threads that read and hash pages, pace, progress, cancel. The simulator joins the two pure machines under a seed.
 //! This room refuses to know sagas, leases, the runner's socket and who may call.
 
+#[cfg(test)]
+mod bank;
 pub mod link;
 pub mod message;
+#[cfg(test)]
+mod sim;
 pub mod source;
 pub mod target;
 
@@ -140,4 +144,4 @@ fn differing_parts(ours: &v1::MachineDigest, theirs: &v1::MachineDigest) -> Vec<
     parts
 }
 
-pub use link::{Phase, Receiver, read_hello, send, tune_endpoint};
+pub use link::{Phase, Receiver, Replies, read_hello, refusal, send, tune_endpoint, tune_server};

@@ -15,9 +15,12 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::{FallocateFlags, SeekFrom};
 
 use super::PAGE_BYTES;
+use super::digest::{PageDigests, leaves};
 
 /// Stamps read at once: those of 256 MiB.
 const STAMPS_AT_ONCE: usize = 1 << 16;
+/// Pages read at once: 1 MiB.
+const PAGES_AT_ONCE: u64 = 256;
 
 /// Pages that lie one after the other.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -32,6 +35,17 @@ impl Run {
     /// Number after the last.
     pub fn end(&self) -> u64 {
         self.first + self.pages
+    }
+
+    /// Cuts it at multiples of `step` pages.
+    pub fn pieces(self, step: u64) -> impl Iterator<Item = Run> {
+        let mut first = self.first;
+        std::iter::from_fn(move || {
+            let next = (first / step + 1).saturating_mul(step).min(self.end());
+            let piece = Run { first, pages: next - first };
+            first = next;
+            (piece.pages > 0).then_some(piece)
+        })
     }
 }
 
@@ -242,6 +256,41 @@ impl SharedPages {
         Ok(runs)
     }
 
+    /// Whether every page is zero.
+    ///
+    /// # Errors
+    /// The host.
+    pub fn is_zero(&self) -> Result<bool, PagesError> {
+        let mut bytes = Vec::new();
+        for filled in self.filled(Run { first: 0, pages: self.pages })? {
+            for piece in filled.pieces(PAGES_AT_ONCE) {
+                bytes.clear();
+                self.append_pages(piece, &mut bytes)?;
+                if bytes.as_chunks::<64>().0.iter().any(|line| *line != [0; 64]) {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Digests of all pages as they are now, read from where they lie.
+    ///
+    /// # Errors
+    /// The host.
+    pub fn digests(&self) -> Result<PageDigests, PagesError> {
+        let mut digests = PageDigests::new(self.pages);
+        let mut bytes = Vec::new();
+        for filled in self.filled(Run { first: 0, pages: self.pages })? {
+            for piece in filled.pieces(PAGES_AT_ONCE) {
+                bytes.clear();
+                self.append_pages(piece, &mut bytes)?;
+                (piece.first..).zip(leaves(&bytes)).for_each(|(page, leaf)| digests.set(page, leaf));
+            }
+        }
+        Ok(digests)
+    }
+
     fn check(&self, first: u64, count: u64) -> Result<(), PagesError> {
         match first.checked_add(count) {
             Some(end) if end <= self.pages => Ok(()),
@@ -332,6 +381,14 @@ mod tests {
         read(&pages, whole);
         assert_eq!(pages.filled(whole).unwrap(), [Run { first: 100, pages: 1 }]);
         assert_eq!(pages.filled(Run { first: 0, pages: 100 }).unwrap(), []);
+        assert!(!pages.is_zero().unwrap());
+        let mut digests = pages.digests().unwrap();
+        let mut expected = PageDigests::new(4096);
+        assert_ne!(digests.root(), expected.root());
+        expected.set(100, crate::memory::digest::leaf(&[1; 4096]));
+        assert_eq!(digests.root(), expected.root());
+        pages.write_pages(100, &[0; 4096]).unwrap();
+        assert!(pages.is_zero().unwrap());
     }
 
     #[test]

@@ -29,14 +29,7 @@ pub struct PageFrame {
 
 /// Cuts a run into pieces of at most [`PAGES_MAX`] pages, at multiples of it.
 pub fn pieces(run: Run) -> impl Iterator<Item = Run> {
-    let step = u64::from(PAGES_MAX);
-    let mut first = run.first;
-    std::iter::from_fn(move || {
-        let next = (first / step + 1).saturating_mul(step).min(run.end());
-        let piece = Run { first, pages: next - first };
-        first = next;
-        (piece.pages > 0).then_some(piece)
-    })
+    run.pieces(PAGES_MAX.into())
 }
 
 /// Reads a piece and makes its frames. `is_zero_there` says of a page whether the target has it as zero.

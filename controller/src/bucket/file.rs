@@ -1,0 +1,186 @@
+//! A bucket that is a directory on a local disk.
+//!
+//! An object appears by rename: written to a file of its own under `.tmp`, synced, renamed to its key, and the directories
+//! synced up to the root. A crash leaves at most a file under `.tmp`, which the next start removes.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::BucketError;
+use crate::ledger::saved::to_hex;
+
+const UNFINISHED: &str = ".tmp";
+
+/// The directory.
+#[derive(Clone, Debug)]
+pub struct FileBucket {
+    root: Arc<PathBuf>,
+}
+
+impl FileBucket {
+    pub(super) fn open(root: &Path) -> Result<FileBucket, BucketError> {
+        let io = |source| BucketError::Io { key: root.display().to_string(), source };
+        let unfinished = root.join(UNFINISHED);
+        match fs::remove_dir_all(&unfinished) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(io(error)),
+            _ => {}
+        }
+        fs::create_dir_all(&unfinished).map_err(io)?;
+        Ok(FileBucket { root: Arc::new(root.into()) })
+    }
+
+    pub(super) fn put(&self, key: &str, bytes: &[u8]) -> Result<(), BucketError> {
+        let unfinished = self.root.join(UNFINISHED).join(to_hex(&crate::entropy::bytes::<16>()));
+        self.write(key, &unfinished, bytes).map_err(|source| {
+            // Nobody has seen it; if even removing fails, the next start does it.
+            let _ = fs::remove_file(&unfinished);
+            match source.kind() {
+                ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
+                    BucketError::Full { key: key.into(), bytes: bytes.len() }
+                }
+                _ => BucketError::Io { key: key.into(), source },
+            }
+        })
+    }
+
+    fn write(&self, key: &str, unfinished: &Path, bytes: &[u8]) -> io::Result<()> {
+        let mut file = File::create_new(unfinished)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        let path = self.root.join(key);
+        let folder = path.parent().unwrap_or(&self.root);
+        fs::create_dir_all(folder)?;
+        fs::rename(unfinished, &path)?;
+        let inside = folder.ancestors().take_while(|folder| folder.starts_with(&*self.root));
+        inside.into_iter().try_for_each(|folder| File::open(folder)?.sync_all())
+    }
+
+    pub(super) fn get(&self, key: &str) -> Result<Bytes, BucketError> {
+        fs::read(self.root.join(key)).map(Bytes::from).map_err(|source| missing(key, source))
+    }
+
+    pub(super) fn get_range(&self, key: &str, offset: u64, bytes: usize) -> Result<Bytes, BucketError> {
+        let io = |source| missing(key, source);
+        let mut file = File::open(self.root.join(key)).map_err(io)?;
+        let (found, expected) = (file.metadata().map_err(io)?.len(), offset.saturating_add(bytes as u64));
+        if found < expected {
+            return Err(BucketError::Short { key: key.into(), found, expected });
+        }
+        let mut part = vec![0; bytes];
+        file.seek(SeekFrom::Start(offset)).map_err(io)?;
+        file.read_exact(&mut part).map_err(io)?;
+        Ok(part.into())
+    }
+
+    pub(super) fn list(&self, prefix: &str) -> Result<Vec<String>, BucketError> {
+        let mut keys = Vec::new();
+        let mut folders = vec![self.root.join(prefix)];
+        let io = |source| BucketError::Io { key: prefix.into(), source };
+        while let Some(folder) = folders.pop() {
+            let entries = match fs::read_dir(&folder) {
+                Ok(entries) => entries,
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) => return Err(io(error)),
+            };
+            for entry in entries {
+                let entry = entry.map_err(io)?;
+                let path = entry.path();
+                if entry.file_type().map_err(io)?.is_dir() {
+                    folders.push(path);
+                } else if let Ok(Some(key)) = path.strip_prefix(&*self.root).map(Path::to_str) {
+                    keys.push(key.to_owned());
+                }
+            }
+        }
+        keys.sort();
+        Ok(keys)
+    }
+
+    pub(super) fn delete(&self, key: &str) -> Result<(), BucketError> {
+        match fs::remove_file(self.root.join(key)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(missing(key, error)),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn missing(key: &str, source: io::Error) -> BucketError {
+    match source.kind() {
+        ErrorKind::NotFound => BucketError::Missing(key.into()),
+        _ => BucketError::Io { key: key.into(), source },
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::bucket::Bucket;
+
+    /// A bucket in a directory that goes with it.
+    pub(crate) struct Scratch {
+        pub(crate) bucket: Bucket,
+        pub(crate) folder: PathBuf,
+    }
+
+    impl Scratch {
+        pub(crate) fn new() -> Scratch {
+            let folder = std::env::temp_dir().join(format!("godwit-{}", to_hex(&crate::entropy::bytes::<8>())));
+            let bucket = Bucket::open(&format!("file:{}", folder.display())).unwrap();
+            Scratch { bucket, folder }
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.folder);
+        }
+    }
+
+    #[tokio::test]
+    async fn objects_come_back_and_go() {
+        let scratch = Scratch::new();
+        let bucket = &scratch.bucket;
+        bucket.put("a/b/one", Bytes::from_static(b"0123456789")).await.unwrap();
+        bucket.put("a/c", Bytes::from_static(b"x")).await.unwrap();
+        assert_eq!(&bucket.get("a/b/one").await.unwrap()[..], b"0123456789");
+        assert_eq!(&bucket.get_range("a/b/one", 2, 3).await.unwrap()[..], b"234");
+        assert_eq!(bucket.list("a/").await.unwrap(), ["a/b/one", "a/c"]);
+        bucket.delete("a/c").await.unwrap();
+        bucket.delete("a/c").await.unwrap();
+        assert_eq!(bucket.list("a/").await.unwrap(), ["a/b/one"]);
+        assert_eq!(bucket.list("nothing/").await.unwrap(), [""; 0]);
+    }
+
+    #[tokio::test]
+    async fn what_is_not_there_or_too_short_is_named() {
+        let scratch = Scratch::new();
+        let missing = scratch.bucket.get("a/b").await.unwrap_err();
+        assert_eq!(missing.to_string(), "the bucket has no a/b");
+        scratch.bucket.put("a/b", Bytes::from_static(b"12")).await.unwrap();
+        let short = scratch.bucket.get_range("a/b", 1, 2).await.unwrap_err();
+        assert_eq!(short.to_string(), "a/b has 2 bytes where 3 are expected");
+    }
+
+    #[tokio::test]
+    async fn unfinished_objects_are_never_seen_and_go_at_the_next_start() {
+        let scratch = Scratch::new();
+        let unfinished = scratch.folder.join(UNFINISHED).join("half");
+        fs::write(&unfinished, b"half").unwrap();
+        assert!(scratch.bucket.get(".tmp/half").await.is_err());
+        Bucket::open(&format!("file:{}", scratch.folder.display())).unwrap();
+        assert!(!unfinished.exists());
+    }
+
+    #[tokio::test]
+    async fn a_put_that_fails_leaves_nothing_behind() {
+        let scratch = Scratch::new();
+        scratch.bucket.put("a", Bytes::from_static(b"file")).await.unwrap();
+        // A folder is needed where a file lies.
+        scratch.bucket.put("a/b", Bytes::from_static(b"x")).await.unwrap_err();
+        assert_eq!(fs::read_dir(scratch.folder.join(UNFINISHED)).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,127 @@
+//! `ctl checkpoint ...` and `ctl restore`: what is in the bucket, and back from it.
+
+use proto::status::Code;
+use proto::v1;
+
+use super::client::Client;
+use super::failure::Failure;
+use super::grammar::{CheckpointCommand, RestoreArgs, Verify};
+use super::operation;
+use super::output::{self, Format};
+use super::report::{Checkpoint, Done, List};
+use super::{migration, vm};
+
+/// The longest pause of a restore means nothing to the guest, which does not run yet; any value will do.
+const RESTORE_DOWNTIME: std::time::Duration = std::time::Duration::from_millis(300);
+
+/// Carries out a command.
+///
+/// # Errors
+/// What the controller refused or found damaged.
+pub async fn run(mut client: Client, command: CheckpointCommand, format: Format) -> Result<(), Failure> {
+    match command {
+        CheckpointCommand::Create(arg) => {
+            let what = format!("checkpoint {}", arg.vm);
+            let request = v1::VmName { vm: arg.vm };
+            let mut calls = client.clone();
+            let outcome = operation::follow(&client, &what, calls.create_checkpoint(request)).await?;
+            let record = outcome.done.checkpoint.ok_or_else(|| {
+                Failure::new(Code::Protocol, format!("{what}: done, but the controller sent no record of it"))
+            })?;
+            output::print(format, &Checkpoint::from(record))
+        }
+        CheckpointCommand::Ls { vm } => {
+            let found = list(&mut client, vm.unwrap_or_default()).await?;
+            output::print(format, &List(found.into_iter().map(Checkpoint::from).collect()))
+        }
+        CheckpointCommand::Show { id } => {
+            let doing = format!("show checkpoint {id}");
+            let reply = client.get_checkpoint(name(&id)).await.map_err(|e| Failure::from_status(&doing, &e))?;
+            output::print(format, &Checkpoint::from(reply.into_inner()))
+        }
+        CheckpointCommand::Verify(args) => match args.id {
+            Some(id) => {
+                let record = verify(&client, &id).await?;
+                output::print(format, &Checkpoint::from(record))
+            }
+            None => verify_all(client, format).await,
+        },
+        CheckpointCommand::Rm { id } => {
+            let mut calls = client.clone();
+            let what = format!("remove checkpoint {id}");
+            let outcome = operation::follow(&client, &what, calls.remove_checkpoint(name(&id))).await?;
+            output::print(
+                format,
+                &Done { message: format!("checkpoint {id} is removed"), operation: outcome.operation },
+            )
+        }
+    }
+}
+
+async fn list(client: &mut Client, vm: String) -> Result<Vec<v1::CheckpointRecord>, Failure> {
+    let reply = client.list_checkpoints(v1::VmName { vm }).await;
+    Ok(reply.map_err(|e| Failure::from_status("list the checkpoints", &e))?.into_inner().checkpoints)
+}
+
+/// The record after the check. A checkpoint that is not whole is a failure, however the controller says so.
+async fn verify(client: &Client, id: &str) -> Result<v1::CheckpointRecord, Failure> {
+    let mut calls = client.clone();
+    let what = format!("verify checkpoint {id}");
+    let outcome = operation::follow(client, &what, calls.verify_checkpoint(name(id))).await?;
+    let record = outcome.done.checkpoint.ok_or_else(|| {
+        Failure::new(Code::Protocol, format!("{what}: done, but the controller sent no record of it"))
+    })?;
+    if record.verified.starts_with("damaged") {
+        return Err(Failure::new(Code::Corrupt, format!("checkpoint {id} of {}: {}", record.vm, record.verified))
+            .hint("restore from another checkpoint: `ctl checkpoint ls`"));
+    }
+    Ok(record)
+}
+
+/// All are read, also after one that is damaged; the exit code is that of the first failure.
+async fn verify_all(mut client: Client, format: Format) -> Result<(), Failure> {
+    let mut verified = Vec::new();
+    let mut failures: Vec<Failure> = Vec::new();
+    for record in list(&mut client, String::new()).await? {
+        match verify(&client, &record.id).await {
+            Ok(record) => verified.push(Checkpoint::from(record)),
+            Err(failure) if failure.code == Code::Cancelled => return Err(failure),
+            Err(failure) => {
+                eprintln!("{}", failure.lines());
+                let verified_word = format!("damaged: {}", failure.message);
+                verified.push(Checkpoint::from(v1::CheckpointRecord { verified: verified_word, ..record }));
+                failures.push(failure);
+            }
+        }
+    }
+    let total = verified.len();
+    output::print(format, &List(verified))?;
+    match failures.first() {
+        None => Ok(()),
+        Some(first) => {
+            Err(Failure::new(first.code, format!("{} of {total} checkpoints cannot be used", failures.len())))
+        }
+    }
+}
+
+/// Brings a VM back.
+///
+/// # Errors
+/// What the controller refused, found damaged, or could not reach.
+pub async fn restore(client: Client, args: RestoreArgs, format: Format) -> Result<(), Failure> {
+    let request = v1::RestoreRequest {
+        name: args.name.clone(),
+        to: args.to.clone(),
+        as_name: args.as_name.clone().unwrap_or_default(),
+        policy: Some(migration::policy(RESTORE_DOWNTIME, None, Verify::Stream)?),
+    };
+    let mut calls = client.clone();
+    let what = format!("restore {} to {}", args.name, args.to);
+    let outcome = operation::follow(&client, &what, calls.restore(request)).await?;
+    let restored = outcome.done.vm.as_ref().map(|vm| vm.name.clone());
+    vm::changed(outcome, "restored", &restored.or(args.as_name).unwrap_or(args.name), format)
+}
+
+fn name(id: &str) -> v1::CheckpointName {
+    v1::CheckpointName { id: id.to_owned() }
+}

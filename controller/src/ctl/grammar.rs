@@ -1,0 +1,431 @@
+//! The words of the command line: clap's derive over plain values, and nothing else.
+//!
+//! The words are a contract: options may be added, never renamed. Sizes and times go through [`super::units`].
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use super::failure::EXIT_CODES;
+use super::output::Format;
+use super::units;
+
+/// Operates a Godwit cluster: machines that keep running while hosts come and go.
+#[derive(Parser, Debug)]
+#[command(name = "ctl", version, after_help = EXIT_CODES, propagate_version = true)]
+pub struct Cli {
+    /// How results are printed.
+    #[arg(short, long, global = true, value_enum, default_value_t = Format::Table)]
+    pub output: Format,
+    /// Names the cluster: a ctl.toml with the controller's address and this operator's certificate.
+    #[arg(long, global = true, env = "GODWIT_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    #[command(subcommand)]
+    #[allow(missing_docs, reason = "the subcommand")]
+    pub command: Command,
+}
+
+/// What is to be done.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// A whole cluster on this machine, for trying and testing.
+    #[command(subcommand)]
+    Dev(DevCommand),
+    /// Hosts of the cluster.
+    #[command(subcommand)]
+    Host(HostCommand),
+    /// Virtual machines.
+    #[command(subcommand)]
+    Vm(VmCommand),
+    /// Move a running VM to another host.
+    Migrate(MigrateArgs),
+    /// Checkpoints of VMs in the bucket.
+    #[command(subcommand)]
+    Checkpoint(CheckpointCommand),
+    /// Bring a VM back from a checkpoint.
+    Restore(RestoreArgs),
+    /// Virtual machine control blocks, decoded.
+    #[command(subcommand)]
+    Vmcb(VmcbCommand),
+    /// Print any frame, section, manifest or pack.
+    Inspect(InspectArgs),
+    /// What happened, from the ledger.
+    Events(EventsArgs),
+}
+
+/// `ctl dev ...`
+#[derive(Subcommand, Debug)]
+pub enum DevCommand {
+    /// Start a controller and hosts hostA, hostB, ...; what runs already is left alone.
+    Up(DevUpArgs),
+    /// End all of them and every guest; the state stays for the next `up`.
+    Down(DevDownArgs),
+    /// Begins a session of its own and becomes a daemon of the dev cluster.
+    #[command(hide = true)]
+    Launch(LaunchArgs),
+}
+
+/// `ctl dev up`
+#[derive(Args, Debug)]
+pub struct DevUpArgs {
+    /// Directory of the cluster; made when there is none.
+    #[arg(long)]
+    pub dir: PathBuf,
+    /// How many hosts there are to be [default: as many as there were, at first 2].
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=26))]
+    pub hosts: Option<u8>,
+    /// Which engines the hosts offer [default: as before, at first auto].
+    #[arg(long, value_enum)]
+    pub engine: Option<EngineChoice>,
+    /// Where checkpoints go [default: a directory of the cluster].
+    #[arg(long, value_name = "URL")]
+    pub bucket: Option<String>,
+    /// Where the ledger is [default: a file of the cluster].
+    #[arg(long, value_name = "URL")]
+    pub store: Option<String>,
+}
+
+/// `ctl dev down`
+#[derive(Args, Debug)]
+pub struct DevDownArgs {
+    /// Directory of the cluster.
+    #[arg(long)]
+    pub dir: PathBuf,
+}
+
+/// `ctl dev launch PROGRAM ARGS`
+#[derive(Args, Debug)]
+pub struct LaunchArgs {
+    /// Program and arguments.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<std::ffi::OsString>,
+}
+
+/// Engines of a dev cluster.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum EngineChoice {
+    /// What the machine has.
+    Auto,
+    /// The software engine alone.
+    Soft,
+    /// Hardware SVM through Linux KVM.
+    Kvm,
+}
+
+impl EngineChoice {
+    /// The word in configurations.
+    pub fn word(self) -> &'static str {
+        match self {
+            EngineChoice::Auto => "auto",
+            EngineChoice::Soft => "soft",
+            EngineChoice::Kvm => "kvm",
+        }
+    }
+}
+
+/// `ctl host ...`
+#[derive(Subcommand, Debug)]
+pub enum HostCommand {
+    /// All hosts.
+    Ls,
+    /// One host and the VMs that it reports.
+    Show {
+        /// Its name.
+        host: String,
+    },
+}
+
+/// A VM's name.
+#[derive(Args, Debug)]
+pub struct VmArg {
+    /// Name of the VM.
+    pub vm: String,
+}
+
+/// `ctl vm ...`
+#[derive(Subcommand, Debug)]
+pub enum VmCommand {
+    /// Create a VM and start it.
+    Create(VmCreateArgs),
+    /// All VMs.
+    Ls,
+    /// One VM.
+    Show(VmArg),
+    /// Attach to the serial console; Ctrl-] detaches.
+    ///
+    /// Stays attached while the VM migrates. Ends when the VM stops. With input from a pipe, the end of the input does not
+    /// end the output.
+    Console(ConsoleArgs),
+    /// Stop it between two instructions.
+    Pause(VmArg),
+    /// Let it go on.
+    Resume(VmArg),
+    /// End the guest; what it is made of stays.
+    Stop(VmArg),
+    /// End the guest and remove it; its checkpoints stay.
+    Rm(VmArg),
+}
+
+/// `ctl vm create`
+#[derive(Args, Debug)]
+pub struct VmCreateArgs {
+    /// Name of the new VM.
+    pub name: String,
+    /// Host that is to run it.
+    #[arg(long)]
+    pub host: String,
+    /// Guest RAM, a multiple of 2M, for example 512M.
+    #[arg(long, value_parser = units::size, value_name = "SIZE")]
+    pub memory: u64,
+    /// Processors.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub vcpus: u32,
+    /// Linux bzImage, or an ELF kernel with a PVH note.
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    #[arg(long, default_value = "console=ttyS0", value_name = "TEXT")]
+    pub cmdline: String,
+    /// A disk: an image that travels with the VM, or, `shared`, one that every host reaches under this path.
+    #[arg(long = "disk", value_name = "PATH[,shared][,ro]")]
+    pub disks: Vec<String>,
+    /// A network card on host device T; an empty T is a card without a cable.
+    #[arg(long = "net", value_name = "tap=T[,mac=M]")]
+    pub nets: Vec<String>,
+    /// CPU contract: what the guest may count on, on every host it will ever run on.
+    #[arg(long, default_value = "soft-v1", value_name = "MODEL")]
+    pub cpu: String,
+    /// Engine: soft or kvm.
+    #[arg(long, default_value = "soft")]
+    pub engine: String,
+    /// Skip idle time at once instead of following the host's clock.
+    #[arg(long)]
+    pub unpaced: bool,
+    /// What happens to the guest when its host loses every controller.
+    #[arg(long, value_enum, default_value_t = Isolation::Pause)]
+    pub on_isolation: Isolation,
+}
+
+/// What a host does that is cut off.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Isolation {
+    /// Pauses the guest before its lease ends.
+    Pause,
+    /// Lets it run; it is then never started elsewhere by itself.
+    KeepRunning,
+}
+
+/// `ctl vm console`
+#[derive(Args, Debug)]
+pub struct ConsoleArgs {
+    /// Name of the VM.
+    pub vm: String,
+    /// Print what it has said, and end.
+    #[arg(long)]
+    pub log: bool,
+}
+
+/// `ctl migrate`
+#[derive(Args, Debug)]
+pub struct MigrateArgs {
+    /// Name of the VM.
+    pub vm: String,
+    /// Target host.
+    #[arg(long, value_name = "HOST")]
+    pub to: String,
+    /// Straight from host to host, or through the controller where they cannot reach each other.
+    #[arg(long, value_enum, default_value_t = Via::Direct)]
+    pub via: Via,
+    /// Longest pause of the guest to aim at.
+    #[arg(long, default_value = "30ms", value_parser = units::duration, value_name = "TIME")]
+    pub downtime: Duration,
+    /// Most bytes a second, for example 1G [default: no limit].
+    #[arg(long, value_parser = units::size, value_name = "SIZE")]
+    pub bandwidth: Option<u64>,
+    /// What both sides compare before the hand-over: the digest kept while streaming, or every page again.
+    #[arg(long, value_enum, default_value_t = Verify::Stream)]
+    pub verify: Verify,
+    /// Check everything that can be checked and say what would be done; move nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// Which way the bytes go.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Via {
+    /// From host to host.
+    Direct,
+    /// Relayed.
+    Controller,
+}
+
+/// How thoroughly the copy is proved.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Verify {
+    /// The digest kept while streaming.
+    Stream,
+    /// Every page again.
+    Full,
+}
+
+/// `ctl checkpoint ...`
+#[derive(Subcommand, Debug)]
+pub enum CheckpointCommand {
+    /// Write a VM into the bucket while it runs.
+    Create(VmArg),
+    /// All checkpoints, or those of one VM.
+    Ls {
+        /// Name of the VM.
+        vm: Option<String>,
+    },
+    /// One checkpoint.
+    Show {
+        /// Its id.
+        id: String,
+    },
+    /// Read a checkpoint back and check every byte.
+    Verify(VerifyArgs),
+    /// Remove a checkpoint.
+    Rm {
+        /// Its id.
+        id: String,
+    },
+}
+
+/// `ctl checkpoint verify`
+#[derive(Args, Debug)]
+#[group(required = true, multiple = false)]
+pub struct VerifyArgs {
+    /// Its id.
+    pub id: Option<String>,
+    /// All that there are.
+    #[arg(long)]
+    pub all: bool,
+}
+
+/// `ctl restore`
+#[derive(Args, Debug)]
+pub struct RestoreArgs {
+    /// A VM (its newest checkpoint) or the id of a checkpoint.
+    #[arg(value_name = "VM|ID")]
+    pub name: String,
+    /// Host that is to run it.
+    #[arg(long, value_name = "HOST")]
+    pub to: String,
+    /// Make a new VM of this name and leave the old one alone.
+    #[arg(long = "as", value_name = "NAME")]
+    pub as_name: Option<String>,
+}
+
+/// `ctl vmcb ...`
+#[derive(Subcommand, Debug)]
+pub enum VmcbCommand {
+    /// Every field of a VMCB.
+    Show {
+        /// A VM, a checkpoint, or a file of 4096 bytes.
+        #[arg(value_name = "VM|ID|FILE")]
+        name: String,
+        /// Which processor.
+        #[arg(long, default_value_t = 0, value_name = "N")]
+        vcpu: usize,
+    },
+    /// The fields in which two VMCBs differ.
+    Diff {
+        /// A VM, a checkpoint, or a file of 4096 bytes.
+        a: String,
+        /// A VM, a checkpoint, or a file of 4096 bytes.
+        b: String,
+        /// Which processor.
+        #[arg(long, default_value_t = 0, value_name = "N")]
+        vcpu: usize,
+    },
+}
+
+/// `ctl inspect`
+#[derive(Args, Debug)]
+pub struct InspectArgs {
+    /// A file of frames, or the id of a checkpoint.
+    #[arg(value_name = "FILE|ID")]
+    pub what: String,
+}
+
+/// `ctl events`
+#[derive(Args, Debug)]
+pub struct EventsArgs {
+    /// Wait for more.
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Only of this VM.
+    #[arg(long)]
+    pub vm: Option<String>,
+    /// Only this sequence number and later.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub since: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_grammar_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_words_of_the_contract_are_understood() {
+        for line in [
+            "ctl dev up --dir D --hosts 2 --engine soft --bucket file:///b --store redb:///s",
+            "ctl dev down --dir D",
+            "ctl host ls -o json",
+            "ctl host show hostA",
+            "ctl vm create vm1 --host hostA --memory 512M --vcpus 1 --kernel K --initrd I --cmdline quiet --disk d.img,ro \
+             --disk /s,shared --net tap=t0,mac=02:00:00:00:00:01 --cpu soft-v1 --engine soft --unpaced",
+            "ctl vm ls",
+            "ctl vm show vm1 -o yaml",
+            "ctl vm console vm1 --log",
+            "ctl vm pause vm1",
+            "ctl vm resume vm1",
+            "ctl vm stop vm1",
+            "ctl vm rm vm1",
+            "ctl migrate vm1 --to hostB --via controller --downtime 30ms --bandwidth 1G --verify full --dry-run",
+            "ctl checkpoint create vm1",
+            "ctl checkpoint ls",
+            "ctl checkpoint ls vm1",
+            "ctl checkpoint show 00",
+            "ctl checkpoint verify 00",
+            "ctl checkpoint verify --all",
+            "ctl checkpoint rm 00",
+            "ctl restore vm1 --to hostB --as vm2",
+            "ctl vmcb show vm1 --vcpu 0",
+            "ctl vmcb diff a b",
+            "ctl inspect file",
+            "ctl events -f",
+        ] {
+            if let Err(error) = Cli::try_parse_from(line.split_whitespace()) {
+                panic!("{line}\n{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn wrong_words_are_bad_input() {
+        for line in [
+            "ctl",
+            "ctl migrate vm1",
+            "ctl migrate vm1 --to hostB --downtime 30",
+            "ctl vm create vm1 --host hostA --memory 1GB --kernel K",
+            "ctl checkpoint verify",
+            "ctl checkpoint verify 00 --all",
+            "ctl dev up --dir D --hosts 0",
+        ] {
+            let error = Cli::try_parse_from(line.split_whitespace()).expect_err(line);
+            assert_eq!(error.exit_code(), 2, "{line}");
+        }
+    }
+}

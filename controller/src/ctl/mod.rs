@@ -1,0 +1,121 @@
+//! `ctl`, the operator's tool: parses, calls the controller, prints.
+//!
+//! ```text
+//! grammar ──> a room a command ──> client ──mTLS gRPC──> controller
+//!               │                    operation follows long work, progress shows it
+//!               └──> output: table | json | yaml on stdout; failures on stderr, their code is the exit code
+//! ```
+//! It decides nothing about VMs: what may be done, and in which order, the controller knows. `dev` alone starts processes.
+//! Of the engine it knows the pure decoding of VMCBs, in one function of [`vmcb`].
+
+mod checkpoint;
+mod client;
+mod config;
+mod console;
+mod dev;
+mod failure;
+mod grammar;
+mod inspect;
+mod migration;
+mod operation;
+mod output;
+mod progress;
+#[cfg(test)]
+mod rehearsal;
+mod report;
+mod settings;
+mod units;
+mod vm;
+mod vmcb;
+mod wire;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use proto::status::Code;
+use proto::v1;
+
+use client::Client;
+use failure::Failure;
+use grammar::{Cli, Command, DevCommand, EventsArgs, HostCommand};
+use output::Format;
+use report::{Event, Host, List};
+
+/// The whole program. Exit codes: see [`proto::status::Code`].
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("{}", failure.lines());
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<(), Failure> {
+    let command = match cli.command {
+        Command::Dev(DevCommand::Launch(args)) => return dev::launch(&args.command),
+        command => command,
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|e| Failure::new(Code::Exhausted, format!("cannot start threads: {e}")))?;
+    let result = runtime.block_on(dispatch(command, cli.output, cli.config.as_deref()));
+    // The console's reader may sit in a read of stdin for ever.
+    runtime.shutdown_background();
+    result
+}
+
+async fn dispatch(command: Command, format: Format, config: Option<&std::path::Path>) -> Result<(), Failure> {
+    // What needs no cluster.
+    let command = match command {
+        Command::Dev(command) => return dev::run(command, format).await,
+        Command::Inspect(args) if std::path::Path::new(&args.what).exists() => {
+            return inspect::file(args.what.as_ref(), format);
+        }
+        Command::Vmcb(command) if vmcb::needs_no_cluster(&command) => return vmcb::run(None, command, format).await,
+        command => command,
+    };
+    let client = client::connect(&settings::Settings::load(config)?).await?;
+    match command {
+        Command::Host(command) => host(client, command, format).await,
+        Command::Vm(command) => vm::run(client, command, format).await,
+        Command::Migrate(args) => migration::migrate(&client, args, format).await,
+        Command::Checkpoint(command) => checkpoint::run(client, command, format).await,
+        Command::Restore(args) => checkpoint::restore(client, args, format).await,
+        Command::Vmcb(command) => vmcb::run(Some(client), command, format).await,
+        Command::Inspect(args) => inspect::checkpoint(client, &args.what, format).await,
+        Command::Events(args) => events(client, args, format).await,
+        Command::Dev(_) => unreachable!("handled above: a dev command needs no cluster"),
+    }
+}
+
+async fn host(mut client: Client, command: HostCommand, format: Format) -> Result<(), Failure> {
+    let reply = client.list_hosts(v1::Empty {}).await.map_err(|e| Failure::from_status("list the hosts", &e))?;
+    let hosts = reply.into_inner().hosts;
+    match command {
+        HostCommand::Ls => output::print(format, &List(hosts.into_iter().map(Host::from).collect())),
+        HostCommand::Show { host } => {
+            let name = |record: &v1::HostRecord| record.info.as_ref().map(|info| info.name.clone()).unwrap_or_default();
+            let names: Vec<String> = hosts.iter().map(name).collect();
+            let found = hosts.into_iter().find(|record| name(record) == host).ok_or_else(|| {
+                Failure::new(Code::NotFound, format!("no host is called {host:?}"))
+                    .hint(format!("there are: {}", report::dash(&names.join(", "))))
+            })?;
+            output::print(format, &Host::from(found))
+        }
+    }
+}
+
+async fn events(mut client: Client, args: EventsArgs, format: Format) -> Result<(), Failure> {
+    let failed = |e: tonic::Status| Failure::from_status("read the ledger", &e);
+    let request = v1::EventsRequest { follow: args.follow, since: args.since, vm: args.vm.unwrap_or_default() };
+    let mut stream = client.events(request).await.map_err(failed)?.into_inner();
+    while let Some(event) = stream.message().await.map_err(failed)? {
+        output::print_streamed(format, &Event::from(event))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,174 @@
+//! A pack: frames one after the other, an index of them, and a footer that finds the index.
+//!
+//! ```text
+//! frame | frame | ... | frame of kind PackIndex | "GDWTPACK" | index offset u64 | index frame bytes u64
+//! ```
+//! At most 32 MiB, named by the BLAKE3 of all of it. The index names its checkpoint, so that no two checkpoints
+//! share a pack. Numbers are little endian. Pure: bytes in, bytes out.
+
+use bytes::Bytes;
+use prost::Message;
+use proto::frame::{self, FrameError, HEADER_BYTES, Kind};
+use proto::ids::PackId;
+use proto::v1::{PackEntry, PackIndex};
+
+/// Most bytes of a pack.
+pub const PACK_MAX: usize = 32 << 20;
+/// Bytes after the index frame.
+pub const FOOTER_BYTES: usize = 24;
+const MAGIC: &[u8; 8] = b"GDWTPACK";
+/// What an entry of the index takes at most besides a section's name.
+const ENTRY_MAX: usize = 48;
+
+/// A pack that is being filled.
+pub struct PackWriter {
+    bytes: Vec<u8>,
+    index: PackIndex,
+    index_bytes_max: usize,
+}
+
+/// A pack that is complete.
+#[derive(Clone, Debug)]
+pub struct Pack {
+    /// BLAKE3 of the bytes.
+    pub id: PackId,
+    /// All of it.
+    pub bytes: Bytes,
+}
+
+impl PackWriter {
+    /// An empty pack of this checkpoint.
+    pub fn new(checkpoint: &str) -> PackWriter {
+        let index = PackIndex { checkpoint: checkpoint.into(), entries: Vec::new() };
+        PackWriter { bytes: Vec::new(), index, index_bytes_max: HEADER_BYTES + FOOTER_BYTES + checkpoint.len() + 8 }
+    }
+
+    /// Whether nothing is in it.
+    pub fn is_empty(&self) -> bool {
+        self.index.entries.is_empty()
+    }
+
+    /// Whether a frame has room. One frame always has.
+    pub fn fits(&self, frame_bytes: usize, section: &str) -> bool {
+        let after = self.bytes.len() + frame_bytes + self.index_bytes_max + ENTRY_MAX + section.len();
+        self.is_empty() || after <= PACK_MAX
+    }
+
+    /// Appends a frame and returns its offset; `entry` says what it is.
+    pub fn push(&mut self, frame: &[u8], entry: PackEntry) -> u64 {
+        let offset = self.bytes.len() as u64;
+        self.index_bytes_max += ENTRY_MAX + entry.section.len();
+        self.index.entries.push(PackEntry { offset, frame_bytes: frame.len() as u32, ..entry });
+        self.bytes.extend_from_slice(frame);
+        offset
+    }
+
+    /// Appends index and footer, and names the pack.
+    pub fn seal(self) -> Pack {
+        let PackWriter { mut bytes, index, .. } = self;
+        let offset = bytes.len() as u64;
+        let frame = frame::encode(Kind::PackIndex, &index.encode_to_vec());
+        bytes.extend_from_slice(&frame);
+        bytes.extend_from_slice(MAGIC);
+        bytes.extend_from_slice(&offset.to_le_bytes());
+        bytes.extend_from_slice(&(frame.len() as u64).to_le_bytes());
+        Pack { id: PackId(*blake3::hash(&bytes).as_bytes()), bytes: bytes.into() }
+    }
+}
+
+/// Why bytes are not the pack that was asked for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PackError {
+    /// Some byte is not as it was written.
+    #[error("its bytes do not match its name (they hash to {0})")]
+    Hash(PackId),
+    /// No footer at its end.
+    #[error("it has no footer")]
+    Footer,
+    /// The index frame is damaged.
+    #[error("its index: {0}")]
+    Index(FrameError),
+    /// An entry that leads out of the pack.
+    #[error("entry {0} of its index leads nowhere")]
+    Entry(usize),
+}
+
+/// Checks the name of a pack's bytes.
+///
+/// # Errors
+/// [`PackError::Hash`].
+pub fn check_name(bytes: &[u8], id: PackId) -> Result<(), PackError> {
+    let found = PackId(*blake3::hash(bytes).as_bytes());
+    if found == id { Ok(()) } else { Err(PackError::Hash(found)) }
+}
+
+/// The index of a pack.
+///
+/// # Errors
+/// [`PackError::Footer`], [`PackError::Index`], [`PackError::Entry`].
+pub fn index(bytes: &[u8]) -> Result<PackIndex, PackError> {
+    let (before, footer) = bytes.split_last_chunk::<FOOTER_BYTES>().ok_or(PackError::Footer)?;
+    let number = |at: usize| footer[at..at + 8].iter().rev().fold(0u64, |value, byte| value << 8 | u64::from(*byte));
+    let (offset, length) = (number(8), number(16));
+    if &footer[..8] != MAGIC || offset.checked_add(length) != Some(before.len() as u64) {
+        return Err(PackError::Footer);
+    }
+    let index: PackIndex =
+        frame::decode_message(Kind::PackIndex, &before[offset as usize..]).map_err(PackError::Index)?;
+    for (at, entry) in index.entries.iter().enumerate() {
+        if entry.offset.checked_add(entry.frame_bytes.into()).is_none_or(|end| end > offset) {
+            return Err(PackError::Entry(at));
+        }
+    }
+    Ok(index)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn small() -> Pack {
+        let mut writer = PackWriter::new("00aa");
+        for name in ["cpu/0", "clock"] {
+            let frame = frame::encode(Kind::Section, name.as_bytes());
+            writer.push(&frame, PackEntry { section: name.into(), ..PackEntry::default() });
+        }
+        writer.seal()
+    }
+
+    #[test]
+    fn the_index_finds_every_frame() {
+        let pack = small();
+        check_name(&pack.bytes, pack.id).unwrap();
+        let index = index(&pack.bytes).unwrap();
+        assert_eq!(index.checkpoint, "00aa");
+        for entry in &index.entries {
+            let at = entry.offset as usize;
+            let (_, body) = frame::decode(&pack.bytes[at..at + entry.frame_bytes as usize]).unwrap();
+            assert_eq!(body, entry.section.as_bytes());
+        }
+    }
+
+    #[test]
+    fn any_changed_byte_and_any_cut_is_seen_and_nothing_panics() {
+        let pack = small();
+        for at in 0..pack.bytes.len() {
+            let mut changed = pack.bytes.to_vec();
+            changed[at] ^= 0x40;
+            assert!(check_name(&changed, pack.id).is_err());
+            let _ = index(&changed);
+            assert!(index(&pack.bytes[..at]).is_err(), "cut at {at}");
+        }
+    }
+
+    #[test]
+    fn packs_stay_within_their_limit() {
+        let mut writer = PackWriter::new("00aa");
+        let frame = frame::encode(Kind::Section, &vec![7; 1 << 20]);
+        while writer.fits(frame.len(), "section") {
+            writer.push(&frame, PackEntry { section: "section".into(), ..PackEntry::default() });
+        }
+        let pack = writer.seal();
+        assert!(pack.bytes.len() <= PACK_MAX && pack.bytes.len() > PACK_MAX - (2 << 20), "{}", pack.bytes.len());
+    }
+}

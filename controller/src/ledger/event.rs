@@ -1,0 +1,343 @@
+//! What the ledger says: records, and the plans of operations that they begin.
+//!
+//! A record is JSON with a format number, so that it can be read by people and by every later release; protobuf
+//! messages inside it (configurations, policies) are the hex of their bytes. Fields are added with a default, never changed.
+//! This file knows nothing of disks and networks.
+
+use proto::v1::{MachineConfig, MachineDigest, TransferPolicy};
+use serde::{Deserialize, Serialize};
+
+use crate::failure::Failure;
+use crate::saga::table::Shape;
+
+/// Format of [`Record`].
+pub const FORMAT: u32 = 1;
+
+/// One entry of the ledger.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// Position in the ledger: 1, 2, 3, ... without a gap.
+    pub sequence: u64,
+    /// When, on the controller's clock. For people; nothing is decided by it.
+    pub unix_ms: u64,
+    /// Who asked: `operator/admin`, `host/hostA`, `controller/main`.
+    pub actor: String,
+    /// VM it is about; may be empty.
+    pub vm: String,
+    /// Label of the operation's task; may be empty.
+    pub task: String,
+    /// What happened.
+    pub event: Event,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Event {
+    /// A controller with this length of lease started.
+    LeaseSet {
+        /// Milliseconds.
+        lease_ms: u64,
+    },
+    /// A host was heard for the first time, or under another address.
+    HostSeen {
+        /// Its name.
+        host: String,
+        /// `host:port` of its agent.
+        address: String,
+    },
+    /// An operation began: its locks are held and its generation is reserved from here on.
+    OperationBegan {
+        /// Hex of an operation id.
+        operation: String,
+        /// What it is going to do.
+        plan: Box<Plan>,
+    },
+    /// A step before or after the commit was done.
+    StepDone {
+        /// The operation.
+        operation: String,
+        /// Index in its shape.
+        step: usize,
+    },
+    /// A step before the commit failed: everything is undone from here.
+    StepFailed {
+        /// The operation.
+        operation: String,
+        /// Index in its shape.
+        step: usize,
+        /// Why.
+        failure: Failure,
+    },
+    /// The point of no return: the operation's change is true from this record on.
+    Committed {
+        /// The operation.
+        operation: String,
+        /// What the plan could not know.
+        result: Box<Outcome>,
+    },
+    /// The operator cancelled it.
+    Cancelled {
+        /// The operation.
+        operation: String,
+    },
+    /// The controller was started again while it was under way.
+    Interrupted {
+        /// The operation.
+        operation: String,
+    },
+    /// A step was undone.
+    StepUndone {
+        /// The operation.
+        operation: String,
+        /// Index in its shape.
+        step: usize,
+    },
+    /// A step after the commit is left to reconciliation.
+    GaveUp {
+        /// The operation.
+        operation: String,
+        /// Index in its shape.
+        step: usize,
+        /// Why.
+        failure: Failure,
+    },
+}
+
+/// What a commit adds to its plan.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// Nothing: the plan says it all.
+    AsPlanned,
+    /// A checkpoint was made.
+    Checkpoint(CheckpointEntry),
+    /// A checkpoint was read in full: `ok` or `damaged: ...`.
+    Verified(String),
+}
+
+/// What the operator asked a VM to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Intent {
+    /// It should run.
+    Running,
+    /// It should be there and stand still.
+    Paused,
+    /// It should have no process.
+    Stopped,
+}
+
+impl Intent {
+    /// The word for people.
+    pub fn word(self) -> &'static str {
+        match self {
+            Intent::Running => "running",
+            Intent::Paused => "paused",
+            Intent::Stopped => "stopped",
+        }
+    }
+}
+
+/// Who holds a VM: only this host may run it, and only as this generation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// The host.
+    pub host: String,
+    /// The generation it holds.
+    pub generation: u64,
+}
+
+/// What an operation is going to do: all that a controller needs that goes on with it after a restart.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Name of the VM.
+    pub vm: String,
+    /// Hex of the VM's id.
+    pub vm_id: String,
+    /// Names that no other operation may hold at the same time.
+    pub locks: Vec<String>,
+    /// Who holds the VM when the operation begins.
+    pub holder: Option<Holder>,
+    /// Generation that the commit raises the VM to; 0 if it does not. Never offered twice.
+    pub generation: u64,
+    /// The kind of operation and its own parameters.
+    pub task: Task,
+}
+
+/// Kinds of operation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Task {
+    /// Build and start a new VM.
+    Create {
+        /// Where.
+        host: String,
+        /// The machine.
+        #[serde(with = "super::saved::message")]
+        config: MachineConfig,
+        /// `IsolationPolicy`.
+        on_isolation: i32,
+        /// CPU contract in the capability room's encoding.
+        #[serde(with = "super::saved::bytes")]
+        capabilities: Vec<u8>,
+    },
+    /// Stand still.
+    Pause {
+        /// What was asked for before.
+        was: Intent,
+    },
+    /// Go on.
+    Resume {
+        /// What was asked for before.
+        was: Intent,
+    },
+    /// End the runner.
+    Stop,
+    /// Forget the VM and free what its host keeps of it.
+    Remove,
+    /// Move to another host.
+    Migrate {
+        /// Where to.
+        target: String,
+        /// Lanes go through the controller.
+        via_controller: bool,
+        /// Whether it stands still on arrival.
+        paused: bool,
+        /// The operator's limits.
+        #[serde(with = "super::saved::message")]
+        policy: TransferPolicy,
+    },
+    /// Write the whole state to the bucket.
+    Checkpoint {
+        /// Hex of the checkpoint's id.
+        checkpoint: String,
+    },
+    /// Load a checkpoint into a VM.
+    Restore {
+        /// Which.
+        checkpoint: String,
+        /// Where.
+        target: String,
+        /// The VM is not in the ledger yet.
+        new: bool,
+        /// The machine, from the manifest.
+        #[serde(with = "super::saved::message")]
+        config: MachineConfig,
+        /// CPU contract, from the manifest.
+        #[serde(with = "super::saved::bytes")]
+        capabilities: Vec<u8>,
+        /// `IsolationPolicy`.
+        on_isolation: i32,
+        /// The operator's limits.
+        #[serde(with = "super::saved::message")]
+        policy: TransferPolicy,
+    },
+    /// Read a checkpoint in full and check everything.
+    Verify {
+        /// Which.
+        checkpoint: String,
+    },
+    /// Remove a checkpoint from the bucket.
+    RemoveCheckpoint {
+        /// Which.
+        checkpoint: String,
+        /// Generation whose packs are its own.
+        generation: u64,
+    },
+}
+
+impl Task {
+    /// Word for logs, metrics and events.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Task::Create { .. } => "create",
+            Task::Pause { .. } => "pause",
+            Task::Resume { .. } => "resume",
+            Task::Stop => "stop",
+            Task::Remove => "remove",
+            Task::Migrate { .. } => "migrate",
+            Task::Checkpoint { .. } => "checkpoint",
+            Task::Restore { .. } => "restore",
+            Task::Verify { .. } => "verify",
+            Task::RemoveCheckpoint { .. } => "remove-checkpoint",
+        }
+    }
+
+    /// The steps, in order, and which of them is the commit.
+    pub fn shape(&self) -> Shape {
+        match self {
+            Task::Create { .. } => Shape { steps: &["create", "commit"], commit: 1 },
+            Task::Pause { .. } => Shape { steps: &["pause", "commit"], commit: 1 },
+            Task::Resume { .. } => Shape { steps: &["resume", "commit"], commit: 1 },
+            Task::Stop => Shape { steps: &["commit", "stop"], commit: 0 },
+            Task::Remove => Shape { steps: &["commit", "discard"], commit: 0 },
+            Task::Migrate { .. } => {
+                Shape { steps: &["prepare", "precopy", "commit", "activate", "release"], commit: 2 }
+            }
+            Task::Checkpoint { .. } => Shape { steps: &["stream", "commit"], commit: 1 },
+            Task::Restore { .. } => {
+                Shape { steps: &["fence", "prepare", "load", "commit", "activate", "release"], commit: 3 }
+            }
+            Task::Verify { .. } => Shape { steps: &["read", "commit"], commit: 1 },
+            Task::RemoveCheckpoint { .. } => Shape { steps: &["commit", "erase"], commit: 0 },
+        }
+    }
+
+    /// The host that holds the VM after the commit, where the commit changes that.
+    pub fn new_host(&self) -> Option<&str> {
+        match self {
+            Task::Create { host, .. } => Some(host),
+            Task::Migrate { target, .. } | Task::Restore { target, .. } => Some(target),
+            _ => None,
+        }
+    }
+
+    /// What the commit is called in the events.
+    pub fn committed_label(&self) -> &'static str {
+        match self {
+            Task::Create { .. } => "vm.created",
+            Task::Pause { .. } => "vm.paused",
+            Task::Resume { .. } => "vm.resumed",
+            Task::Stop => "vm.stopped",
+            Task::Remove => "vm.removed",
+            Task::Migrate { .. } => "migration.committed",
+            Task::Checkpoint { .. } => "checkpoint.created",
+            Task::Restore { .. } => "restore.committed",
+            Task::Verify { .. } => "checkpoint.verified",
+            Task::RemoveCheckpoint { .. } => "checkpoint.removed",
+        }
+    }
+}
+
+/// What the ledger keeps of a checkpoint. The manifest in the bucket says the rest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CheckpointEntry {
+    /// Hex of the checkpoint's id.
+    pub id: String,
+    /// Name of the VM when it was made.
+    pub vm: String,
+    /// Hex of the VM's id.
+    pub vm_id: String,
+    /// Generation of the VM when it was made.
+    pub generation: u64,
+    /// When it was made.
+    pub created_unix_ms: u64,
+    /// Guest RAM.
+    pub ram_bytes: u64,
+    /// Bytes of its packs and its manifest.
+    pub stored_bytes: u64,
+    /// How long the guest stood still, microseconds.
+    pub stop_us: u64,
+    /// Where the manifest lies.
+    pub manifest_key: String,
+    /// Where the packs lie.
+    pub pack_keys: Vec<String>,
+    /// Digest over all of it.
+    #[serde(with = "super::saved::message")]
+    pub digest: MachineDigest,
+    /// `unverified`, `ok` or `damaged: ...`.
+    pub verified: String,
+}

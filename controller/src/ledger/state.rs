@@ -1,0 +1,389 @@
+//! The state that the ledger means: a fold over its records, and nothing else.
+//!
+//! `State::apply` checks a record completely before it changes anything. The same function judges a record that is about
+//! to be appended and one that is read back at start; what it refuses at start is corruption. It knows no clock, no host
+//! and no disk, so that equal records give equal states for ever.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use proto::v1::MachineConfig;
+
+use super::event::{CheckpointEntry, Event, Holder, Intent, Outcome, Plan, Record, Task};
+use crate::failure::Failure;
+use crate::saga::table::{self, Illegal, Status, Turn};
+
+/// How many operations that have ended are remembered.
+const ENDED_MAX: usize = 256;
+
+/// A VM.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Vm {
+    /// Its name.
+    pub name: String,
+    /// Hex of its id.
+    pub id: String,
+    /// The one host that may run it.
+    pub host: String,
+    /// The one generation that may run.
+    pub generation: u64,
+    /// What the operator asked for.
+    pub intent: Intent,
+    /// The machine.
+    pub config: MachineConfig,
+    /// CPU contract.
+    pub capabilities: Vec<u8>,
+    /// `IsolationPolicy`.
+    pub on_isolation: i32,
+    /// When it was created.
+    pub created_unix_ms: u64,
+    /// Its creation is not committed yet.
+    pub creating: bool,
+    /// Id of its newest checkpoint; may be empty.
+    pub last_checkpoint: String,
+}
+
+/// An operation.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Operation {
+    /// Hex of its id.
+    pub id: String,
+    /// Who asked.
+    pub actor: String,
+    /// When.
+    pub began_unix_ms: u64,
+    /// What it does.
+    pub plan: Plan,
+    /// Where it is.
+    pub status: Status,
+    /// Why it is being undone or was given up.
+    pub failure: Option<Failure>,
+    /// What its commit added.
+    pub result: Option<Outcome>,
+}
+
+impl Operation {
+    /// Whether its change is true.
+    pub fn committed(&self) -> bool {
+        self.result.is_some()
+    }
+}
+
+/// Everything that the ledger means.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct State {
+    /// Sequence of the last record; 0 if there is none.
+    pub sequence: u64,
+    /// Longest lease that a controller may have granted lately, milliseconds.
+    pub lease_ms: u64,
+    /// Address of each host that was ever heard.
+    pub hosts: BTreeMap<String, String>,
+    /// VMs by name.
+    pub vms: BTreeMap<String, Arc<Vm>>,
+    /// Highest generation that was ever reserved for a name.
+    pub generations: BTreeMap<String, u64>,
+    /// Operations by id: all that are under way, and the last that have ended.
+    pub operations: BTreeMap<String, Arc<Operation>>,
+    /// Checkpoints by id.
+    pub checkpoints: BTreeMap<String, Arc<CheckpointEntry>>,
+    ended: VecDeque<String>,
+}
+
+/// Why a record cannot follow.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// Records are missing or out of order.
+    #[error("record {found} follows record {last}")]
+    Sequence {
+        /// The last one.
+        last: u64,
+        /// The one after it.
+        found: u64,
+    },
+    /// Another operation holds what this one needs.
+    #[error("{what} is held by operation {by}")]
+    Locked {
+        /// The lock.
+        what: String,
+        /// Its holder.
+        by: String,
+    },
+    /// No such operation.
+    #[error("there is no operation {0}")]
+    NoOperation(String),
+    /// The operation is not where this event could happen.
+    #[error(transparent)]
+    Illegal(#[from] Illegal),
+    /// The plan was made from a state that is gone.
+    #[error("the plan does not fit the ledger any more: {0}")]
+    Stale(&'static str),
+}
+
+impl State {
+    /// The state after this record.
+    ///
+    /// # Errors
+    /// [`Refusal`]; nothing has changed then.
+    pub fn apply(&mut self, record: &Record) -> Result<(), Refusal> {
+        if record.sequence != self.sequence + 1 {
+            return Err(Refusal::Sequence { last: self.sequence, found: record.sequence });
+        }
+        match &record.event {
+            Event::LeaseSet { lease_ms } => self.lease_ms = *lease_ms,
+            Event::HostSeen { host, address } => {
+                self.hosts.insert(host.clone(), address.clone());
+            }
+            Event::OperationBegan { operation, plan } => self.begin(record, operation, plan)?,
+            Event::StepDone { operation, step } => {
+                let op = self.operation(operation)?;
+                if *step == op.plan.task.shape().commit {
+                    return Err(Refusal::Stale("the commit step is done by its own event only"));
+                }
+                self.turn(operation, Turn::Did(*step), None)?;
+            }
+            Event::StepFailed { operation, step, failure } => {
+                self.turn(operation, Turn::Failed(*step), Some(failure))?;
+            }
+            Event::Cancelled { operation } => {
+                let failure = Failure::new(proto::status::Code::Cancelled, "cancelled by the operator");
+                self.turn(operation, Turn::Cancelled, Some(&failure))?;
+            }
+            Event::Interrupted { operation } => {
+                let failure = Failure::new(proto::status::Code::Unreachable, "the controller was restarted")
+                    .hint("nothing has changed; ask again");
+                self.turn(operation, Turn::Interrupted, Some(&failure))?;
+            }
+            Event::StepUndone { operation, step } => self.turn(operation, Turn::Undid(*step), None)?,
+            Event::GaveUp { operation, step, failure } => {
+                self.turn(operation, Turn::GaveUp(*step), Some(failure))?;
+            }
+            Event::Committed { operation, result } => self.commit(record, operation, result)?,
+        }
+        self.sequence = record.sequence;
+        Ok(())
+    }
+
+    /// The operation that holds a lock.
+    pub fn lock_holder(&self, lock: &str) -> Option<&Arc<Operation>> {
+        self.active().find(|operation| operation.plan.locks.iter().any(|held| held == lock))
+    }
+
+    /// The operation that holds a VM.
+    pub fn operation_of(&self, vm: &str) -> Option<&Arc<Operation>> {
+        self.lock_holder(&vm_lock(vm))
+    }
+
+    /// Operations that are under way.
+    pub fn active(&self) -> impl Iterator<Item = &Arc<Operation>> {
+        self.operations.values().filter(|operation| !operation.status.ended())
+    }
+
+    /// The newest checkpoint of a VM's id.
+    pub fn newest_checkpoint(&self, vm_id: &str) -> Option<&Arc<CheckpointEntry>> {
+        self.checkpoints.values().filter(|c| c.vm_id == vm_id).max_by_key(|c| (c.created_unix_ms, c.id.clone()))
+    }
+
+    /// A generation that was never offered for this name.
+    pub fn fresh_generation(&self, vm: &str) -> u64 {
+        self.generations.get(vm).copied().unwrap_or(0) + 1
+    }
+
+    fn operation(&self, id: &str) -> Result<&Arc<Operation>, Refusal> {
+        self.operations.get(id).ok_or_else(|| Refusal::NoOperation(id.into()))
+    }
+
+    fn begin(&mut self, record: &Record, id: &str, plan: &Plan) -> Result<(), Refusal> {
+        if self.operations.contains_key(id) {
+            return Err(Refusal::Stale("the operation id was used before"));
+        }
+        for lock in &plan.locks {
+            if let Some(holder) = self.lock_holder(lock) {
+                return Err(Refusal::Locked { what: lock.clone(), by: holder.id.clone() });
+            }
+        }
+        self.fits(plan)?;
+        if plan.generation > 0 {
+            self.generations.insert(plan.vm.clone(), plan.generation);
+        }
+        if let Task::Create { host, config, on_isolation, capabilities } = &plan.task {
+            self.vms.insert(
+                plan.vm.clone(),
+                Arc::new(Vm {
+                    name: plan.vm.clone(),
+                    id: plan.vm_id.clone(),
+                    host: host.clone(),
+                    generation: plan.generation,
+                    intent: Intent::Running,
+                    config: config.clone(),
+                    capabilities: capabilities.clone(),
+                    on_isolation: *on_isolation,
+                    created_unix_ms: record.unix_ms,
+                    creating: true,
+                    last_checkpoint: String::new(),
+                }),
+            );
+        }
+        let operation = Operation {
+            id: id.into(),
+            actor: record.actor.clone(),
+            began_unix_ms: record.unix_ms,
+            plan: plan.clone(),
+            status: Status::Doing(0),
+            failure: None,
+            result: None,
+        };
+        self.operations.insert(id.into(), Arc::new(operation));
+        Ok(())
+    }
+
+    /// Whether a plan was made from this state: between the making and the append another operation may have ended.
+    fn fits(&self, plan: &Plan) -> Result<(), Refusal> {
+        if plan.generation > 0 && plan.generation < self.fresh_generation(&plan.vm) {
+            return Err(Refusal::Stale("its generation was offered before"));
+        }
+        let vm = self.vms.get(&plan.vm);
+        let holder = vm.map(|vm| Holder { host: vm.host.clone(), generation: vm.generation });
+        match &plan.task {
+            Task::Create { .. } if vm.is_some() => Err(Refusal::Stale("the VM exists")),
+            Task::Restore { new: true, .. } if vm.is_some() => Err(Refusal::Stale("the VM exists")),
+            Task::Create { .. } | Task::Verify { .. } | Task::RemoveCheckpoint { .. } => Ok(()),
+            Task::Restore { new: true, .. } => Ok(()),
+            _ if vm.is_none() => Err(Refusal::Stale("the VM is gone")),
+            _ if plan.holder != holder => Err(Refusal::Stale("the VM has another holder")),
+            _ => Ok(()),
+        }
+    }
+
+    fn turn(&mut self, id: &str, turn: Turn, failure: Option<&Failure>) -> Result<(), Refusal> {
+        let operation = self.operation(id)?;
+        let status = table::next(operation.plan.task.shape(), operation.status, turn)?;
+        let mut operation = Operation::clone(operation);
+        operation.status = status;
+        if matches!(status, Status::Undoing(_) | Status::Left(_)) {
+            operation.failure = operation.failure.or_else(|| failure.cloned());
+        }
+        if status == Status::Undone && matches!(operation.plan.task, Task::Create { .. }) {
+            self.vms.remove(&operation.plan.vm);
+        }
+        self.store(operation);
+        Ok(())
+    }
+
+    fn commit(&mut self, record: &Record, id: &str, result: &Outcome) -> Result<(), Refusal> {
+        let operation = self.operation(id)?;
+        let shape = operation.plan.task.shape();
+        let mut operation = Operation::clone(operation);
+        operation.status = table::next(shape, operation.status, Turn::Did(shape.commit))?;
+        operation.result = Some(result.clone());
+        self.change(record, &operation.plan, result)?;
+        self.store(operation);
+        Ok(())
+    }
+
+    fn store(&mut self, operation: Operation) {
+        if operation.status.ended() {
+            self.ended.push_back(operation.id.clone());
+        }
+        self.operations.insert(operation.id.clone(), Arc::new(operation));
+        while self.ended.len() > ENDED_MAX {
+            if let Some(oldest) = self.ended.pop_front() {
+                self.operations.remove(&oldest);
+            }
+        }
+    }
+
+    /// What a commit makes true. The only place where a VM's generation rises.
+    fn change(&mut self, record: &Record, plan: &Plan, result: &Outcome) -> Result<(), Refusal> {
+        match (&plan.task, result) {
+            (Task::Create { .. }, _) => self.edit(plan, |vm| vm.creating = false),
+            (Task::Pause { .. }, _) => self.edit(plan, |vm| vm.intent = Intent::Paused),
+            (Task::Resume { .. }, _) => self.edit(plan, |vm| vm.intent = Intent::Running),
+            (Task::Stop, _) => self.edit(plan, |vm| vm.intent = Intent::Stopped),
+            (Task::Remove, _) => {
+                self.vms.remove(&plan.vm);
+                Ok(())
+            }
+            (Task::Migrate { target, .. }, _) => self.edit(plan, |vm| {
+                vm.host.clone_from(target);
+                vm.generation = plan.generation;
+            }),
+            (Task::Restore { new: false, target, .. }, _) => self.edit(plan, |vm| {
+                vm.host.clone_from(target);
+                vm.generation = plan.generation;
+                vm.intent = Intent::Running;
+            }),
+            (Task::Restore { new: true, .. }, _) => {
+                self.adopt(record, plan);
+                Ok(())
+            }
+            (Task::Checkpoint { .. }, Outcome::Checkpoint(entry)) => {
+                self.edit(plan, |vm| vm.last_checkpoint.clone_from(&entry.id))?;
+                self.checkpoints.insert(entry.id.clone(), Arc::new(entry.clone()));
+                Ok(())
+            }
+            (Task::Checkpoint { .. }, _) => Err(Refusal::Stale("a checkpoint's commit names no checkpoint")),
+            (Task::Verify { checkpoint }, Outcome::Verified(verdict)) => {
+                if let Some(entry) = self.checkpoints.get_mut(checkpoint) {
+                    Arc::make_mut(entry).verified.clone_from(verdict);
+                }
+                Ok(())
+            }
+            (Task::Verify { .. }, _) => Err(Refusal::Stale("a verification's commit has no verdict")),
+            (Task::RemoveCheckpoint { checkpoint, .. }, _) => {
+                self.checkpoints.remove(checkpoint);
+                self.forget_checkpoint(checkpoint);
+                Ok(())
+            }
+        }
+    }
+
+    fn edit(&mut self, plan: &Plan, change: impl FnOnce(&mut Vm)) -> Result<(), Refusal> {
+        let vm = self.vms.get_mut(&plan.vm).ok_or(Refusal::Stale("the VM is gone"))?;
+        change(Arc::make_mut(vm));
+        Ok(())
+    }
+
+    fn adopt(&mut self, record: &Record, plan: &Plan) {
+        let Task::Restore { target, config, capabilities, on_isolation, .. } = &plan.task else { return };
+        let vm = Vm {
+            name: plan.vm.clone(),
+            id: plan.vm_id.clone(),
+            host: target.clone(),
+            generation: plan.generation,
+            intent: Intent::Running,
+            config: config.clone(),
+            capabilities: capabilities.clone(),
+            on_isolation: *on_isolation,
+            created_unix_ms: record.unix_ms,
+            creating: false,
+            last_checkpoint: self.newest_checkpoint(&plan.vm_id).map(|c| c.id.clone()).unwrap_or_default(),
+        };
+        self.vms.insert(plan.vm.clone(), Arc::new(vm));
+    }
+
+    fn forget_checkpoint(&mut self, id: &str) {
+        let names: Vec<String> =
+            self.vms.values().filter(|vm| vm.last_checkpoint == id).map(|vm| vm.name.clone()).collect();
+        for name in names {
+            let newest = self.vms.get(&name).and_then(|vm| self.newest_checkpoint(&vm.id)).map(|c| c.id.clone());
+            if let Some(vm) = self.vms.get_mut(&name) {
+                Arc::make_mut(vm).last_checkpoint = newest.unwrap_or_default();
+            }
+        }
+    }
+}
+
+/// Lock of a VM's name.
+pub fn vm_lock(vm: &str) -> String {
+    format!("VM {vm}")
+}
+
+/// Lock of a VM's packs: whoever adds or removes any.
+pub fn packs_lock(vm_id: &str) -> String {
+    format!("packs of {vm_id}")
+}
+
+/// Lock of a checkpoint.
+pub fn checkpoint_lock(id: &str) -> String {
+    format!("checkpoint {id}")
+}

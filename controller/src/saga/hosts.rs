@@ -1,0 +1,212 @@
+//! The world as it is: agents over mutual TLS, the bucket, and the clock.
+//!
+//! Every call to an agent has a limit of time but the streams of a transfer, which end with their connection (kept alive by
+//! HTTP/2 pings), with the operator's cancel, or by themselves. What an agent answers about a VM is remembered as observed.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto::status::Code;
+use proto::v1::transfer_event::Event as Said;
+use proto::v1::{
+    ActivateReply, ActivateRequest, CreateVmRequest, HandedOver, MachineDigest, OperationRef, PrepareReply,
+    PrepareRequest, SendRequest, StopVmRequest, TransferEvent, VmInfo, VmRef,
+};
+use tokio::time::Instant;
+
+use super::voice::Voice;
+use super::world::{LoadRequest, World};
+use crate::agents::{Agents, host_identity, link};
+use crate::bucket::{Bucket, packs_prefix};
+use crate::failure::Failure;
+use crate::ingest::load::Load;
+use crate::ingest::receive::{Expected, Ingest};
+use crate::ingest::relay::Relay;
+use crate::ingest::{Road, Routes, read};
+use crate::ledger::event::CheckpointEntry;
+use crate::tls::Tls;
+
+/// Limit of a call that only changes what is there.
+const QUICK: Duration = Duration::from_secs(15);
+/// Limit of a call that builds a machine or removes its files.
+const SLOW: Duration = Duration::from_secs(120);
+
+/// Agents, bucket, lanes.
+pub struct Hosts {
+    /// How agents are called.
+    pub agents: Arc<Agents>,
+    /// Where checkpoints lie.
+    pub bucket: Bucket,
+    /// Lanes that end in, or pass through, this controller.
+    pub routes: Routes,
+    /// Certificates for lanes that begin here.
+    pub tls: Arc<Tls>,
+    /// How agents reach this controller's Lanes service.
+    pub address: String,
+}
+
+impl Hosts {
+    async fn transfer(&self, host: &str, request: SendRequest, voice: &Voice) -> Result<HandedOver, Failure> {
+        let mut client = self.agents.client(host)?;
+        let broken = |status: tonic::Status| Failure::from_status(host, &status);
+        let mut events = client.send(request).await.map_err(broken)?.into_inner();
+        while let Some(event) = events.message().await.map_err(broken)? {
+            match event.event {
+                Some(Said::HandedOver(handed_over)) => return Ok(handed_over),
+                Some(Said::Failed(abort)) => {
+                    return Err(Failure::new(Code::from_number(abort.code), format!("{host}: {}", abort.reason)));
+                }
+                Some(_) => voice.transfer(event),
+                None => {}
+            }
+        }
+        Err(Failure::new(Code::Unreachable, format!("{host} ended the transfer without a word")))
+    }
+
+    fn to_this_controller(&self, request: SendRequest) -> SendRequest {
+        SendRequest { address: self.address.clone(), peer_identity: self.tls.identity().to_string(), ..request }
+    }
+}
+
+impl World for Hosts {
+    async fn create(&self, host: &str, request: CreateVmRequest) -> Result<VmInfo, Failure> {
+        let info = self.agents.call(host, SLOW, async |mut agent| agent.create_vm(request).await).await?;
+        self.agents.observe(host, &info);
+        Ok(info)
+    }
+
+    async fn pause(&self, host: &str, vm: VmRef) -> Result<VmInfo, Failure> {
+        let info = self.agents.call(host, QUICK, async |mut agent| agent.pause_vm(vm).await).await?;
+        self.agents.observe(host, &info);
+        Ok(info)
+    }
+
+    async fn resume(&self, host: &str, vm: VmRef) -> Result<VmInfo, Failure> {
+        let info = self.agents.call(host, QUICK, async |mut agent| agent.resume_vm(vm).await).await?;
+        self.agents.observe(host, &info);
+        Ok(info)
+    }
+
+    async fn stop(&self, host: &str, request: StopVmRequest) -> Result<VmInfo, Failure> {
+        let info = self.agents.call(host, SLOW, async |mut agent| agent.stop_vm(request).await).await?;
+        self.agents.observe(host, &info);
+        Ok(info)
+    }
+
+    async fn discard(&self, host: &str, vm: VmRef) -> Result<(), Failure> {
+        let (name, generation) = (vm.vm.clone(), vm.generation);
+        self.agents.call(host, SLOW, async |mut agent| agent.discard_vm(vm).await).await?;
+        self.agents.observe_discarded(host, &name, generation);
+        Ok(())
+    }
+
+    async fn prepare(&self, host: &str, request: PrepareRequest) -> Result<PrepareReply, Failure> {
+        self.agents.call(host, SLOW, async |mut agent| agent.prepare(request).await).await
+    }
+
+    async fn activate(&self, host: &str, request: ActivateRequest) -> Result<ActivateReply, Failure> {
+        let reply = self.agents.call(host, QUICK, async |mut agent| agent.activate(request).await).await?;
+        if let Some(info) = &reply.vm {
+            self.agents.observe(host, info);
+        }
+        Ok(reply)
+    }
+
+    async fn abandon(&self, host: &str, operation: OperationRef) -> Result<(), Failure> {
+        self.agents.call(host, QUICK, async |mut agent| agent.abandon(operation).await).await.map(drop)
+    }
+
+    async fn send(
+        &self,
+        host: &str,
+        request: SendRequest,
+        relay: Option<&str>,
+        voice: &Voice,
+    ) -> Result<HandedOver, Failure> {
+        let (Some(address), Some(ticket)) = (relay, &request.ticket) else {
+            return self.transfer(host, request, voice).await;
+        };
+        let channel = link::channel(&self.tls, address, &host_identity(&ticket.target))?;
+        let _open = self.routes.open(ticket, Road::Relay(Relay::new(&ticket.target, channel)));
+        self.transfer(host, self.to_this_controller(request), voice).await
+    }
+
+    async fn checkpoint(
+        &self,
+        host: &str,
+        request: SendRequest,
+        expected: Expected,
+        voice: &Voice,
+    ) -> Result<CheckpointEntry, Failure> {
+        let ticket = request.ticket.clone().ok_or_else(|| Failure::new(Code::Internal, "no ticket"))?;
+        let ingest = Ingest::new(expected, self.bucket.clone());
+        let _open = self.routes.open(&ticket, Road::Ingest(ingest.clone()));
+        let sent = self.transfer(host, self.to_this_controller(request), voice);
+        tokio::pin!(sent);
+        let handed_over = tokio::select! {
+            sent = &mut sent => match sent {
+                Ok(handed_over) => handed_over,
+                // The ingest knows better why, if it is the one that gave up.
+                Err(failure) => return Err(ingest.failure().unwrap_or(failure)),
+            },
+            finished = ingest.finished() => { finished?; sent.await? }
+        };
+        let mut entry = ingest.finished().await?;
+        if handed_over.stopped_us > 0 {
+            entry.stop_us = handed_over.stopped_us;
+        }
+        Ok(entry)
+    }
+
+    async fn load(&self, load: LoadRequest<'_>, voice: &Voice) -> Result<MachineDigest, Failure> {
+        let manifest = read::manifest(&self.bucket, load.manifest_key).await?;
+        let load = Load {
+            bucket: &self.bucket,
+            manifest: &manifest,
+            ticket: load.ticket,
+            target: load.host,
+            channel: link::channel(&self.tls, load.address, &host_identity(load.host))?,
+            lanes: load.policy.lanes,
+            bandwidth: load.policy.bandwidth_bytes_per_s,
+            verify_full: load.policy.verify_full,
+        };
+        load.send(|progress| voice.transfer(TransferEvent { event: Some(Said::Progress(progress)) })).await
+    }
+
+    async fn lease_end(&self, host: &str, vm: &str, voice: &Voice) {
+        let end = self.agents.lease_ended_at(host, vm);
+        let left = end.saturating_duration_since(Instant::now());
+        if !left.is_zero() {
+            let seconds = left.as_secs_f64();
+            voice.note(format!("waiting {seconds:.1} s until the lease of {vm} on {host} has surely ended"));
+            tokio::time::sleep_until(end).await;
+        }
+        voice.note(format!("the lease of {vm} on {host} has ended"));
+    }
+
+    async fn verify(&self, entry: &CheckpointEntry, voice: &Voice) -> Result<String, Failure> {
+        let read = async {
+            let manifest = read::manifest(&self.bucket, &entry.manifest_key).await?;
+            let progress = |done, all| voice.note(format!("{done} of {all} packs are sound"));
+            read::verify(&self.bucket, &manifest, progress).await
+        };
+        match read.await {
+            Ok(()) => Ok("ok".into()),
+            Err(failure) if failure.code == Code::Corrupt => Ok(format!("damaged: {failure}")),
+            Err(failure) => Err(failure),
+        }
+    }
+
+    async fn erase(&self, manifest_key: &str, pack_keys: &[String]) -> Result<(), Failure> {
+        // The manifest first: from then on the checkpoint does not exist, whatever happens to its packs.
+        self.bucket.delete(manifest_key).await?;
+        for key in pack_keys {
+            self.bucket.delete(key).await?;
+        }
+        Ok(())
+    }
+
+    async fn packs(&self, vm_id: &str, generation: u64) -> Result<Vec<String>, Failure> {
+        Ok(self.bucket.list(&packs_prefix(vm_id, proto::ids::Generation(generation))).await?)
+    }
+}

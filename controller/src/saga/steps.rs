@@ -1,0 +1,422 @@
+//! What each step of each operation does, and how it is taken back.
+//!
+//! | operation  | steps (the one in capitals is the commit)              | taken back by                         |
+//! |------------|--------------------------------------------------------|---------------------------------------|
+//! | create     | create, COMMIT                                         | discard                               |
+//! | pause      | pause, COMMIT                                          | resume, if it ran                     |
+//! | resume     | resume, COMMIT                                         | pause, if it stood still              |
+//! | stop       | COMMIT, stop                                           |                                       |
+//! | remove     | COMMIT, discard                                        |                                       |
+//! | migrate    | prepare, precopy, COMMIT, activate, release            | abandon on the target, on the source  |
+//! | checkpoint | stream, COMMIT                                         | abandon on the source; erase          |
+//! | restore    | fence, prepare, load, COMMIT, activate, release        | resume, if it ran; abandon            |
+//! | verify     | read, COMMIT                                           |                                       |
+//! | remove-checkpoint | COMMIT, erase                                   |                                       |
+//!
+//! Steps may be repeated. What only lives in memory ([`Memory`]) is needed before the commit alone, because a controller that
+//! starts again undoes what is not committed; after it everything comes from the plan.
+
+use proto::ids::Generation;
+use proto::status::Code;
+use proto::v1::{
+    ActivateRequest, CreateVmRequest, HandedOver, IsolationPolicy, MachineConfig, OperationRef, PhaseReport,
+    PrepareRequest, SendRequest, StopVmRequest, Ticket, TransferPolicy, VmRef, VmState,
+};
+use tokio::time::Instant;
+
+use super::voice::Voice;
+use super::world::{LoadRequest, World};
+use crate::failure::Failure;
+use crate::ingest::receive::Expected;
+use crate::ledger::Ledger;
+use crate::ledger::event::{CheckpointEntry, Holder, Intent, Outcome, Plan, Task};
+use crate::ledger::state::Operation;
+
+/// How long a ticket is good for the first word of a lane.
+const TICKET_MS: u64 = 120_000;
+
+/// What an operation remembers between its steps; gone after a restart.
+#[derive(Default)]
+pub struct Memory {
+    ticket: Option<Ticket>,
+    address: String,
+    /// Both digests agreed; the guest stands still at the source.
+    pub handed_over: Option<(HandedOver, Instant)>,
+    /// The checkpoint that was made.
+    pub checkpoint: Option<CheckpointEntry>,
+    /// What reading a checkpoint found.
+    pub verdict: Option<String>,
+    /// Time from the hand-over to the answer of the target, and the phases that the controller measured itself.
+    pub downtime_ms: f64,
+    /// Phases that the controller measured itself.
+    pub phases: Vec<PhaseReport>,
+}
+
+/// One operation's hands: where its steps are done.
+pub struct Hands<'a, W> {
+    /// The world.
+    pub world: &'a W,
+    /// What is true.
+    pub ledger: &'a Ledger,
+    /// The operation.
+    pub operation: &'a Operation,
+    /// What it says.
+    pub voice: &'a Voice,
+}
+
+fn lost(what: &str) -> Failure {
+    Failure::new(Code::Internal, format!("{what} is not remembered"))
+}
+
+impl<W: World> Hands<'_, W> {
+    fn plan(&self) -> &Plan {
+        &self.operation.plan
+    }
+
+    fn holder(&self) -> Result<&Holder, Failure> {
+        self.plan().holder.as_ref().ok_or_else(|| lost("who holds the VM"))
+    }
+
+    fn of(&self, generation: u64, reason: &str) -> VmRef {
+        VmRef {
+            vm: self.plan().vm.clone(),
+            generation,
+            operation: self.operation.id.clone(),
+            reason: reason.into(),
+        }
+    }
+
+    fn itself(&self, reason: &str) -> OperationRef {
+        OperationRef { operation: self.operation.id.clone(), vm: self.plan().vm.clone(), reason: reason.into() }
+    }
+
+    /// Does a step that is not the commit.
+    ///
+    /// # Errors
+    /// The world's.
+    pub async fn perform(&self, step: &str, memory: &mut Memory) -> Result<(), Failure> {
+        match (&self.plan().task, step) {
+            (Task::Create { host, config, on_isolation, .. }, _) => self.create(host, config, *on_isolation).await,
+            (Task::Pause { .. }, _) => self.pause("paused by the operator").await,
+            (Task::Resume { .. }, _) => self.resume().await,
+            (Task::Stop, _) => self.stop().await,
+            (Task::Remove, _) => self.discard().await,
+            (Task::Migrate { target, .. }, "prepare") => self.prepare(target, memory).await,
+            (Task::Migrate { target, via_controller, policy, .. }, "precopy") => {
+                self.precopy(target, *via_controller, policy, memory).await
+            }
+            (Task::Migrate { target, paused, .. }, "activate") => self.activate(target, *paused, memory).await,
+            (Task::Migrate { .. }, _) => self.release(memory).await,
+            (Task::Checkpoint { checkpoint }, _) => self.stream(checkpoint, memory).await,
+            (Task::Restore { .. }, "fence") => self.fence().await,
+            (Task::Restore { target, .. }, "prepare") => self.prepare(target, memory).await,
+            (Task::Restore { checkpoint, target, policy, .. }, "load") => {
+                self.load(checkpoint, target, policy, memory).await
+            }
+            (Task::Restore { target, .. }, "activate") => self.activate(target, false, memory).await,
+            (Task::Restore { .. }, _) => self.release(memory).await,
+            (Task::Verify { checkpoint }, _) => self.verify(checkpoint, memory).await,
+            (Task::RemoveCheckpoint { checkpoint, generation }, _) => self.erase(checkpoint, *generation).await,
+        }
+    }
+
+    /// Takes back a step that was done, or may have been.
+    ///
+    /// # Errors
+    /// The world's.
+    pub async fn undo(&self, step: &str) -> Result<(), Failure> {
+        let why = self.operation.failure.as_ref().map_or("it failed", |failure| &failure.message);
+        match (&self.plan().task, step) {
+            (_, "commit") => Ok(()),
+            (Task::Create { host, .. }, _) => self.world.discard(host, self.of(self.plan().generation, why)).await,
+            (Task::Pause { was: Intent::Running }, _) => self.resume().await,
+            (Task::Resume { was: Intent::Paused }, _) => self.pause("paused by the operator").await,
+            (Task::Migrate { target, .. } | Task::Restore { target, .. }, "prepare") => {
+                self.world.abandon(target, self.itself(why)).await
+            }
+            (Task::Migrate { .. }, "precopy") => self.world.abandon(&self.holder()?.host, self.itself(why)).await,
+            (Task::Checkpoint { checkpoint }, _) => self.unstream(checkpoint, why).await,
+            (Task::Restore { .. }, "fence") => self.unfence().await,
+            (
+                Task::Pause { .. }
+                | Task::Resume { .. }
+                | Task::Stop
+                | Task::Remove
+                | Task::Migrate { .. }
+                | Task::Restore { .. }
+                | Task::Verify { .. }
+                | Task::RemoveCheckpoint { .. },
+                _,
+            ) => Ok(()),
+        }
+    }
+
+    /// What the commit says. Pure but for `memory`.
+    ///
+    /// # Errors
+    /// If the steps before it did not bring what it needs.
+    pub fn outcome(&self, memory: &Memory) -> Result<Outcome, Failure> {
+        match &self.plan().task {
+            Task::Checkpoint { .. } => {
+                memory.checkpoint.clone().map(Outcome::Checkpoint).ok_or_else(|| lost("the checkpoint"))
+            }
+            Task::Verify { .. } => memory.verdict.clone().map(Outcome::Verified).ok_or_else(|| lost("the verdict")),
+            Task::Migrate { .. } => memory.handed_over.is_some().then_some(Outcome::AsPlanned).ok_or_else(|| lost("the hand-over")),
+            _ => Ok(Outcome::AsPlanned),
+        }
+    }
+
+    async fn create(&self, host: &str, config: &MachineConfig, on_isolation: i32) -> Result<(), Failure> {
+        let request = CreateVmRequest {
+            vm: self.plan().vm.clone(),
+            generation: self.plan().generation,
+            operation: self.operation.id.clone(),
+            config: Some(config.clone()),
+            on_isolation,
+        };
+        self.world.create(host, request).await.map(drop)
+    }
+
+    async fn pause(&self, reason: &str) -> Result<(), Failure> {
+        let holder = self.holder()?;
+        self.world.pause(&holder.host, self.of(holder.generation, reason)).await.map(drop)
+    }
+
+    async fn resume(&self) -> Result<(), Failure> {
+        let holder = self.holder()?;
+        self.world.resume(&holder.host, self.of(holder.generation, "")).await.map(drop)
+    }
+
+    async fn stop(&self) -> Result<(), Failure> {
+        let holder = self.holder()?;
+        let request = StopVmRequest {
+            vm: self.plan().vm.clone(),
+            generation: holder.generation,
+            operation: self.operation.id.clone(),
+        };
+        self.world.stop(&holder.host, request).await.map(drop)
+    }
+
+    async fn discard(&self) -> Result<(), Failure> {
+        let holder = self.holder()?;
+        self.world.discard(&holder.host, self.of(holder.generation, "removed")).await
+    }
+
+    /// Discards what the old holder keeps, if there was one.
+    async fn release(&self, memory: &mut Memory) -> Result<(), Failure> {
+        let Some(holder) = &self.plan().holder else { return Ok(()) };
+        let began = Instant::now();
+        self.world.discard(&holder.host, self.of(holder.generation, "another host has it now")).await?;
+        memory.phase("release", began);
+        Ok(())
+    }
+
+    async fn prepare(&self, target: &str, memory: &mut Memory) -> Result<(), Failure> {
+        let (config, capabilities, on_isolation) = self.machine()?;
+        let source = match &self.plan().task {
+            Task::Restore { .. } => "controller".to_owned(),
+            _ => self.holder()?.host.clone(),
+        };
+        self.make_room(target).await?;
+        let ticket = memory.ticket.get_or_insert_with(|| self.ticket(&source, target, self.plan().generation));
+        let ticket = Some(ticket.clone());
+        let request = PrepareRequest { ticket, config: Some(config), capabilities, on_isolation };
+        memory.address = self.world.prepare(target, request).await?.address;
+        Ok(())
+    }
+
+    /// A host holds one generation of a VM at a time: a restore to the host that has the VM begins by discarding what it has.
+    /// The fence has made sure by then that it stands still there.
+    async fn make_room(&self, target: &str) -> Result<(), Failure> {
+        match &self.plan().holder {
+            Some(holder) if holder.host == target => {
+                self.voice.note(format!("{target} discards what it has of {}", self.plan().vm));
+                self.world.discard(target, self.of(holder.generation, "a restore replaces it")).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn ticket(&self, source: &str, target: &str, generation: u64) -> Ticket {
+        Ticket {
+            operation: self.operation.id.clone(),
+            vm: self.plan().vm.clone(),
+            generation,
+            source: source.into(),
+            target: target.into(),
+            secret: crate::entropy::bytes::<32>().to_vec(),
+            expires_in_ms: TICKET_MS,
+        }
+    }
+
+    /// The machine: of the ledger's VM, or of the checkpoint's manifest.
+    fn machine(&self) -> Result<(MachineConfig, Vec<u8>, i32), Failure> {
+        if let Task::Restore { config, capabilities, on_isolation, .. } = &self.plan().task {
+            return Ok((config.clone(), capabilities.clone(), *on_isolation));
+        }
+        let state = self.ledger.state();
+        let vm = state.vms.get(&self.plan().vm).ok_or_else(|| lost("the VM"))?;
+        Ok((vm.config.clone(), vm.capabilities.clone(), vm.on_isolation))
+    }
+
+    async fn precopy(
+        &self,
+        target: &str,
+        via_controller: bool,
+        policy: &TransferPolicy,
+        memory: &mut Memory,
+    ) -> Result<(), Failure> {
+        let holder = self.holder()?;
+        let request = SendRequest {
+            vm: self.plan().vm.clone(),
+            generation: holder.generation,
+            ticket: Some(memory.ticket.clone().ok_or_else(|| lost("the ticket"))?),
+            address: memory.address.clone(),
+            peer_identity: format!("host/{target}"),
+            policy: Some(*policy),
+            checkpoint: false,
+            base: String::new(),
+        };
+        let relay = via_controller.then_some(memory.address.as_str());
+        let handed_over = self.world.send(&holder.host, request, relay, self.voice).await?;
+        let digest = |side: &Option<proto::v1::MachineDigest>| side.clone().unwrap_or_default().machine;
+        let (source, arrived) = (digest(&handed_over.source), digest(&handed_over.target));
+        if source != arrived || source.len() != 32 {
+            return Err(Failure::new(Code::Corrupt, format!("{target} holds something else than {}", holder.host)));
+        }
+        memory.handed_over = Some((handed_over, Instant::now()));
+        Ok(())
+    }
+
+    async fn activate(&self, target: &str, paused: bool, memory: &mut Memory) -> Result<(), Failure> {
+        let request = ActivateRequest {
+            vm: self.plan().vm.clone(),
+            generation: self.plan().generation,
+            operation: self.operation.id.clone(),
+            paused,
+        };
+        let began = Instant::now();
+        let reply = self.world.activate(target, request).await?;
+        if let Some((handed_over, at)) = &memory.handed_over {
+            memory.phases.push(phase("commit", began.duration_since(*at).as_secs_f64() * 1e3));
+            memory.downtime_ms = handed_over.stopped_us as f64 / 1e3 + at.elapsed().as_secs_f64() * 1e3;
+        }
+        memory.phases.push(phase("resume", reply.resume_us as f64 / 1e3));
+        Ok(())
+    }
+
+    async fn stream(&self, checkpoint: &str, memory: &mut Memory) -> Result<(), Failure> {
+        let holder = self.holder()?;
+        let (config, capabilities, _) = self.machine()?;
+        let request = SendRequest {
+            vm: self.plan().vm.clone(),
+            generation: holder.generation,
+            ticket: Some(self.ticket(&holder.host, "controller", holder.generation)),
+            address: String::new(),
+            peer_identity: String::new(),
+            policy: Some(TransferPolicy::default()),
+            checkpoint: true,
+            base: String::new(),
+        };
+        let expected = Expected {
+            checkpoint: checkpoint.parse().map_err(|_| lost("the checkpoint's id"))?,
+            vm: self.plan().vm.clone(),
+            vm_id: self.plan().vm_id.clone(),
+            generation: Generation(holder.generation),
+            config,
+            capabilities,
+        };
+        memory.checkpoint = Some(self.world.checkpoint(&holder.host, request, expected, self.voice).await?);
+        Ok(())
+    }
+
+    /// Stops the source, then removes what has arrived.
+    async fn unstream(&self, checkpoint: &str, why: &str) -> Result<(), Failure> {
+        let holder = self.holder()?;
+        let abandoned = self.world.abandon(&holder.host, self.itself(why)).await;
+        self.erase(checkpoint, holder.generation).await?;
+        abandoned
+    }
+
+    /// Makes sure that the old holder does not run the VM and will not begin to.
+    ///
+    /// From the record on that began this operation, heartbeats renew no lease of this VM.
+    async fn fence(&self) -> Result<(), Failure> {
+        let Some(holder) = &self.plan().holder else { return Ok(()) };
+        let stopped = self.world.pause(&holder.host, self.of(holder.generation, "a restore replaces it")).await;
+        match stopped {
+            Ok(info) if matches!(info.state(), VmState::Paused | VmState::Stopped | VmState::Crashed) => {
+                return Ok(());
+            }
+            Err(failure) if failure.code == Code::NotFound => return Ok(()),
+            Ok(info) => self.voice.note(format!("{} says that {} is {:?}", holder.host, self.plan().vm, info.state())),
+            Err(failure) => self.voice.note(failure.message),
+        }
+        let policy = self.machine()?.2;
+        if policy == IsolationPolicy::KeepRunning as i32 {
+            let (vm, host) = (&self.plan().vm, &holder.host);
+            let text = format!("{host} does not answer and {vm} keeps running there by its policy: two of it could run");
+            return Err(Failure::new(Code::Unreachable, text)
+                .hint(format!("bring {host} back, or restore under another name with --as")));
+        }
+        self.world.lease_end(&holder.host, &self.plan().vm, self.voice).await;
+        Ok(())
+    }
+
+    async fn unfence(&self) -> Result<(), Failure> {
+        let state = self.ledger.state();
+        let wanted = state.vms.get(&self.plan().vm).is_some_and(|vm| vm.intent == Intent::Running);
+        match &self.plan().holder {
+            Some(_) if wanted => self.resume().await,
+            _ => Ok(()),
+        }
+    }
+
+    async fn load(
+        &self,
+        checkpoint: &str,
+        target: &str,
+        policy: &TransferPolicy,
+        memory: &mut Memory,
+    ) -> Result<(), Failure> {
+        let state = self.ledger.state();
+        let entry = state.checkpoints.get(checkpoint).ok_or_else(|| lost("the checkpoint"))?;
+        let ticket = memory.ticket.as_ref().ok_or_else(|| lost("the ticket"))?;
+        let request = LoadRequest {
+            manifest_key: &entry.manifest_key,
+            ticket,
+            host: target,
+            address: &memory.address,
+            policy,
+        };
+        self.world.load(request, self.voice).await.map(drop)
+    }
+
+    async fn verify(&self, checkpoint: &str, memory: &mut Memory) -> Result<(), Failure> {
+        let state = self.ledger.state();
+        let entry = state.checkpoints.get(checkpoint).ok_or_else(|| lost("the checkpoint"))?;
+        memory.verdict = Some(self.world.verify(entry, self.voice).await?);
+        Ok(())
+    }
+
+    /// Removes a manifest and every pack of this generation that no checkpoint of the ledger has. The lock of the VM's packs
+    /// keeps others from adding any meanwhile.
+    async fn erase(&self, checkpoint: &str, generation: u64) -> Result<(), Failure> {
+        let state = self.ledger.state();
+        let used = |key: &String| state.checkpoints.values().any(|entry| entry.pack_keys.contains(key));
+        let mut packs = self.world.packs(&self.plan().vm_id, generation).await?;
+        packs.retain(|key| !used(key));
+        let id = checkpoint.parse().map_err(|_| lost("the checkpoint's id"))?;
+        self.world.erase(&crate::bucket::manifest_key(&self.plan().vm_id, id), &packs).await
+    }
+}
+
+impl Memory {
+    fn phase(&mut self, name: &str, began: Instant) {
+        self.phases.push(phase(name, began.elapsed().as_secs_f64() * 1e3));
+    }
+}
+
+fn phase(name: &str, ms: f64) -> PhaseReport {
+    PhaseReport { phase: name.into(), ms }
+}

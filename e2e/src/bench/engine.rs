@@ -1,0 +1,189 @@
+//! `bench engine`: instructions a second of the software engine, beside QEMU's TCG with instruction counting.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use proto::v1::MachineConfig;
+use vmcb_engine::machine::{Machine, Outcome, Parts};
+use vmcb_engine::memory::GuestMemory;
+
+use super::loops::Loop;
+use super::{GUEST_PATIENCE, Measurement, Report, has_program};
+
+const QEMU: &str = "qemu-system-x86_64";
+const ITERATIONS: u64 = 60_000_000;
+const RUNS: usize = 3;
+const SLICE: u64 = 4_000_000;
+
+/// A kernel and what goes with it.
+struct Boot {
+    kernel: Vec<u8>,
+    kernel_path: PathBuf,
+    initrd: Option<PathBuf>,
+    cmdline: String,
+    memory_bytes: u64,
+}
+
+/// Runs all cases.
+///
+/// # Errors
+/// A guest that does not do what it should, or files that cannot be written.
+pub fn run(report: &Report, guest: &Path, cases: &[String]) -> Result<(), String> {
+    let wanted = |case: &str| cases.is_empty() || cases.iter().any(|c| c == case);
+    let dir = std::env::temp_dir().join(format!("godwit-bench-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+    for (case, kind) in Loop::ALL.into_iter().filter(|(case, _)| wanted(case)) {
+        let kernel = kind.elf(ITERATIONS).map_err(|e| e.to_string())?;
+        let kernel_path = dir.join(format!("{case}.elf"));
+        std::fs::write(&kernel_path, &kernel).map_err(|e| e.to_string())?;
+        let boot = Boot { kernel, kernel_path, initrd: None, cmdline: String::new(), memory_bytes: 64 << 20 };
+        loop_case(report, case, &boot)?;
+    }
+    if wanted("linux-boot") {
+        linux_boot(report, guest)?;
+    }
+    std::fs::remove_dir_all(&dir).map_err(|e| e.to_string())
+}
+
+fn loop_case(report: &Report, case: &str, boot: &Boot) -> Result<(), String> {
+    let (mut ours, mut tcg) = (Vec::new(), Vec::new());
+    for _ in 0..RUNS {
+        let timed = between_marks(boot, "start\n", "done\n")?;
+        let instructions = timed.instructions as f64;
+        ours.push(instructions / timed.elapsed.as_secs_f64());
+        if let Some(elapsed) = qemu_between_marks(boot, "start", "done")? {
+            tcg.push(instructions / elapsed.as_secs_f64());
+        }
+    }
+    let measured = Measurement::of("engine", case, "instructions_per_second", "1/s", &ours);
+    report.add(measured.map(|m| m.beside("qemu_tcg_icount", &tcg)));
+    Ok(())
+}
+
+fn linux_boot(report: &Report, guest: &Path) -> Result<(), String> {
+    let Ok(kernel) = std::fs::read(guest.join("vmlinuz")) else {
+        report.skip(&format!("linux-boot: no kernel in {}; run deploy/guest", guest.display()));
+        return Ok(());
+    };
+    let boot = Boot {
+        kernel,
+        kernel_path: guest.join("vmlinuz"),
+        initrd: Some(guest.join("initramfs.cpio")),
+        cmdline: "console=ttyS0 panic=-1 godwit.work=off".into(),
+        memory_bytes: 512 << 20,
+    };
+    let (mut rate, mut seconds, mut tcg) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..RUNS {
+        let timed = between_marks(&boot, "", "godwit: up")?;
+        rate.push(timed.instructions as f64 / timed.elapsed.as_secs_f64());
+        seconds.push(timed.elapsed.as_secs_f64());
+        tcg.extend(qemu_between_marks(&boot, "", "godwit: up")?.map(|elapsed| elapsed.as_secs_f64()));
+    }
+    report.add(Measurement::of("engine", "linux-boot", "instructions_per_second", "1/s", &rate));
+    let measured = Measurement::of("engine", "linux-boot", "seconds_to_shell", "s", &seconds);
+    report.add(measured.map(|m| m.beside("qemu_tcg_icount", &tcg)));
+    Ok(())
+}
+
+/// Host time and instructions between two marks on the console. An empty first mark is the first instruction.
+struct Timed {
+    elapsed: Duration,
+    instructions: u64,
+}
+
+fn between_marks(boot: &Boot, from: &str, to: &str) -> Result<Timed, String> {
+    let config = MachineConfig {
+        vcpus: 1,
+        memory_bytes: boot.memory_bytes,
+        cpu_model: "soft-v1".into(),
+        engine: "soft".into(),
+        boot: Some(proto::v1::BootSource { cmdline: boot.cmdline.clone(), ..Default::default() }),
+        seed: vec![7; 32],
+        epoch_ns: 1_700_000_000_000_000_000,
+        tsc_hz: 1_000_000_000,
+        tsc_per_instruction: 4,
+        ..Default::default()
+    };
+    let memory = GuestMemory::create(boot.memory_bytes).map_err(|e| e.to_string())?;
+    let parts = Parts { memory, disks: Vec::new(), nets: Vec::new() };
+    let mut machine = Machine::build(&config, parts).map_err(|e| e.to_string())?;
+    let initrd = boot.initrd.as_ref().map(std::fs::read).transpose().map_err(|e| e.to_string())?;
+    let begun = Instant::now();
+    machine.boot(&boot.kernel, initrd.as_deref()).map_err(|e| e.to_string())?;
+    let mut start = from.is_empty().then_some((begun, 0));
+    let mut console = String::new();
+    while begun.elapsed() < GUEST_PATIENCE {
+        let outcome = machine.run(machine.retired() + SLICE);
+        console += &String::from_utf8_lossy(&machine.take_console_output());
+        let now = (Instant::now(), machine.retired());
+        if start.is_none() && console.contains(from) {
+            start = Some(now);
+        }
+        if let (Some((at, retired)), true) = (start, console.contains(to)) {
+            return Ok(Timed { elapsed: now.0 - at, instructions: now.1 - retired });
+        }
+        match outcome {
+            Outcome::Reached => {}
+            Outcome::Idle { until_tsc: Some(tsc) } => machine.skip_idle_until(tsc),
+            other => return Err(format!("the guest ended ({other:?}) before it printed {to:?}:\n{console}")),
+        }
+    }
+    Err(format!("the guest did not print {to:?} in {GUEST_PATIENCE:?}:\n{console}"))
+}
+
+/// Ends the process with the value.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The same guest under QEMU's TCG with `-icount shift=0,sleep=off`; `None` where there is no QEMU.
+fn qemu_between_marks(boot: &Boot, from: &str, to: &str) -> Result<Option<Duration>, String> {
+    if !has_program(QEMU) {
+        return Ok(None);
+    }
+    let mut command = Command::new(QEMU);
+    command
+        .args([
+            "-M",
+            "microvm,acpi=on,pic=off,pit=off,rtc=on",
+            "-accel",
+            "tcg",
+            "-cpu",
+            "qemu64",
+            "-icount",
+            "shift=0,sleep=off",
+        ])
+        .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"])
+        .args(["-m", &(boot.memory_bytes >> 20).to_string()])
+        .arg("-kernel")
+        .arg(&boot.kernel_path)
+        .args(["-append", &boot.cmdline]);
+    if let Some(initrd) = &boot.initrd {
+        command.arg("-initrd").arg(initrd);
+    }
+    let begun = Instant::now();
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
+    let mut child = Ended(child.map_err(|e| format!("{QEMU}: {e}"))?);
+    let stdout = child.0.stdout.take().expect("stdout is piped");
+    let mut start = from.is_empty().then_some(begun);
+    let mut lines = BufReader::new(stdout.take(1 << 20));
+    let mut line = Vec::new();
+    while lines.read_until(b'\n', &mut line).is_ok_and(|bytes| bytes > 0) {
+        let text = String::from_utf8_lossy(&line).into_owned();
+        line.clear();
+        if start.is_none() && text.contains(from) {
+            start = Some(Instant::now());
+        }
+        if let (Some(start), true) = (start, text.contains(to)) {
+            return Ok(Some(start.elapsed()));
+        }
+    }
+    Err(format!("QEMU ended before the guest printed {to:?}"))
+}

@@ -1,0 +1,334 @@
+//! The driver of the target: one thread a lane lands its pages in order; the pure machine is behind a lock that is held
+//! only for its steps.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Instant;
+
+use bytes::Bytes;
+use proto::frame::FrameError;
+use proto::status::Code;
+use proto::v1::{self, Chunk, Hello, HelloReply, MachineDigest, RoundAck, Section, Ticket};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tokio_stream::{Stream, StreamExt};
+use tonic::Status;
+use vmcb_engine::memory::digest::PageDigests;
+use vmcb_engine::memory::shared::SharedPages;
+use vmcb_engine::transfer::receive::{ReceiveError, land};
+
+use super::workers::blocking;
+use super::{chunk, words};
+use crate::migration::message::Message;
+use crate::migration::target::{Effect, Input, Step, Target};
+use crate::migration::{Failure, Spaces, TargetVm};
+
+/// Frames of a lane that wait for its thread.
+const QUEUE_FRAMES: usize = 3;
+
+/// What goes back on a lane.
+pub type Replies = UnboundedReceiverStream<Result<Chunk, Status>>;
+type ReplyQueue = mpsc::UnboundedSender<Result<Chunk, Status>>;
+
+/// Where a receiver is.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Phase {
+    /// The ticket has not been presented.
+    Waiting,
+    /// Lanes are open.
+    Receiving,
+    /// Everything is applied and both digests agree: it may be activated.
+    Ready(MachineDigest),
+    /// Over: discard it.
+    Failed(Failure),
+}
+
+/// The target of one prepared VM. Cheap to clone; the VM is let go when the last clone is dropped.
+#[derive(Clone)]
+pub struct Receiver(Arc<Shared>);
+
+struct Shared {
+    /// `None` only during a step.
+    target: Mutex<Option<Target>>,
+    spaces: Spaces,
+    digests: Mutex<Vec<PageDigests>>,
+    replies: Mutex<BTreeMap<u32, ReplyQueue>>,
+    apply: mpsc::UnboundedSender<Apply>,
+    phase: watch::Sender<Phase>,
+    began: Instant,
+}
+
+struct Apply {
+    sections: Vec<Section>,
+    verify_full: bool,
+}
+
+impl Receiver {
+    /// Waits for the holder of the ticket. The spaces must be zero. Must be called inside the runtime; reads the spaces if
+    /// they are not holes.
+    ///
+    /// # Errors
+    /// Spaces that hold something already.
+    pub fn new(ticket: Ticket, spaces: Spaces, vm: impl TargetVm) -> Result<Receiver, Failure> {
+        for (number, space) in spaces.iter().enumerate() {
+            if !space.is_zero().map_err(|e| Failure::new(Code::Internal, words(&e)))? {
+                return Err(Failure::new(
+                    Code::Conflict,
+                    format_args!("space {number} of the target holds data already"),
+                ));
+            }
+        }
+        let (apply, orders) = mpsc::unbounded_channel();
+        let shared = Arc::new(Shared {
+            target: Mutex::new(Some(Target::new(ticket, 0))),
+            digests: Mutex::new(spaces.iter().map(|space| PageDigests::new(space.pages())).collect()),
+            spaces,
+            replies: Mutex::default(),
+            apply,
+            phase: watch::Sender::new(Phase::Waiting),
+            began: Instant::now(),
+        });
+        tokio::spawn(obey(vm, orders, Arc::downgrade(&shared)));
+        Ok(Self(shared))
+    }
+
+    /// Serves one lane whose hello has been read; returns what is to be sent back. Refusals come as an `Abort` message.
+    pub fn lane<S>(&self, hello: Hello, mut inbound: S) -> Replies
+    where
+        S: Stream<Item = Result<Chunk, Status>> + Send + Unpin + 'static,
+    {
+        let (queue, replies) = mpsc::unbounded_channel();
+        let lane = hello.lane;
+        match self.0.say_hello(hello, &queue) {
+            Err(failure) => {
+                let _ = queue.send(Ok(super::refusal(failure)));
+            }
+            Ok(()) => {
+                let (to_thread, frames) = mpsc::channel(QUEUE_FRAMES);
+                let shared = Arc::clone(&self.0);
+                tokio::task::spawn_blocking(move || shared.serve(lane, frames));
+                tokio::spawn(async move {
+                    loop {
+                        let item = match inbound.next().await {
+                            Some(Ok(chunk)) => Ok(chunk.frame),
+                            Some(Err(status)) => Err(words(&status)),
+                            None => Err("the source closed it".to_owned()),
+                        };
+                        let is_end = item.is_err();
+                        if to_thread.send(item).await.is_err() || is_end {
+                            return;
+                        }
+                    }
+                });
+            }
+        }
+        UnboundedReceiverStream::new(replies)
+    }
+
+    /// Ends it, any time before the activation. Repeatable.
+    pub fn abandon(&self, reason: &str) {
+        self.0.step(Input::Abandon { reason: reason.to_owned() });
+    }
+
+    /// Where it is.
+    pub fn phase(&self) -> Phase {
+        self.0.phase.borrow().clone()
+    }
+
+    /// Waits until it is `Ready` or `Failed`.
+    ///
+    /// # Errors
+    /// Why it failed.
+    pub async fn finished(&self) -> Result<MachineDigest, Failure> {
+        let mut phases = self.0.phase.subscribe();
+        loop {
+            match phases.borrow_and_update().clone() {
+                Phase::Ready(digest) => return Ok(digest),
+                Phase::Failed(failure) => return Err(failure),
+                Phase::Waiting | Phase::Receiving => (),
+            }
+            if phases.changed().await.is_err() {
+                return Err(Failure::new(Code::Internal, "the receiver has gone"));
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    /// Steps the machine and does its effects, in order; returns whether pages may still come.
+    fn step(&self, input: Input) -> bool {
+        let mut target = lock(&self.target);
+        let effects = self.advance(&mut target, input);
+        let receiving = matches!(*target, Some(Target::Receiving(_)));
+        let settle = self.perform(effects);
+        drop(target);
+        if settle {
+            for digests in lock(&self.digests).iter_mut() {
+                digests.root();
+            }
+        }
+        receiving
+    }
+
+    fn advance(&self, target: &mut Option<Target>, input: Input) -> Vec<Effect> {
+        let before = target.take().expect("put back by every step");
+        let Step { state, effects } = before.step(input, self.began.elapsed().as_micros() as u64);
+        let phase = match &state {
+            Target::Waiting(_) => Phase::Waiting,
+            Target::Receiving(_) | Target::Sections(_) | Target::Applying(_) => Phase::Receiving,
+            Target::Ready(state) => Phase::Ready(state.digest.clone()),
+            Target::Failed(state) => Phase::Failed(state.failure.clone()),
+        };
+        *target = Some(state);
+        self.phase.send_if_modified(|now| {
+            let changed = *now != phase;
+            *now = phase;
+            changed
+        });
+        effects
+    }
+
+    /// Does effects other than those of a hello; returns whether there is time to settle.
+    fn perform(&self, effects: Vec<Effect>) -> bool {
+        let mut settle = false;
+        for effect in effects {
+            match effect {
+                Effect::Ack { round } => self.reply(Message::RoundAck(RoundAck { round })),
+                Effect::SayReady(digest) => self.reply(Message::Ready(v1::Ready { digest: Some(digest) })),
+                Effect::Settle => settle = true,
+                Effect::Apply { sections, verify_full } => {
+                    let _ = self.apply.send(Apply { sections, verify_full });
+                }
+                Effect::AbortSource(failure) => {
+                    // Dropping the queues ends the streams after the farewell.
+                    for (_, queue) in std::mem::take(&mut *lock(&self.replies)) {
+                        let _ = queue.send(Ok(super::refusal(failure.clone())));
+                    }
+                }
+                Effect::Accept { .. } | Effect::Refuse(_) => unreachable!("only a hello is accepted or refused"),
+            }
+        }
+        settle
+    }
+
+    /// On lane 0. A lane that has gone is noticed by its reader.
+    fn reply(&self, message: Message) {
+        if let Some(queue) = lock(&self.replies).get(&0) {
+            let _ = queue.send(Ok(chunk(message)));
+        }
+    }
+
+    fn say_hello(&self, hello: Hello, queue: &ReplyQueue) -> Result<(), Failure> {
+        let mut target = lock(&self.target);
+        match self.advance(&mut target, Input::Hello(hello)).pop() {
+            Some(Effect::Accept { lane, protocol }) => {
+                let _ = queue.send(Ok(chunk(Message::HelloReply(HelloReply { protocol }))));
+                lock(&self.replies).insert(lane, queue.clone());
+                Ok(())
+            }
+            Some(Effect::Refuse(failure)) => Err(failure),
+            None
+            | Some(
+                Effect::Ack { .. }
+                | Effect::Settle
+                | Effect::Apply { .. }
+                | Effect::SayReady(_)
+                | Effect::AbortSource(_),
+            ) => unreachable!("a hello is accepted or refused, nothing else"),
+        }
+    }
+
+    /// The thread of a lane: what has arrived before its end counts first.
+    fn serve(&self, lane: u32, mut frames: mpsc::Receiver<Result<Bytes, String>>) {
+        let reason = loop {
+            match frames.blocking_recv() {
+                Some(Ok(frame)) if self.arrived(lane, &frame) => (),
+                Some(Ok(_)) => break "it was closed here".to_owned(),
+                Some(Err(reason)) => break reason,
+                None => break "its reader has gone".to_owned(),
+            }
+        };
+        self.step(Input::LaneEnded { lane, reason });
+        lock(&self.replies).remove(&lane);
+    }
+
+    /// Takes a frame in; returns whether the lane goes on.
+    fn arrived(&self, lane: u32, frame: &Bytes) -> bool {
+        match Message::decode(frame) {
+            Ok(Message::Pages(frame)) => {
+                if !self.step(Input::Pages { lane }) {
+                    return false;
+                }
+                match land(&self.spaces, &frame) {
+                    Ok(landed) => landed.note(&mut lock(&self.digests)),
+                    Err(error) => drop(self.step(refused(&error))),
+                }
+            }
+            other => drop(self.step(input(lane, other))),
+        }
+        true
+    }
+
+    fn roots(&self, verify_full: bool) -> Result<Vec<proto::ids::Digest>, Failure> {
+        if verify_full {
+            let fresh: Result<Vec<PageDigests>, _> = self.spaces.iter().map(SharedPages::digests).collect();
+            *lock(&self.digests) = fresh.map_err(|e| Failure::new(Code::Internal, words(&e)))?;
+        }
+        Ok(lock(&self.digests).iter_mut().map(PageDigests::root).collect())
+    }
+}
+
+fn refused(error: &ReceiveError) -> Input {
+    match error {
+        ReceiveError::Frame(_) => Input::Bad(Failure::new(Code::Corrupt, words(error))),
+        ReceiveError::Outside { .. } => Input::Bad(Failure::new(Code::Protocol, words(error))),
+        ReceiveError::Pages { .. } => Input::Broken(Failure::new(Code::Exhausted, words(error))),
+    }
+}
+
+fn input(lane: u32, message: Result<Message, FrameError>) -> Input {
+    match message {
+        Ok(Message::Pages(_)) => Input::Pages { lane },
+        Ok(Message::RoundEnd(end)) => Input::RoundEnd { lane, end },
+        Ok(Message::Section(section)) => Input::Section { lane, section },
+        Ok(Message::StateEnd(end)) => Input::StateEnd { lane, end },
+        Ok(Message::Abort(abort)) => Input::Aborted(Failure::new(Code::from_number(abort.code), abort.reason)),
+        Ok(other @ (Message::Hello(_) | Message::HelloReply(_) | Message::RoundAck(_) | Message::Ready(_))) => {
+            let text = format_args!("the source sent {} on lane {lane}", other.name());
+            Input::Bad(Failure::new(Code::Protocol, text))
+        }
+        Err(error) => Input::Bad(Failure::new(Code::Corrupt, format_args!("lane {lane}: {error}"))),
+    }
+}
+
+/// Owns the VM; applies the sections when they are complete.
+async fn obey(mut vm: impl TargetVm, mut orders: mpsc::UnboundedReceiver<Apply>, shared: Weak<Shared>) {
+    while let Some(Apply { sections, verify_full }) = orders.recv().await {
+        let Some(strong) = shared.upgrade() else { return };
+        let hashing = {
+            let shared = Arc::clone(&strong);
+            blocking(move || shared.roots(verify_full))
+        };
+        let applying = async {
+            vm.apply(sections).await?;
+            vm.capture().await
+        };
+        // What is compared byte by byte must not change meanwhile.
+        let (roots, captured) = match verify_full {
+            true => (hashing.await, applying.await),
+            false => tokio::join!(hashing, applying),
+        };
+        let input = match (roots.and_then(|roots| roots), captured) {
+            (Ok(roots), Ok(sections)) => {
+                let (ram, disks) = roots.split_first().expect("there is always RAM");
+                Input::Applied { sections, ram: *ram, disks: disks.to_vec() }
+            }
+            (Err(failure), _) | (_, Err(failure)) => Input::Broken(failure),
+        };
+        strong.step(input);
+    }
+}

@@ -1,0 +1,519 @@
+//! The real driver over loopback TCP, with a guest made of a thread that writes and stamps pages.
+
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use proto::status::Code;
+use proto::v1::lanes_server::{Lanes, LanesServer};
+use proto::v1::transfer_event::Event;
+use proto::v1::{self, Chunk, RoundAck, Section, SendRequest, Ticket, TransferEvent, TransferPolicy};
+use tokio::sync::mpsc;
+use tokio_stream::{Stream, StreamExt};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Channel, Endpoint, Server};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{Phase, Receiver, Replies, chunk, read_hello, refusal, send, tune_endpoint, tune_server};
+use crate::migration::bank::{Bank, noise};
+use crate::migration::message::Message;
+use crate::migration::{Base, Failure, MESSAGE_BYTES_MAX, Sent, SourceVm, Spaces, TargetVm};
+
+const PAGE: u64 = 4096;
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A guest: RAM and a disk, an epoch, and a lock that is held while it executes an "instruction".
+#[derive(Clone)]
+struct Guest {
+    ram: Bank,
+    disk: Bank,
+    cpu: Arc<Mutex<()>>,
+    running: Arc<AtomicBool>,
+    epoch: Arc<AtomicU32>,
+    steps: Arc<AtomicU64>,
+    /// What happens to it, for the test to look at.
+    log: Arc<Mutex<Vec<&'static str>>>,
+}
+
+impl Guest {
+    fn new(pages: u64) -> Self {
+        let guest = Self {
+            ram: Bank::new(pages),
+            disk: Bank::new(64),
+            cpu: Arc::default(),
+            running: Arc::new(AtomicBool::new(true)),
+            epoch: Arc::new(AtomicU32::new(1)),
+            steps: Arc::default(),
+            log: Arc::default(),
+        };
+        for page in (0..pages).filter(|page| page % 3 != 0) {
+            guest.ram.write(page, &noise(page), 1);
+        }
+        guest.disk.write(7, &noise(99), 1);
+        guest
+    }
+
+    fn spaces(&self) -> Spaces {
+        Spaces::new(self.ram.shared(), vec![self.disk.shared()])
+    }
+
+    /// One write of the guest, if it runs.
+    fn act(&self, page: u64, value: u64) {
+        let _cpu = self.cpu.lock().unwrap();
+        if self.running.load(Ordering::SeqCst) {
+            let bytes = if value.is_multiple_of(5) { [0; 4096] } else { noise(value) };
+            self.ram.write(page % self.ram.pages, &bytes, self.epoch.load(Ordering::SeqCst));
+            self.disk.write(value % 64, &noise(value), self.epoch.load(Ordering::SeqCst));
+            self.steps.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Writes without end, until the token is dropped.
+    fn keep_busy(&self, working_set: u64) -> Arc<()> {
+        let (guest, token) = (self.clone(), Arc::new(()));
+        let alive = Arc::downgrade(&token);
+        std::thread::spawn(move || {
+            for value in 1u64.. {
+                if alive.upgrade().is_none() {
+                    return;
+                }
+                guest.act(value.wrapping_mul(0x9e37_79b9) % working_set, value);
+            }
+        });
+        token
+    }
+
+    fn is_running(&self) -> bool {
+        self.running.load(Ordering::SeqCst)
+    }
+}
+
+impl SourceVm for Guest {
+    async fn advance_epoch(&mut self) -> Result<u32, Failure> {
+        let _cpu = self.cpu.lock().unwrap();
+        Ok(self.epoch.fetch_add(1, Ordering::SeqCst) + 1)
+    }
+
+    async fn stop(&mut self) -> Result<(), Failure> {
+        let _cpu = self.cpu.lock().unwrap();
+        self.running.store(false, Ordering::SeqCst);
+        self.log.lock().unwrap().push("stop");
+        Ok(())
+    }
+
+    async fn capture(&mut self) -> Result<Vec<Section>, Failure> {
+        assert!(!self.is_running(), "captured while it runs");
+        let steps = self.steps.load(Ordering::SeqCst).to_le_bytes().to_vec();
+        let section = |name: &str, body| Section { name: name.into(), major: 1, body, ..Default::default() };
+        Ok(vec![section("clock", steps), section("cpu/0", vec![1; 5000])])
+    }
+
+    async fn resume(&mut self) -> Result<(), Failure> {
+        self.running.store(true, Ordering::SeqCst);
+        self.log.lock().unwrap().push("resume");
+        Ok(())
+    }
+}
+
+/// A target's runner.
+#[derive(Default, Clone)]
+struct Shell {
+    sections: Arc<Mutex<Vec<Section>>>,
+    refuses: bool,
+    forgets: bool,
+}
+
+impl TargetVm for Shell {
+    async fn apply(&mut self, sections: Vec<Section>) -> Result<(), Failure> {
+        *self.sections.lock().unwrap() = sections;
+        if self.refuses { Err(Failure::new(Code::Incapable, "no such device")) } else { Ok(()) }
+    }
+
+    async fn capture(&mut self) -> Result<Vec<Section>, Failure> {
+        let mut sections = self.sections.lock().unwrap().clone();
+        if self.forgets {
+            sections[1].body[7] ^= 1;
+        }
+        Ok(sections)
+    }
+}
+
+/// What the wire does to the chunks of a lane.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Trouble {
+    None,
+    /// Lane 0 is cut after so many chunks.
+    Cut(usize),
+    /// A bit of lane 0's n-th chunk flips.
+    Flip(usize),
+}
+
+struct Service {
+    receiver: Receiver,
+    trouble: Trouble,
+}
+
+#[tonic::async_trait]
+impl Lanes for Service {
+    type LaneStream = Replies;
+
+    async fn lane(&self, request: Request<Streaming<Chunk>>) -> Result<Response<Replies>, Status> {
+        let mut inbound = request.into_inner();
+        let hello = read_hello(&mut inbound).await.map_err(|f| Status::new(f.code.into(), f.reason))?;
+        let trouble = if hello.lane == 0 { self.trouble } else { Trouble::None };
+        Ok(Response::new(self.receiver.lane(hello, Box::pin(troubled(inbound, trouble)))))
+    }
+}
+
+fn troubled(inbound: Streaming<Chunk>, trouble: Trouble) -> impl Stream<Item = Result<Chunk, Status>> + Send + 'static {
+    let mut count = 0;
+    inbound.map(move |item| {
+        count += 1;
+        match (item, trouble) {
+            (_, Trouble::Cut(after)) if count > after => Err(Status::unavailable("cut")),
+            (Ok(chunk), Trouble::Flip(at)) if count == at => {
+                let mut bytes = chunk.frame.to_vec();
+                let middle = bytes.len() / 2;
+                bytes[middle] ^= 4;
+                Ok(Chunk { frame: bytes.into() })
+            }
+            (item, _) => item,
+        }
+    })
+}
+
+async fn serve<L: Lanes>(service: L) -> String {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    let accepted = tokio_stream::wrappers::TcpListenerStream::new(listener)
+        .map(|stream| stream.inspect(|stream| stream.set_nodelay(true).unwrap()));
+    let lanes = LanesServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    tokio::spawn(tune_server(Server::builder()).add_service(lanes).serve_with_incoming(accepted));
+    address
+}
+
+async fn channels(address: &str, lanes: u32) -> Vec<Channel> {
+    let mut channels = Vec::new();
+    for _ in 0..lanes {
+        let endpoint = tune_endpoint(Endpoint::from_shared(address.to_owned()).unwrap());
+        channels.push(endpoint.connect().await.unwrap());
+    }
+    channels
+}
+
+fn request(policy: TransferPolicy) -> SendRequest {
+    let ticket = Ticket { operation: "op1".into(), secret: vec![5; 32], expires_in_ms: 60_000, ..Default::default() };
+    let policy = TransferPolicy { downtime_ms_max: 5, rounds_max: 6, ..policy };
+    SendRequest { vm: "vm1".into(), ticket: Some(ticket), policy: Some(policy), ..Default::default() }
+}
+
+/// One attempt and what it left behind.
+struct Attempt {
+    result: Result<Sent, Failure>,
+    events: Vec<Event>,
+    receiver: Receiver,
+    ram: Bank,
+    disk: Bank,
+    shell: Shell,
+}
+
+struct Setting {
+    lanes: u32,
+    trouble: Trouble,
+    request: SendRequest,
+    shell: Shell,
+    cancel: CancellationToken,
+}
+
+impl Default for Setting {
+    fn default() -> Self {
+        Self {
+            lanes: 2,
+            trouble: Trouble::None,
+            request: request(TransferPolicy::default()),
+            shell: Shell::default(),
+            cancel: CancellationToken::new(),
+        }
+    }
+}
+
+async fn attempt(guest: &Guest, setting: Setting) -> Attempt {
+    let (ram, disk) = (Bank::new(guest.ram.pages), Bank::new(64));
+    let spaces = Spaces::new(ram.shared(), vec![disk.shared()]);
+    let ticket = setting.request.ticket.clone().unwrap();
+    let receiver = Receiver::new(ticket, spaces, setting.shell.clone()).unwrap();
+    let address = serve(Service { receiver: receiver.clone(), trouble: setting.trouble }).await;
+    let (result, events) =
+        run_send(guest, channels(&address, setting.lanes).await, setting.request, None, setting.cancel).await;
+    Attempt { result, events, receiver, ram, disk, shell: setting.shell }
+}
+
+async fn run_send(
+    guest: &Guest,
+    lanes: Vec<Channel>,
+    request: SendRequest,
+    base: Option<Base>,
+    cancel: CancellationToken,
+) -> (Result<Sent, Failure>, Vec<Event>) {
+    let (to_events, mut events) = mpsc::channel::<TransferEvent>(4);
+    let listening = tokio::spawn(async move {
+        let mut all = Vec::new();
+        while let Some(event) = events.recv().await {
+            all.push(event.event.unwrap());
+        }
+        all
+    });
+    let sending = send(guest.clone(), guest.spaces(), lanes, request, base, to_events, cancel);
+    let result = tokio::time::timeout(DEADLINE, sending).await.expect("a transfer always ends");
+    (result, listening.await.unwrap())
+}
+
+fn phases(events: &[Event]) -> Vec<&str> {
+    events
+        .iter()
+        .filter_map(|event| if let Event::Phase(phase) = event { Some(&phase.phase[..]) } else { None })
+        .collect()
+}
+
+fn rounds(events: &[Event]) -> Vec<&v1::RoundReport> {
+    events.iter().filter_map(|event| if let Event::Round(round) = event { Some(round) } else { None }).collect()
+}
+
+fn assert_moved(guest: &Guest, attempt: &Attempt) {
+    let sent = attempt.result.as_ref().expect("the transfer ends well");
+    assert!(!guest.is_running(), "a source that has handed over stands still");
+    assert!(attempt.ram.bytes() == guest.ram.bytes() && attempt.disk.bytes() == guest.disk.bytes());
+    assert_eq!(sent.handed_over.source, sent.handed_over.target);
+    assert_eq!(attempt.receiver.phase(), Phase::Ready(sent.handed_over.target.clone().unwrap()));
+    assert_eq!(attempt.shell.sections.lock().unwrap()[0].body, guest.steps.load(Ordering::SeqCst).to_le_bytes());
+    assert_eq!(phases(&attempt.events), ["setup", "precopy", "stop", "state", "last-pages", "digest"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_stands_idle_arrives_over_any_number_of_lanes() {
+    for lanes in [1, 4] {
+        let guest = Guest::new(3000);
+        let attempt = attempt(&guest, Setting { lanes, ..Setting::default() }).await;
+        assert_moved(&guest, &attempt);
+        let rounds = rounds(&attempt.events);
+        assert_eq!((rounds.len(), rounds[0].pages, rounds[1].pages), (2, 3064, 0), "{lanes} lanes");
+        assert_eq!(rounds[0].bytes + rounds[1].bytes, attempt.result.unwrap().handed_over.bytes_sent);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_writes_all_the_time_arrives_whole() {
+    for lanes in [1, 4] {
+        let guest = Guest::new(3000);
+        let _busy = guest.keep_busy(700);
+        let attempt = attempt(&guest, Setting { lanes, ..Setting::default() }).await;
+        assert_moved(&guest, &attempt);
+        assert!(guest.steps.load(Ordering::SeqCst) > 0 && rounds(&attempt.events).len() <= 7);
+        assert_eq!(*guest.log.lock().unwrap(), ["stop"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cut_leaves_the_guest_running_and_the_next_attempt_forgets_no_page() {
+    for after in [0, 1, 5, 9] {
+        let guest = Guest::new(3000);
+        let busy = guest.keep_busy(3000);
+        let cut = attempt(&guest, Setting { trouble: Trouble::Cut(after), ..Setting::default() }).await;
+        assert_eq!(cut.result.unwrap_err().code, Code::Unreachable, "cut after {after}");
+        assert!(guest.is_running(), "cut after {after}");
+        assert!(matches!(cut.receiver.phase(), Phase::Failed(_)));
+        let again = attempt(&guest, Setting::default()).await;
+        assert_moved(&guest, &again);
+        drop(busy);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flipped_bit_ends_the_transfer_as_corrupt_wherever_it_is() {
+    // With one lane: pages, RoundEnd, sections.
+    for at in [1, 2, 3, 14] {
+        let guest = Guest::new(3000);
+        let setting = Setting { lanes: 1, trouble: Trouble::Flip(at), ..Setting::default() };
+        let attempt = attempt(&guest, setting).await;
+        assert_eq!(attempt.result.unwrap_err().code, Code::Corrupt, "flip at {at}");
+        assert!(guest.is_running(), "flip at {at}");
+        assert!(matches!(attempt.receiver.phase(), Phase::Failed(f) if f.code == Code::Corrupt));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cancel_in_the_middle_of_a_round_is_quick_and_both_sides_know() {
+    let guest = Guest::new(3000);
+    let cancel = CancellationToken::new();
+    let slow = TransferPolicy { bandwidth_bytes_per_s: 1 << 20, ..Default::default() };
+    let setting = Setting { request: request(slow), cancel: cancel.clone(), ..Setting::default() };
+    let began = Instant::now();
+    let epoch = Arc::clone(&guest.epoch);
+    let (attempt, ()) = tokio::join!(attempt(&guest, setting), async {
+        // Until the first round has begun.
+        while epoch.load(Ordering::SeqCst) < 2 && began.elapsed() < DEADLINE {
+            tokio::task::yield_now().await;
+        }
+        cancel.cancel();
+    });
+    assert_eq!(attempt.result.unwrap_err().code, Code::Cancelled);
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+    assert!(guest.is_running() && guest.log.lock().unwrap().is_empty());
+    let failure = attempt.receiver.finished().await.unwrap_err();
+    assert_eq!(failure.code, Code::Cancelled, "{failure}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_target_that_cannot_apply_or_captures_something_else_names_it() {
+    let cases = [
+        (Shell { refuses: true, ..Shell::default() }, Code::Incapable, "no such device"),
+        (Shell { forgets: true, ..Shell::default() }, Code::Corrupt, "section \"cpu/0\""),
+    ];
+    for (shell, code, words) in cases {
+        let guest = Guest::new(300);
+        let attempt = attempt(&guest, Setting { shell, ..Setting::default() }).await;
+        let failure = attempt.result.unwrap_err();
+        assert!(failure.code == code && failure.reason.contains(words), "{failure:?}");
+        assert!(guest.is_running());
+        assert_eq!(*guest.log.lock().unwrap(), ["stop", "resume"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_comparison_passes_and_sees_a_write_without_a_stamp() {
+    let full = || request(TransferPolicy { verify_full: true, ..Default::default() });
+    let guest = Guest::new(1000);
+    let whole = attempt(&guest, Setting { request: full(), ..Setting::default() }).await;
+    assert_moved(&guest, &whole);
+
+    struct Liar(Guest);
+    impl SourceVm for Liar {
+        async fn advance_epoch(&mut self) -> Result<u32, Failure> {
+            self.0.advance_epoch().await
+        }
+        async fn stop(&mut self) -> Result<(), Failure> {
+            self.0.ram.data.write_all_at(b"unseen", 500 * PAGE).unwrap();
+            self.0.stop().await
+        }
+        async fn capture(&mut self) -> Result<Vec<Section>, Failure> {
+            self.0.capture().await
+        }
+        async fn resume(&mut self) -> Result<(), Failure> {
+            self.0.resume().await
+        }
+    }
+    let guest = Guest::new(1000);
+    let bank = (Bank::new(1000), Bank::new(64));
+    let spaces = Spaces::new(bank.0.shared(), vec![bank.1.shared()]);
+    let receiver = Receiver::new(full().ticket.unwrap(), spaces, Shell::default()).unwrap();
+    let address = serve(Service { receiver, trouble: Trouble::None }).await;
+    let (events, _kept) = mpsc::channel(100);
+    let lanes = channels(&address, 1).await;
+    let failure =
+        send(Liar(guest.clone()), guest.spaces(), lanes, full(), None, events, CancellationToken::new()).await;
+    let failure = failure.unwrap_err();
+    assert!(failure.reason.contains("page 500 of space 0"), "{failure}");
+    assert!(guest.is_running());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_are_denied_and_a_target_that_holds_data_is_refused() {
+    let guest = Guest::new(300);
+    let bank = Bank::new(300);
+    let spaces = || Spaces::new(bank.shared(), vec![]);
+    let receiver =
+        Receiver::new(request(TransferPolicy::default()).ticket.unwrap(), spaces(), Shell::default()).unwrap();
+    let address = serve(Service { receiver: receiver.clone(), trouble: Trouble::None }).await;
+    let mut stranger = request(TransferPolicy::default());
+    stranger.ticket.as_mut().unwrap().secret = vec![6; 32];
+    let lanes = channels(&address, 2).await;
+    let (result, _) = run_send(&guest, lanes, stranger, None, CancellationToken::new()).await;
+    assert_eq!(result.unwrap_err().code, Code::Denied);
+    assert_eq!(receiver.phase(), Phase::Waiting);
+    receiver.abandon("no longer wanted");
+    assert_eq!(receiver.finished().await.unwrap_err().code, Code::Cancelled);
+    bank.write(3, &noise(1), 0);
+    let refused = Receiver::new(Ticket::default(), spaces(), Shell::default());
+    assert_eq!(refused.err().unwrap().code, Code::Conflict);
+}
+
+/// A bucket: takes everything in, acknowledges, and agrees with every digest.
+#[derive(Clone, Default)]
+struct Ingest(Arc<Mutex<Vec<(u16, u64, u32)>>>);
+
+#[tonic::async_trait]
+impl Lanes for Ingest {
+    type LaneStream = Replies;
+
+    async fn lane(&self, request: Request<Streaming<Chunk>>) -> Result<Response<Replies>, Status> {
+        let mut inbound = request.into_inner();
+        let (replies, waiting) = mpsc::unbounded_channel();
+        let seen = Arc::clone(&self.0);
+        tokio::spawn(async move {
+            while let Ok(Some(item)) = inbound.message().await {
+                let reply = match Message::decode(&item.frame) {
+                    Ok(Message::Hello(_)) => Message::HelloReply(v1::HelloReply { protocol: 1 }),
+                    Ok(Message::RoundEnd(end)) => Message::RoundAck(RoundAck { round: end.round }),
+                    Ok(Message::StateEnd(end)) => Message::Ready(v1::Ready { digest: end.digest }),
+                    Ok(Message::Pages(frame)) => {
+                        let run = proto::frame::decode_pages(&frame).unwrap().run;
+                        seen.lock().unwrap().push((run.space, run.first_page, run.pages));
+                        continue;
+                    }
+                    _ => continue,
+                };
+                let _ = replies.send(Ok(chunk(reply)));
+            }
+        });
+        Ok(Response::new(tokio_stream::wrappers::UnboundedReceiverStream::new(waiting)))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_checkpoint_lets_the_guest_go_on_and_the_next_sends_only_what_changed() {
+    let guest = Guest::new(1000);
+    let checkpoint =
+        |base: &str| SendRequest { checkpoint: true, base: base.into(), ..request(TransferPolicy::default()) };
+    let first = Ingest::default();
+    let lanes = channels(&serve(first.clone()).await, 1).await;
+    let (result, events) = run_send(&guest, lanes, checkpoint(""), None, CancellationToken::new()).await;
+    let base = result.unwrap().base;
+    assert!(guest.is_running());
+    assert_eq!(*guest.log.lock().unwrap(), ["stop", "resume"]);
+    assert_eq!(rounds(&events)[0].pages, 1064);
+
+    guest.act(0, 1);
+    guest.act(17, 2);
+    guest.act(400, 5);
+    let second = Ingest::default();
+    let address = serve(second.clone()).await;
+    let lanes = channels(&address, 1).await;
+    let (result, _) = run_send(&guest, lanes, checkpoint("op1"), Some(base.clone()), CancellationToken::new()).await;
+    let mut seen = second.0.lock().unwrap().clone();
+    seen.sort_unstable();
+    assert_eq!(seen, [(0, 0, 1), (0, 17, 1), (0, 400, 1), (1, 1, 2), (1, 5, 1)]);
+    // Its digest is that of the whole machine, as a full one would have computed it.
+    let again = channels(&serve(Ingest::default()).await, 1).await;
+    let (full, _) = run_send(&guest, again, checkpoint(""), None, CancellationToken::new()).await;
+    let ram = |sent: &Sent| sent.handed_over.source.as_ref().unwrap().ram.clone();
+    assert_eq!(ram(&result.unwrap()), ram(&full.unwrap()));
+    // A base the request does not name is not used.
+    let third = Ingest::default();
+    let lanes = channels(&serve(third.clone()).await, 1).await;
+    run_send(&guest, lanes, checkpoint("other"), Some(base), CancellationToken::new()).await.0.unwrap();
+    assert!(third.0.lock().unwrap().len() > 100);
+}
+
+#[tokio::test]
+async fn a_lane_that_does_not_begin_with_hello_is_refused() {
+    let item = |message: Message| Ok(chunk(message));
+    let mut wrong = tokio_stream::iter([item(Message::RoundAck(RoundAck { round: 1 }))]);
+    assert_eq!(read_hello(&mut wrong).await.unwrap_err().code, Code::Protocol);
+    let mut rubbish = tokio_stream::iter([Ok(Chunk { frame: vec![1; 100].into() })]);
+    assert_eq!(read_hello(&mut rubbish).await.unwrap_err().code, Code::Corrupt);
+    let mut empty = tokio_stream::iter([]);
+    assert_eq!(read_hello(&mut empty).await.unwrap_err().code, Code::Protocol);
+    let frame = refusal(Failure::new(Code::NotFound, "no such operation")).frame;
+    assert!(matches!(Message::decode(&frame), Ok(Message::Abort(abort)) if abort.code == Code::NotFound as u32));
+}
