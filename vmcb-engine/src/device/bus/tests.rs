@@ -160,17 +160,29 @@ fn poke(bus: &mut Bus, tsc: u64, what: u8, place: u16, value: u64) {
     let port = [0x70u16, 0x71, 0x3f8, 0x600, 0xfffe][usize::from(place) % 5].wrapping_add(place >> 8 & 7);
     let msr = [0x1b, 0x6e0, 0x4b56_4d00, 0x4b56_4d01, 0x800 + u32::from(place >> 3 & 0x3f)][usize::from(place) % 5];
     match what % 10 {
-        0 => drop(bus.io_read(tsc, port, size.min(4))),
+        0 => {
+            let _ = bus.io_read(tsc, port, size.min(4));
+        }
         1 => bus.io_write(tsc, port, size.min(4), value as u32),
-        2 => drop(bus.mmio_read(tsc, gpa, size)),
+        2 => {
+            let _ = bus.mmio_read(tsc, gpa, size);
+        }
         3 | 4 => bus.mmio_write(tsc, gpa, 4, value >> 8),
-        5 => drop(bus.msr_read(tsc, 0, msr)),
-        6 => drop(bus.msr_write(tsc, 0, msr, value)),
-        7 => drop(bus.console_input(&value.to_le_bytes())),
-        8 => drop(bus.net_input(0, &value.to_le_bytes())),
+        5 => {
+            let _ = bus.msr_read(tsc, 0, msr);
+        }
+        6 => {
+            let _ = bus.msr_write(tsc, 0, msr, value);
+        }
+        7 => {
+            let _ = bus.console_input(&value.to_le_bytes());
+        }
+        8 => {
+            let _ = bus.net_input(0, &value.to_le_bytes());
+        }
         _ => {
             bus.tick(tsc);
-            drop(bus.take_request(0));
+            let _ = bus.take_request(0);
             if let Some(vector) = bus.pending_interrupt(0) {
                 bus.acknowledge(0, vector);
             }
