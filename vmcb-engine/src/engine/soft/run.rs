@@ -126,6 +126,9 @@ impl Core {
         };
         let count = decoded.block.count;
         for (page, lines) in [(decoded.block.page, decoded.block.lines)].into_iter().chain(decoded.second) {
+            if self.shares_memory && self.memory.stamps().code_lines(page) == 0 {
+                self.new_code_pages.push(page);
+            }
             self.memory.stamps().add_code_lines(page, lines);
             self.tlb.protect_code(page);
         }
