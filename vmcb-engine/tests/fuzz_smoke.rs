@@ -103,17 +103,17 @@ fn sections_of_a_stranger() {
 
 #[test]
 fn vmcbs_of_a_stranger() {
-    smoke("vmcb", 700);
+    smoke("vmcb", 3000);
 }
 
 #[test]
 fn code_of_a_stranger() {
-    smoke("x86", 700);
+    smoke("x86", 300);
 }
 
 #[test]
 fn drivers_of_a_stranger() {
-    smoke("virtqueue", 1000);
+    smoke("virtqueue", 3000);
 }
 
 #[test]
