@@ -10,7 +10,9 @@
 //! [`cluster`]; only [`config`] reads settings.
 
 pub mod agents;
+pub mod api;
 pub mod bucket;
+pub mod cluster;
 pub mod config;
 pub mod ctl;
 pub mod entropy;

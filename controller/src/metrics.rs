@@ -16,7 +16,6 @@
 //! | `godwit_damaged_total`                    | counter   |              | frames, packs and manifests that fail their hash |
 //! | `godwit_handshakes_refused_total`         | counter   |              | connections refused before any call              |
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use axum::Router;
@@ -97,14 +96,13 @@ pub struct Sources {
 /// Serves the numbers until shutdown.
 ///
 /// # Errors
-/// [`std::io::Error`] if the address cannot be bound.
+/// [`std::io::Error`] if the socket fails.
 pub async fn serve(
-    address: SocketAddr,
+    listener: TcpListener,
     handle: PrometheusHandle,
     sources: Sources,
     shutdown: CancellationToken,
 ) -> std::io::Result<()> {
-    let listener = TcpListener::bind(address).await?;
     tracing::info!(address = %listener.local_addr()?, "metrics");
     let text = move || {
         let (handle, sources) = (handle.clone(), sources.clone());

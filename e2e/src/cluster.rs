@@ -48,9 +48,11 @@ impl From<Output> for Answer {
 /// They were not built.
 pub fn binaries() -> PathBuf {
     let this = std::env::current_exe().expect("a running program has a path");
-    let found = this.ancestors().skip(1).take(3).find(|dir| {
-        ["ctl", "controller", "node-agent", "vm-runner"].iter().all(|name| dir.join(name).is_file())
-    });
+    let found = this
+        .ancestors()
+        .skip(1)
+        .take(3)
+        .find(|dir| ["ctl", "controller", "node-agent", "vm-runner"].iter().all(|name| dir.join(name).is_file()));
     found.expect("binaries are missing: run `cargo build --workspace` (same profile) first").to_owned()
 }
 

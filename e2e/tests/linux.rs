@@ -6,10 +6,8 @@ use std::path::PathBuf;
 use e2e::cluster::{Cluster, wait};
 
 fn guest() -> Option<PathBuf> {
-    let dir = std::env::var_os("GODWIT_GUEST").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/guest"),
-        PathBuf::from,
-    );
+    let dir = std::env::var_os("GODWIT_GUEST")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/guest"), PathBuf::from);
     if dir.join("vmlinuz").is_file() {
         return Some(dir.canonicalize().expect("the folder is there"));
     }

@@ -291,7 +291,7 @@ fn functions_are_of_a_readable_size() {
 fn every_file_says_what_it_is() {
     let wrong = |file: &SourceFile| {
         let header = file.text.lines().take_while(|line| line.starts_with("//!")).count();
-        let words = file.text.lines().next().unwrap_or_default().trim_start_matches("//!").split_whitespace().count();
+        let words: usize = file.text.lines().take(header).map(|line| line.split_whitespace().count() - 1).sum();
         match header {
             0 => Some(format!("{}: no header", file.path)),
             _ if words < 2 => Some(format!("{}: a header of one word", file.path)),

@@ -1,3 +1,22 @@
 //! The daemon of a host and the process of one guest.
+//!
+//! - [`agent`]: config -> build -> run until shutdown -> drain.
+//! - [`rpc`]: what the agent offers by gRPC; [`heartbeat`]: what it says to the controller; [`tls`]: who may say what.
+//! - [`vm`]: one task per VM, the only one that changes it; its files; its runner.
+//! - [`migration`]: a VM on its way over lanes.
+//! - [`runner`]: the process of one guest (binary `vm-runner`).
+//!
+//! This crate refuses to know other hosts' VMs, placement and the bucket.
 
+pub mod agent;
+pub mod clock;
+pub mod config;
+pub mod heartbeat;
+pub mod host;
+pub mod metrics;
 pub mod migration;
+pub mod rpc;
+pub mod runner;
+pub mod saved;
+pub mod tls;
+pub mod vm;

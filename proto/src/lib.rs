@@ -17,6 +17,7 @@ pub mod status;
 #[allow(
     missing_docs,
     clippy::all,
+    clippy::pedantic,
     clippy::allow_attributes_without_reason,
     reason = "generated; documented in the .proto files"
 )]

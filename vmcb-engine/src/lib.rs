@@ -5,10 +5,12 @@
 //! environment and randomness: what enters from outside is an argument.
 
 pub mod addr;
+pub mod boot;
 pub mod capability;
 pub mod cpu;
 pub mod device;
 pub mod engine;
+pub mod machine;
 pub mod memory;
 pub mod snapshot;
 pub mod transfer;

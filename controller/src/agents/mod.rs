@@ -42,15 +42,17 @@ pub struct Agents {
     ledger: Ledger,
     tls: Arc<Tls>,
     lease: Duration,
+    /// The longest that this controller or the one before it granted.
+    lease_max: Duration,
     book: Mutex<Book>,
     channels: Mutex<HashMap<(String, String), Channel>>,
 }
 
 impl Agents {
-    /// Nobody heard yet. `lease` is what this controller grants.
-    pub fn new(ledger: Ledger, tls: Arc<Tls>, lease: Duration) -> Agents {
+    /// Nobody heard yet. `lease` is what this controller grants, `lease_max` the longest that anybody may still hold.
+    pub fn new(ledger: Ledger, tls: Arc<Tls>, lease: Duration, lease_max: Duration) -> Agents {
         let book = Book { hosts: BTreeMap::new(), leases: Leases::new(Instant::now()) };
-        Agents { ledger, tls, lease, book: Mutex::new(book), channels: Mutex::default() }
+        Agents { ledger, tls, lease, lease_max, book: Mutex::new(book), channels: Mutex::default() }
     }
 
     fn book(&self) -> MutexGuard<'_, Book> {
@@ -81,14 +83,9 @@ impl Agents {
         Ok(HeartbeatReply { lease_ms: u32::try_from(self.lease.as_millis()).unwrap_or(u32::MAX), vms })
     }
 
-    /// The longest lease that anybody may hold.
-    fn lease_max(&self) -> Duration {
-        self.lease.max(Duration::from_millis(self.ledger.state().lease_ms))
-    }
-
     /// From when on this host does not run this VM even if nobody can reach it.
     pub fn lease_ended_at(&self, host: &str, vm: &str) -> Instant {
-        self.book().leases.ended_at(host, vm, self.lease_max())
+        self.book().leases.ended_at(host, vm, self.lease_max)
     }
 
     /// How a host is.

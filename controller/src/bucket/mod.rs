@@ -4,7 +4,7 @@
 //! What has no manifest does not exist. One kind of bucket so far: `file:DIR`. This room does not know what the objects
 //! mean and checks no hash; who reads does.
 
-mod file;
+pub(crate) mod file;
 
 use std::path::PathBuf;
 

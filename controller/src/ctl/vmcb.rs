@@ -68,13 +68,8 @@ impl Report for Difference {
 
 /// All that the engine's knowledge is needed for: the fields of one VMCB, in order.
 fn decode(page: &[u8; VMCB_BYTES]) -> Vec<Field> {
-    let words = page.chunks_exact(8).enumerate().map(|(index, word)| (index * 8, word));
-    let named = words.filter(|(_, word)| word.iter().any(|byte| *byte != 0)).map(|(offset, word)| Field {
-        section: if offset < 0x400 { "control" } else { "save" }.to_owned(),
-        field: format!("{offset:#05x}"),
-        value: format!("{:#018x}", u64::from_le_bytes(word.try_into().expect("chunks of 8 bytes"))),
-    });
-    named.collect()
+    let rows = vmcb_engine::vmcb::decode::describe(&vmcb_engine::vmcb::Vmcb::from_bytes(page));
+    rows.into_iter().map(|row| Field { section: row.section.to_owned(), field: row.field, value: row.value }).collect()
 }
 
 /// Is everything that the command names a file?

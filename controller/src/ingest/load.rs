@@ -49,6 +49,8 @@ pub struct Load<'a> {
     pub lanes: u32,
     /// Bytes per second over all lanes; 0 is no limit.
     pub bandwidth: u64,
+    /// The target is to hash everything again from where it lies.
+    pub verify_full: bool,
 }
 
 struct Lane {
@@ -107,6 +109,7 @@ impl Load<'_> {
                 secret: self.ticket.secret.clone(),
                 lane,
                 lanes,
+                base: String::new(),
             };
             // There is room for one: the channel is new.
             let _ = out.send(say(Said::Hello(hello))).await;
@@ -228,7 +231,7 @@ impl Session<'_> {
                 self.send(0, Chunk { frame }).await?;
             }
         }
-        let end = StateEnd { sections: manifest.sections.len() as u32, digest: manifest.digest.clone() };
+        let end = StateEnd { sections: manifest.sections.len() as u32, digest: manifest.digest.clone(), verify_full: self.load.verify_full };
         self.send(0, say(Said::StateEnd(end))).await?;
         match self.hear().await? {
             Said::Ready(ready) => Ok(ready.digest.unwrap_or_default()),

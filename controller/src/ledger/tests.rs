@@ -227,7 +227,8 @@ fn a_record_out_of_order_is_refused() {
 #[test]
 fn a_name_that_is_used_again_goes_on_counting_generations() {
     let mut state = running_vm("hostA");
-    begin(&mut state, "op2", simple_plan(&state.clone(), "vm1", Task::Remove));
+    let plan = simple_plan(&state, "vm1", Task::Remove);
+    begin(&mut state, "op2", plan);
     append(&mut state, Event::Committed { operation: "op2".into(), result: Box::new(Outcome::AsPlanned) }).unwrap();
     append(&mut state, Event::StepDone { operation: "op2".into(), step: 1 }).unwrap();
     assert!(state.vms.is_empty());

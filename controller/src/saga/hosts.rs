@@ -168,6 +168,7 @@ impl World for Hosts {
             channel: link::channel(&self.tls, load.address, &host_identity(load.host))?,
             lanes: load.policy.lanes,
             bandwidth: load.policy.bandwidth_bytes_per_s,
+            verify_full: load.policy.verify_full,
         };
         load.send(|progress| voice.transfer(TransferEvent { event: Some(Said::Progress(progress)) })).await
     }

@@ -5,6 +5,8 @@
 //! looking: what is committed goes forward, everything else is undone. A step after the commit that cannot be done in time, and a step that
 //! cannot be undone because a host is silent, are left to the verdicts that the host hears when it comes back.
 
+#[cfg(test)]
+mod fake;
 pub mod hosts;
 pub mod report;
 pub mod steps;

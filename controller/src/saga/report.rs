@@ -40,7 +40,7 @@ pub fn last_word(
             failed(&failure, &format!("{}; `{step}` goes on when the host is heard again", whereabouts(state, operation)))
         }
         (Status::Doing(_) | Status::Undoing(_) | Status::Undone, _) => {
-            failed(&failure, &format!("{}, as before", whereabouts(state, operation)))
+            failed(&failure, &before(state, operation))
         }
     }
 }
@@ -53,6 +53,16 @@ pub fn failed(failure: &Failure, outcome: &str) -> Event {
         hint: failure.hint.clone(),
         outcome: outcome.into(),
     })
+}
+
+/// Where a VM is after an operation that was taken back.
+fn before(state: &State, operation: &Operation) -> String {
+    match (&operation.plan.task, &operation.plan.holder) {
+        (Task::Restore { target, .. }, Some(holder)) if *target == holder.host => {
+            format!("{target} may have discarded what it had of {}: restore it again", operation.plan.vm)
+        }
+        _ => format!("{}, as before", whereabouts(state, operation)),
+    }
 }
 
 fn whereabouts(state: &State, operation: &Operation) -> String {

@@ -217,11 +217,24 @@ impl<W: World> Hands<'_, W> {
             Task::Restore { .. } => "controller".to_owned(),
             _ => self.holder()?.host.clone(),
         };
+        self.make_room(target).await?;
         let ticket = memory.ticket.get_or_insert_with(|| self.ticket(&source, target, self.plan().generation));
         let ticket = Some(ticket.clone());
         let request = PrepareRequest { ticket, config: Some(config), capabilities, on_isolation };
         memory.address = self.world.prepare(target, request).await?.address;
         Ok(())
+    }
+
+    /// A host holds one generation of a VM at a time: a restore to the host that has the VM begins by discarding what it has.
+    /// The fence has made sure by then that it stands still there.
+    async fn make_room(&self, target: &str) -> Result<(), Failure> {
+        match &self.plan().holder {
+            Some(holder) if holder.host == target => {
+                self.voice.note(format!("{target} discards what it has of {}", self.plan().vm));
+                self.world.discard(target, self.of(holder.generation, "a restore replaces it")).await
+            }
+            _ => Ok(()),
+        }
     }
 
     fn ticket(&self, source: &str, target: &str, generation: u64) -> Ticket {
@@ -262,6 +275,7 @@ impl<W: World> Hands<'_, W> {
             peer_identity: format!("host/{target}"),
             policy: Some(*policy),
             checkpoint: false,
+            base: String::new(),
         };
         let relay = via_controller.then_some(memory.address.as_str());
         let handed_over = self.world.send(&holder.host, request, relay, self.voice).await?;
@@ -302,6 +316,7 @@ impl<W: World> Hands<'_, W> {
             peer_identity: String::new(),
             policy: Some(TransferPolicy::default()),
             checkpoint: true,
+            base: String::new(),
         };
         let expected = Expected {
             checkpoint: checkpoint.parse().map_err(|_| lost("the checkpoint's id"))?,

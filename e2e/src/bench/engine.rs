@@ -3,7 +3,6 @@
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proto::v1::MachineConfig;
@@ -108,7 +107,7 @@ fn between_marks(boot: &Boot, from: &str, to: &str) -> Result<Timed, String> {
         ..Default::default()
     };
     let memory = GuestMemory::create(boot.memory_bytes).map_err(|e| e.to_string())?;
-    let parts = Parts { memory: Arc::new(memory), disks: Vec::new(), nets: Vec::new() };
+    let parts = Parts { memory, disks: Vec::new(), nets: Vec::new() };
     let mut machine = Machine::build(&config, parts).map_err(|e| e.to_string())?;
     let initrd = boot.initrd.as_ref().map(std::fs::read).transpose().map_err(|e| e.to_string())?;
     let begun = Instant::now();
@@ -151,7 +150,16 @@ fn qemu_between_marks(boot: &Boot, from: &str, to: &str) -> Result<Option<Durati
     }
     let mut command = Command::new(QEMU);
     command
-        .args(["-M", "microvm,acpi=on,pic=off,pit=off,rtc=on", "-accel", "tcg", "-cpu", "qemu64", "-icount", "shift=0,sleep=off"])
+        .args([
+            "-M",
+            "microvm,acpi=on,pic=off,pit=off,rtc=on",
+            "-accel",
+            "tcg",
+            "-cpu",
+            "qemu64",
+            "-icount",
+            "shift=0,sleep=off",
+        ])
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"])
         .args(["-m", &(boot.memory_bytes >> 20).to_string()])
         .arg("-kernel")

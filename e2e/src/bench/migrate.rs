@@ -29,7 +29,8 @@ struct Runs {
 /// A ceiling cannot be measured. A cluster that does not work panics with its logs.
 pub fn run(report: &Report, cases: &[String]) -> Result<(), String> {
     let ceilings = Ceilings::measure(RUNS)?;
-    for (case, pages_per_s) in CASES.into_iter().filter(|(case, _)| cases.is_empty() || cases.iter().any(|c| c == case)) {
+    for (case, pages_per_s) in CASES.into_iter().filter(|(case, _)| cases.is_empty() || cases.iter().any(|c| c == case))
+    {
         migrate_case(report, case, pages_per_s, &ceilings);
     }
     Ok(())
@@ -76,7 +77,9 @@ fn wait_until_filled(cluster: &Cluster) {
 
 fn phases(result: &serde_json::Value) -> String {
     let phases = result["phases"].as_array().cloned().unwrap_or_default();
-    let one = |p: &serde_json::Value| format!("{} {:.1} ms", p["phase"].as_str().unwrap_or("?"), p["ms"].as_f64().unwrap_or(0.0));
+    let one = |p: &serde_json::Value| {
+        format!("{} {:.1} ms", p["phase"].as_str().unwrap_or("?"), p["ms"].as_f64().unwrap_or(0.0))
+    };
     phases.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 

@@ -52,7 +52,10 @@ impl Report {
     /// JSON lines or a table.
     pub fn new(json: bool) -> Self {
         if !json {
-            println!("{:<10} {:<14} {:<26} {:>12} {:<8} {:>25}  beside", "suite", "case", "metric", "median", "unit", "spread");
+            println!(
+                "{:<10} {:<14} {:<26} {:>12} {:<8} {:>25}  beside",
+                "suite", "case", "metric", "median", "unit", "spread"
+            );
         }
         Self { json }
     }
@@ -67,7 +70,10 @@ impl Report {
         let beside: Vec<String> = m.beside.iter().map(|(name, value)| format!("{name} {value:.2}")).collect();
         let spread = format!("{:.2} .. {:.2}", m.spread[0], m.spread[1]);
         let beside = beside.join(", ");
-        println!("{:<10} {:<14} {:<26} {:>12.2} {:<8} {spread:>25}  {beside}", m.suite, m.case, m.metric, m.value, m.unit);
+        println!(
+            "{:<10} {:<14} {:<26} {:>12.2} {:<8} {spread:>25}  {beside}",
+            m.suite, m.case, m.metric, m.value, m.unit
+        );
     }
 
     /// Says what is left out, and why.

@@ -5,9 +5,10 @@
 
 use std::path::{Path, PathBuf};
 
-/// The repository.
+/// The repository: where cargo runs this test, which need not be where it was built.
 pub fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("e2e lies in the repository").to_owned()
+    let package = std::env::var("CARGO_MANIFEST_DIR").unwrap_or_else(|_| env!("CARGO_MANIFEST_DIR").to_owned());
+    Path::new(&package).parent().expect("e2e lies in the repository").to_owned()
 }
 
 /// Every file that is part of the repository, relative to its root, in order.
@@ -55,6 +56,8 @@ pub struct SourceFile {
     pub text: String,
     /// Without comments, strings and characters; the same lines.
     pub code: String,
+    /// The code without what is compiled for tests only.
+    product: String,
 }
 
 /// A function with a body.
@@ -72,21 +75,14 @@ impl SourceFile {
     /// From a file's text.
     pub fn new(path: String, text: String) -> SourceFile {
         let code = blank(&text);
-        SourceFile { path, text, code }
+        let tests = ["/tests.rs", "/tests/", "_tests.rs"];
+        let product = if tests.iter().any(|part| path.contains(part)) { String::new() } else { without_tests(&code) };
+        SourceFile { path, text, code, product }
     }
 
     /// How many lines.
     pub fn lines(&self) -> usize {
         self.text.lines().count()
-    }
-
-    /// The code that is not a test: up to `#[cfg(test)]`, or nothing in a file of tests.
-    fn product(&self) -> &str {
-        let tests = ["/tests.rs", "/tests/", "_tests.rs"];
-        if tests.iter().any(|part| self.path.contains(part)) {
-            return "";
-        }
-        self.code.split("#[cfg(test)]").next().unwrap_or_default()
     }
 
     /// Lines of the code (tests aside) with this text, from 1.
@@ -100,7 +96,7 @@ impl SourceFile {
                 !left && !right
             })
         };
-        self.product().lines().enumerate().filter(move |(_, line)| whole_word(line)).map(|(index, _)| index + 1)
+        self.product.lines().enumerate().filter(move |(_, line)| whole_word(line)).map(|(index, _)| index + 1)
     }
 
     /// Does this line declare a module of this name?
@@ -112,7 +108,7 @@ impl SourceFile {
 
     /// First names after `crate::` in the code (tests aside), with their lines; groups in braces are taken apart.
     pub fn crate_paths(&self) -> Vec<(usize, String)> {
-        let code = self.product();
+        let code = &self.product;
         let mut found = Vec::new();
         for (at, start) in code.match_indices("crate::") {
             if code[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == '$') {
@@ -230,6 +226,26 @@ fn body_start(text: &str) -> Option<usize> {
         }
     }
     None
+}
+
+/// Blanks each item under `#[cfg(test)]`; line ends stay.
+fn without_tests(code: &str) -> String {
+    const ATTRIBUTE: &str = "#[cfg(test)]";
+    let mut out = String::with_capacity(code.len());
+    let mut rest = code;
+    while let Some(at) = rest.find(ATTRIBUTE) {
+        let item = at + ATTRIBUTE.len();
+        let first = rest[item..].find(['{', ';']).map(|first| item + first);
+        let end = match first {
+            Some(first) if rest[first..].starts_with('{') => matching_brace(&rest[first..]).map(|end| first + end),
+            first => first,
+        };
+        let end = end.map_or(rest.len(), |end| end + 1);
+        out.push_str(&rest[..at]);
+        out.extend(rest[at..end].chars().map(|c| if c == '\n' { '\n' } else { ' ' }));
+        rest = &rest[end..];
+    }
+    out + rest
 }
 
 /// Where the brace is closed that `text` starts with.
@@ -364,10 +380,10 @@ mod tests {
 
     #[test]
     fn paths_are_found_in_groups_and_outside_of_tests() {
-        let text = "use crate::{cpu::{X, memory}, addr};\nlet a = crate::device::Y;\n$crate::boot\n#[cfg(test)]\nuse crate::replay;";
+        let text = "use crate::{cpu::{X, memory}, addr};\nlet a = crate::device::Y;\n$crate::boot\n#[cfg(test)]\nuse crate::replay;\n#[cfg(test)]\nmod tests { use crate::journal; }\nuse crate::boot;";
         let found: Vec<_> = file(text).crate_paths();
         let names: Vec<_> = found.iter().map(|(line, name)| (*line, name.as_str())).collect();
-        assert_eq!(names, [(1, "cpu"), (1, "addr"), (2, "device")]);
+        assert_eq!(names, [(1, "cpu"), (1, "addr"), (2, "device"), (8, "boot")]);
     }
 
     #[test]

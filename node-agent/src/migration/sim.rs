@@ -50,14 +50,16 @@ impl Chance {
 struct Guest {
     ram: Bank,
     disk: Bank,
+    spaces: [SharedPages; 2],
     epoch: u32,
     running: bool,
     steps: u64,
 }
 
 impl Guest {
-    fn spaces(&self) -> [SharedPages; 2] {
-        [self.ram.shared(), self.disk.shared()]
+    fn new() -> Self {
+        let (ram, disk) = (Bank::new(RAM_PAGES), Bank::new(DISK_PAGES));
+        Self { spaces: [ram.shared(), disk.shared()], ram, disk, epoch: 1, running: true, steps: 0 }
     }
 
     fn act(&mut self, chance: &mut Chance) {
@@ -125,7 +127,7 @@ enum Event {
         frame: Bytes,
     },
     /// The source's end of a lane notices that it has gone; the target's.
-    SourceLosesLane(u32),
+    SourceLosesLane,
     TargetLosesLane(u32),
     SourceAnswer(source::Input),
     TargetAnswer(target::Input),
@@ -243,7 +245,7 @@ impl<'a> World<'a> {
                 lanes,
                 base: String::new(),
             };
-            world.to_target(lane, Message::Hello(hello));
+            world.tell_target(lane, Message::Hello(hello));
         }
         world.after(CONTROLLER_PATIENCE_US, Event::ControllerLosesPatience);
         world.after(10, Event::GuestActs);
@@ -261,7 +263,7 @@ impl<'a> World<'a> {
         self.after(us, event);
     }
 
-    fn to_target(&mut self, lane: u32, message: Message) {
+    fn tell_target(&mut self, lane: u32, message: Message) {
         let mut frame = message.encode();
         let number = self.frames;
         self.frames += 1;
@@ -285,7 +287,7 @@ impl<'a> World<'a> {
         (0..copies).for_each(|_| self.after(us, Event::ToTarget { lane, frame: frame.clone() }));
     }
 
-    fn to_source(&mut self, lane: u32, message: Message) {
+    fn tell_source(&mut self, lane: u32, message: Message) {
         let delay = 20 + self.chance.below(400);
         let wire = &mut self.lanes[lane as usize];
         wire.to_source_us = wire.to_source_us.max(self.now_us + delay);
@@ -295,7 +297,7 @@ impl<'a> World<'a> {
 
     fn cut(&mut self, lane: u32) {
         if std::mem::replace(&mut self.lanes[lane as usize].up, false) {
-            self.soon(Event::SourceLosesLane(lane));
+            self.soon(Event::SourceLosesLane);
             self.soon(Event::TargetLosesLane(lane));
         }
     }
@@ -307,7 +309,7 @@ impl<'a> World<'a> {
             let (to_target, to_source) =
                 (wire.to_target_us.saturating_sub(self.now_us), wire.to_source_us.saturating_sub(self.now_us));
             self.after(to_target + 1, Event::TargetLosesLane(lane));
-            self.after(to_source + 1, Event::SourceLosesLane(lane));
+            self.after(to_source + 1, Event::SourceLosesLane);
         }
     }
 
@@ -351,7 +353,7 @@ impl<'a> World<'a> {
             Event::ToTarget { lane, frame } if self.lanes[lane as usize].up => self.target_hears(lane, &frame),
             Event::ToSource { lane, frame } if self.lanes[lane as usize].up => self.source_hears(lane, &frame),
             Event::ToTarget { .. } | Event::ToSource { .. } => (),
-            Event::SourceLosesLane(_) => {
+            Event::SourceLosesLane => {
                 self.step_source(source::Input::Lost(Failure::new(Code::Unreachable, "lost")));
             }
             Event::TargetLosesLane(lane) => {
@@ -362,7 +364,7 @@ impl<'a> World<'a> {
             Event::NextPiece => self.next_piece(),
             Event::GuestActs => {
                 (0..self.chance.below(6)).for_each(|_| self.guest.act(self.chance));
-                if self.now_us < CONTROLLER_PATIENCE_US + 10_000 {
+                if self.source.as_ref().is_some_and(|source| !source.is_over()) {
                     self.soon(Event::GuestActs);
                 }
             }
@@ -377,7 +379,9 @@ impl<'a> World<'a> {
             }
             Event::ControllerHears | Event::ControllerLosesPatience => (),
             Event::SourceAbandoned => match &self.source {
-                Some(Source::HandedOver(_) | Source::Failed(_)) | None => self.guest.running = true,
+                // A new agent, or one that has waited for this word.
+                Some(Source::HandedOver(_)) | None => self.guest.running = true,
+                Some(Source::Failed(_)) => assert!(self.guest.running, "a failed source lets the guest go by itself"),
                 Some(_) => self.step_source(source::Input::Cancel(Failure::new(Code::Cancelled, "abandoned"))),
             },
             Event::TargetAbandoned => self.step_target(target::Input::Abandon { reason: "abandoned".into() }),
@@ -414,7 +418,7 @@ impl<'a> World<'a> {
             }
             Effect::SendRound { round, since, last } => self.begin_round(round, since, last),
             Effect::MeasureLeft { since } => {
-                let pages: u64 = self.guest.spaces().iter().map(|space| space.count_since(since).unwrap()).sum();
+                let pages: u64 = self.guest.spaces.iter().map(|space| space.count_since(since).unwrap()).sum();
                 self.soon(Event::SourceAnswer(source::Input::Left { bytes: pages * 4096 }));
             }
             Effect::Stop => {
@@ -431,7 +435,7 @@ impl<'a> World<'a> {
             Effect::Digest { sections, verify_full } => {
                 if verify_full {
                     assert!(!self.guest.running, "compared while it runs");
-                    for (space, digests) in self.guest.spaces().iter().zip(&self.source_digests) {
+                    for (space, digests) in self.guest.spaces.iter().zip(&self.source_digests) {
                         assert_eq!(digests.first_difference(&space.digests().unwrap()), None);
                     }
                 }
@@ -440,17 +444,17 @@ impl<'a> World<'a> {
             }
             Effect::SendState { sections, digest, verify_full } => {
                 let end = StateEnd { sections: sections.len() as u32, digest: Some(digest), verify_full };
-                sections.into_iter().for_each(|section| self.to_target(0, Message::Section(section)));
-                self.to_target(0, Message::StateEnd(end));
+                sections.into_iter().for_each(|section| self.tell_target(0, Message::Section(section)));
+                self.tell_target(0, Message::StateEnd(end));
             }
-            Effect::AbortTarget(failure) => self.to_target(0, Message::Abort(failure.into())),
+            Effect::AbortTarget(failure) => self.tell_target(0, Message::Abort(failure.into())),
             Effect::ReportRound(_) | Effect::ReportPhase(_) => (),
         }
     }
 
     fn begin_round(&mut self, round: u32, since: u32, last: bool) {
         let mut pieces = VecDeque::new();
-        for (number, space) in (0..).zip(self.guest.spaces()) {
+        for (number, space) in (0..).zip(&self.guest.spaces) {
             // Small pieces, so that much happens between them.
             let runs = space.since(since).unwrap();
             pieces.extend(runs.into_iter().flat_map(|run| run.pieces(5)).map(|run| (number, run)));
@@ -465,14 +469,14 @@ impl<'a> World<'a> {
         let Some((space, run)) = worker.pieces.pop_front() else {
             for lane in 0..self.lanes.len() as u32 {
                 let frames = self.lanes[lane as usize].frames;
-                self.to_target(lane, Message::RoundEnd(RoundEnd { round: worker.round, frames, last: worker.last }));
+                self.tell_target(lane, Message::RoundEnd(RoundEnd { round: worker.round, frames, last: worker.last }));
             }
             self.soon(Event::SourceAnswer(source::Input::RoundSent(worker.totals)));
             return;
         };
         let at = usize::from(space);
         let digests = &mut self.source_digests[at];
-        let pages = &self.guest.spaces()[at];
+        let pages = &self.guest.spaces[at];
         let frames = runs::frames(space, pages, run, |page| digests.get(page) == ZERO_LEAF).unwrap();
         frames.iter().flat_map(runs::PageFrame::digests).for_each(|(page, leaf)| digests.set(page, leaf));
         worker.totals.pages += run.pages;
@@ -480,7 +484,7 @@ impl<'a> World<'a> {
             worker.totals.bytes += frame.bytes.len() as u64;
             let lane = self.chance.below(self.lanes.len() as u64) as u32;
             self.lanes[lane as usize].frames += 1;
-            self.to_target(lane, Message::Pages(frame.bytes.into()));
+            self.tell_target(lane, Message::Pages(frame.bytes.into()));
         }
         self.worker = Some(worker);
         let us = 1 + self.chance.below(60);
@@ -535,15 +539,15 @@ impl<'a> World<'a> {
         for effect in effects {
             match effect {
                 target::Effect::Accept { lane, protocol } => {
-                    self.to_source(lane, Message::HelloReply(HelloReply { protocol }));
+                    self.tell_source(lane, Message::HelloReply(HelloReply { protocol }));
                 }
-                target::Effect::Refuse(failure) => self.to_source(0, Message::Abort(failure.into())),
-                target::Effect::Ack { round } => self.to_source(0, Message::RoundAck(RoundAck { round })),
+                target::Effect::Refuse(failure) => self.tell_source(0, Message::Abort(failure.into())),
+                target::Effect::Ack { round } => self.tell_source(0, Message::RoundAck(RoundAck { round })),
                 target::Effect::Settle => (),
                 target::Effect::Apply { sections, verify_full } => self.apply(sections, verify_full),
-                target::Effect::SayReady(digest) => self.to_source(0, Message::Ready(Ready { digest: Some(digest) })),
+                target::Effect::SayReady(digest) => self.tell_source(0, Message::Ready(Ready { digest: Some(digest) })),
                 target::Effect::AbortSource(failure) => {
-                    self.to_source(0, Message::Abort(failure.into()));
+                    self.tell_source(0, Message::Abort(failure.into()));
                     self.close();
                 }
             }
@@ -581,7 +585,7 @@ struct Tally {
 fn run(seed: u64) -> Tally {
     let _printed = PrintSeed(seed);
     let mut chance = Chance(seed);
-    let mut guest = Guest { ram: Bank::new(RAM_PAGES), disk: Bank::new(DISK_PAGES), epoch: 1, running: true, steps: 0 };
+    let mut guest = Guest::new();
     (0..30).for_each(|_| guest.act(&mut chance));
     let mut base: Option<Base> = None;
     let mut tally = Tally::default();
@@ -590,6 +594,7 @@ fn run(seed: u64) -> Tally {
         let fault = if attempt < 3 { Fault::draw(&mut chance) } else { Fault::None };
         let checkpoint = if attempt < 3 { chance.below(2) == 0 } else { attempt == 3 };
         let from = base.clone().filter(|_| checkpoint);
+        (0..chance.below(9)).for_each(|_| guest.act(&mut chance));
         let mut world = World::new(&mut chance, &mut guest, fault, from.as_ref(), checkpoint);
         world.run();
         let running = (world.guest.running, world.target_runs);

@@ -60,8 +60,29 @@ pub trait Platform {
     fn cr8(&self, vcpu: usize) -> u8;
     /// MOV to CR8.
     fn set_cr8(&mut self, vcpu: usize, value: u8);
+    /// This vCPU executes from now on: loads and stores of its local APIC page are its own. Engines with several vCPUs
+    /// say so at every change.
+    fn executing(&mut self, vcpu: usize) {
+        let _ = vcpu;
+    }
+    /// What the processor is asked to do besides interrupts, once each; looked at where interrupts are.
+    fn take_request(&mut self, vcpu: usize) -> Option<Request> {
+        let _ = vcpu;
+        None
+    }
     /// True once the guest asked to be powered off or reset: the engine returns [`Exit::Stopped`] at once.
     fn stopped(&self) -> bool;
+}
+
+/// What one processor or a device asks another processor to do, besides interrupts (APM2 16.5).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Request {
+    /// INIT: reset, then wait for a start-up.
+    Init,
+    /// Start in real mode at this page of the first MiB.
+    Startup(u8),
+    /// Non-maskable interrupt.
+    Nmi,
 }
 
 /// Why [`Engine::run`] came back. Always between two instructions.

@@ -78,6 +78,11 @@ impl Bus {
         sections
     }
 
+    /// Names of the sections that this configuration has.
+    pub fn section_names(&self) -> Vec<String> {
+        self.save().into_iter().map(|section| section.name).collect()
+    }
+
     /// Puts all devices into a saved state. `take` consumes a section by name; each that this configuration has is asked
     /// for exactly once. After an error the devices are of no use.
     ///

@@ -74,7 +74,9 @@ impl Core {
     /// True if something must be done before the next instruction. Cheap: asked before every block.
     #[inline(always)]
     pub fn event_pending(&self) -> bool {
-        self.events.trap || self.events.injection.is_some() || (self.control.vintr & 1 << 8 != 0 && self.interrupt_ready())
+        self.events.trap
+            || self.events.injection.is_some()
+            || (self.control.vintr & 1 << 8 != 0 && self.interrupt_ready())
     }
 
     #[inline]
@@ -101,7 +103,13 @@ impl Core {
             return Flow::Exit;
         }
         let vector = self.control.take_virtual_interrupt();
-        self.deliver(Delivery { event: Event::interrupt(vector), return_rip: self.rip, software: false, resume: false, retires: false })
+        self.deliver(Delivery {
+            event: Event::interrupt(vector),
+            return_rip: self.rip,
+            software: false,
+            resume: false,
+            retires: false,
+        })
     }
 
     /// True if the next instruction must run alone because something is looked at right after it. Begins that instruction:
@@ -247,7 +255,13 @@ impl Core {
                 self.cr2 = fault.address;
             }
             let resume = !matches!(next.vector(), 1..=4 | 8 | 18);
-            delivery = Delivery { event: next, return_rip: delivery.fault_rip(self.rip), software: false, resume, retires: false };
+            delivery = Delivery {
+                event: next,
+                return_rip: delivery.fault_rip(self.rip),
+                software: false,
+                resume,
+                retires: false,
+            };
         }
     }
 
@@ -311,7 +325,8 @@ impl Core {
             return self.delivery_fault(delivery, 13, index);
         }
         let at = self.idtr.base.wrapping_add(vector * 16);
-        let (low, high) = self.as_supervisor(|core| Ok((core.load::<u64>(at)?, core.load::<u64>(at.wrapping_add(8))?)))?;
+        let (low, high) =
+            self.as_supervisor(|core| Ok((core.load::<u64>(at)?, core.load::<u64>(at.wrapping_add(8))?)))?;
         let gate = Gate::from_descriptor(low);
         self.check_gate(delivery, gate, &[14, 15])?;
         let target = gate.offset & 0xffff_ffff | high << 32;
@@ -386,7 +401,8 @@ impl Core {
             return self.delivery_fault(delivery, 13, 0);
         }
         let old = (u64::from(self.segments[SS].selector), self.gprs[RSP]);
-        let (stack, pointer) = if cpl < self.cpl { self.legacy_stack(cpl)? } else { (self.segments[SS], self.gprs[RSP]) };
+        let (stack, pointer) =
+            if cpl < self.cpl { self.legacy_stack(cpl)? } else { (self.segments[SS], self.gprs[RSP]) };
         let mut frame = vec_frame(delivery.event.error());
         let code_selector = u64::from(self.segments[CS].selector);
         frame.extend([delivery.return_rip, code_selector, self.pushed_flags(delivery)]);
@@ -399,7 +415,11 @@ impl Core {
         let bottom = pointer.wrapping_sub(bytes.len() as u64) & mask;
         let linear = stack.base.wrapping_add(bottom) & 0xffff_ffff;
         let write = |core: &mut Core| core.write_linear(linear, &bytes);
-        if cpl < 3 { self.as_supervisor(write)? } else { write(self)? }
+        if cpl < 3 {
+            self.as_supervisor(write)?
+        } else {
+            write(self)?
+        }
         self.segments[SS] = stack;
         self.gprs[RSP] = self.gprs[RSP] & !mask | bottom;
         self.enter_handler(gate, code, cpl, target);
@@ -409,7 +429,8 @@ impl Core {
     /// SS:ESP of a privilege level out of the TSS (APM2 8.7.3, 12.2.2).
     fn legacy_stack(&mut self, cpl: u8) -> Step<(Segment, u64)> {
         let named = u32::from(self.tr.selector & !3);
-        let (offset, width) = if self.tr.kind() & 8 != 0 { (4 + u32::from(cpl) * 8, 4) } else { (2 + u32::from(cpl) * 4, 2) };
+        let (offset, width) =
+            if self.tr.kind() & 8 != 0 { (4 + u32::from(cpl) * 8, 4) } else { (2 + u32::from(cpl) * 4, 2) };
         if offset + width + 1 > self.tr.limit {
             return self.raise_code(10, named);
         }

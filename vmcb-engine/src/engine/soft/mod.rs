@@ -10,6 +10,7 @@ pub mod core;
 pub mod decode;
 pub mod deliver;
 pub mod fpu;
+pub mod host;
 pub mod interp;
 pub mod op;
 pub mod run;
@@ -18,3 +19,8 @@ pub mod svm;
 pub mod tlb;
 pub mod walk;
 pub mod x87;
+
+pub use host::{SoftConfig, SoftEngine};
+
+#[cfg(test)]
+mod tests;

@@ -46,6 +46,12 @@ impl Core {
         }
     }
 
+    /// Sets the count of retired instructions, between two runs: time may have been set, or other processors have run.
+    pub fn set_retired(&mut self, retired: u64) {
+        self.stop_at = retired;
+        self.budget = 0;
+    }
+
     /// Runs one instruction and delivers what it raised, whatever the budget is.
     pub(super) fn step_one(&mut self) -> Flow {
         self.blocks.sweep();

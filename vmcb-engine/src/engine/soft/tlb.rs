@@ -171,8 +171,13 @@ impl Tlb {
         let entry = Entry { tag: page, addend: (found.host as u64).wrapping_sub(page) };
         let extra = Extra { page: found.page, gpa: found.gpa & PAGE_MASK, global: found.global };
         let (entries, extras) = self.table(access);
+        let evicts = entries[at].tag != EMPTY && entries[at].tag != page;
         entries[at] = entry;
         extras[at] = extra;
+        if access == Access::Execute && evicts {
+            // What is found by RIP must not outlive its translation, or where a run is cut would be visible.
+            self.map_epoch = self.map_epoch.wrapping_add(1);
+        }
     }
 
     /// Adds a translation for writes that the next write completes: it is stamped then.

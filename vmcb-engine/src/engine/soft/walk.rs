@@ -89,7 +89,7 @@ impl Core {
 
     /// Loads up to a page of bytes from a linear address. All or nothing as far as faults go.
     pub fn read_linear(&mut self, linear: u64, into: &mut [u8]) -> Step {
-        let (first, second) = self.split(linear, into.len());
+        let (first, second) = self.split(linear, into.len())?;
         self.check_alignment(linear, into.len())?;
         let low = self.read_target(first)?;
         let room = (0x1000 - (first & 0xfff) as usize).min(into.len());
@@ -103,7 +103,7 @@ impl Core {
 
     /// Stores up to a page of bytes to a linear address; raises before the first byte is written.
     pub fn write_linear(&mut self, linear: u64, from: &[u8]) -> Step {
-        let (first, second) = self.split(linear, from.len());
+        let (first, second) = self.split(linear, from.len())?;
         self.check_alignment(linear, from.len())?;
         let low = self.write_target(first)?;
         let room = (0x1000 - (first & 0xfff) as usize).min(from.len());
@@ -118,7 +118,7 @@ impl Core {
     /// Raises what a store of so many bytes (a page at most) would raise, and stores nothing.
     #[cold]
     pub fn probe_write(&mut self, linear: u64, bytes: usize) -> Step {
-        let (first, second) = self.split(linear, bytes);
+        let (first, second) = self.split(linear, bytes)?;
         self.check_alignment(linear, bytes)?;
         self.write_target(first)?;
         if let Some(second) = second {
@@ -130,7 +130,7 @@ impl Core {
     /// Raises what a load of so many bytes (a page at most) would raise.
     #[cold]
     pub fn probe_read(&mut self, linear: u64, bytes: usize) -> Step {
-        let (first, second) = self.split(linear, bytes);
+        let (first, second) = self.split(linear, bytes)?;
         self.read_target(first)?;
         if let Some(second) = second {
             self.read_target(second)?;
@@ -138,12 +138,18 @@ impl Core {
         Ok(())
     }
 
-    /// The linear address of the access, and that of its second page if it crosses into one.
-    fn split(&self, linear: u64, bytes: usize) -> (u64, Option<u64>) {
+    /// The linear address of the access, and that of its second page if it crosses into one. An access that leaves the
+    /// canonical range is refused before its first page is looked at.
+    fn split(&mut self, linear: u64, bytes: usize) -> Step<(u64, Option<u64>)> {
         let wrap = |linear: u64| if self.mode.long { linear } else { linear & 0xffff_ffff };
         let first = wrap(linear);
         let crosses = (first & 0xfff) as usize + bytes > 0x1000;
-        (first, crosses.then(|| wrap((first & !0xfff).wrapping_add(0x1000))))
+        let second = crosses.then(|| wrap((first & !0xfff).wrapping_add(0x1000)));
+        if let Some(second) = second.filter(|second| self.mode.long && !is_canonical(*second, 48)) {
+            self.fault = Fault { vector: 13, code: Some(0), address: second };
+            return Err(Stop::Fault);
+        }
+        Ok((first, second))
     }
 
     /// Runs `access` with supervisor rights, as the processor reads descriptor tables (APM2 5.6.1).
@@ -389,7 +395,8 @@ impl Core {
             Ok(page) => {
                 let at = page.at(gpa);
                 // SAFETY: entries are aligned, so they lie within the mapped page.
-                let value = unsafe { if bytes == 8 { at.cast::<u64>().read() } else { at.cast::<u32>().read().into() } };
+                let value =
+                    unsafe { if bytes == 8 { at.cast::<u64>().read() } else { at.cast::<u32>().read().into() } };
                 Ok(Visited { page, offset: gpa & 0xfff, value })
             }
             Err(fault) if self.nested.enabled() => self.exit_with(ExitCode::NPF, fault.0, gpa),

@@ -156,12 +156,22 @@ fn group_7_registers(modrm: u8, long: bool) -> Option<Pick> {
     }
 }
 
-/// Which control registers exist is the meaning's business; LOCK with CR0 means CR8 and is told by the form.
+/// CR0, CR2, CR3, CR4, CR8. LOCK with CR0 means CR8, and is told to the meaning by the form.
 fn control_register(insn: &Insn) -> Option<Pick> {
+    let exists = match insn.op.has(form::LOCK) {
+        true => insn.op.reg == 0,
+        false => matches!(insn.op.reg, 0 | 2 | 3 | 4 | 8),
+    };
+    if !exists {
+        return None;
+    }
     if insn.opcode == 0x20 { last(system::mov_from_cr) } else { last(system::mov_to_cr) }
 }
 
 fn debug_register(insn: &Insn) -> Option<Pick> {
+    if insn.op.reg >= 8 {
+        return None;
+    }
     if insn.opcode == 0x21 { last(system::mov_from_dr) } else { last(system::mov_to_dr) }
 }
 

@@ -56,9 +56,16 @@ pub fn pick_xadd(insn: &Insn) -> Option<Pick> {
     by_size!(insn.op.size, W => by_place!(insn, P => straight(xadd::<W, P>)))
 }
 
-/// Memory is always written, if only with its old value.
+/// Memory is always written, if only with its old value; a register that does not match is not, so that its upper half
+/// stays.
 fn cmpxchg<W: Width, P: Place>(core: &mut Core, op: &Op) -> Step {
     let (accumulator, new) = (W::get(core, RAX as u8), W::get(core, op.reg));
+    if !op.is_memory() && W::get(core, op.rm) != accumulator {
+        let old = W::get(core, op.rm);
+        core.flags = alu::subtract(accumulator, old).1;
+        W::set(core, RAX as u8, old);
+        return Ok(());
+    }
     let (old, flags) = P::modify::<W, _>(core, op, |_, old| {
         (if old == accumulator { new } else { old }, (old, alu::subtract(accumulator, old).1))
     })?;

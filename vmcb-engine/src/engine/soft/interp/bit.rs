@@ -79,15 +79,17 @@ pub fn pick_test(insn: &Insn) -> Option<Pick> {
     }
 }
 
-/// BSF, or BSR if `REVERSE`: of 0 the register stays and only ZF is set. The other flags stay too (AMD family 19h).
+/// BSF, or BSR if `REVERSE`. Of 0 the register stays. PF is that of the index, the other flags but ZF are
+/// clear (AMD family 19h).
 fn scan<W: Width, P: Place, const REVERSE: bool>(core: &mut Core, op: &Op) -> Step {
     let value = P::load::<W>(core, op)?.wide();
-    let zero = value == 0;
-    if !zero {
-        let bit = if REVERSE { value.ilog2() } else { value.trailing_zeros() };
-        W::set(core, op.reg, W::cut(bit.into()));
+    if value == 0 {
+        core.flags = Flags::logic(0);
+        return Ok(());
     }
-    core.flags = core.flags.with_zf(zero);
+    let bit = if REVERSE { value.ilog2() } else { value.trailing_zeros() };
+    W::set(core, op.reg, W::cut(bit.into()));
+    core.flags = Flags::logic(0x100 | u64::from(bit));
     Ok(())
 }
 
@@ -102,7 +104,8 @@ fn lzcnt<W: Width, P: Place>(core: &mut Core, op: &Op) -> Step {
     let value = P::load::<W>(core, op)?.wide();
     let count = value.leading_zeros() - (64 - W::BITS);
     W::set(core, op.reg, W::cut(count.into()));
-    core.flags = core.flags.with_zf(count == 0).with_cf(value == 0);
+    // OF stays, the others are clear (AMD family 19h).
+    core.flags = Flags::only_zf(count == 0).with_cf_of(value == 0, core.flags.of());
     Ok(())
 }
 

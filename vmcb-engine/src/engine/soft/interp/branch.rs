@@ -6,7 +6,7 @@
 use super::operand::{Place, Width};
 use super::pick::{Pick, by_condition, by_place, by_wide, last};
 use super::stack::{self, by_long};
-use crate::engine::soft::core::{CS, Core, RCX, Step, canonical};
+use crate::engine::soft::core::{CS, Core, RCX, RSP, Step, canonical};
 use crate::engine::soft::decode::Insn;
 use crate::engine::soft::interp::{alu, far};
 use crate::engine::soft::op::Op;
@@ -54,19 +54,28 @@ fn jmp_rm<W: Width, P: Place, const LONG: bool>(core: &mut Core, op: &Op) -> Ste
 fn call_rm<W: Width, P: Place, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
     let next = core.rip;
     let value = P::load::<W>(core, op)?.wide();
-    let target = target::<W, LONG>(core, value)?;
+    // A stack that cannot be written has precedence over a bad target.
+    let target = match target::<W, LONG>(core, value) {
+        Ok(target) => target,
+        Err(stop) => {
+            let fault = core.fault;
+            core.stack_probe::<LONG>(core.gprs[RSP].wrapping_sub(W::BYTES), W::BYTES)?;
+            core.fault = fault;
+            return Err(stop);
+        }
+    };
     core.push::<W, LONG>(W::cut(next))?;
     core.rip = target;
     Ok(())
 }
 
 fn ret<W: Width, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
-    let before = core.gprs[crate::engine::soft::core::RSP];
+    let before = core.gprs[RSP];
     let popped = core.pop::<W, LONG>(op.immediate)?.wide();
     match target::<W, LONG>(core, popped) {
         Ok(target) => core.rip = target,
         Err(stop) => {
-            core.gprs[crate::engine::soft::core::RSP] = before;
+            core.gprs[RSP] = before;
             return Err(stop);
         }
     }
@@ -119,9 +128,14 @@ fn jcxz<W: Width, A: Width, const LONG: bool>(core: &mut Core, op: &Op) -> Step 
     Ok(())
 }
 
-/// E0-E3.
+/// E0-E3. F3 makes LOOPE and F2 makes LOOPNE of either (AMD family 19h; the manual is silent).
 pub fn pick_loop(insn: &Insn) -> Option<Pick> {
-    by_wide!(insn.op.size, W => by_wide!(insn.op.address_size, A => by_long!(insn, L => match insn.opcode & 3 {
+    let kind = match (insn.opcode & 3, insn.prefix) {
+        (0 | 1, 0xf3) => 1,
+        (0 | 1, 0xf2) => 0,
+        (kind, _) => kind,
+    };
+    by_wide!(insn.op.size, W => by_wide!(insn.op.address_size, A => by_long!(insn, L => match kind {
         0 => last(looping::<W, A, L, 0>),
         1 => last(looping::<W, A, L, 1>),
         2 => last(looping::<W, A, L, 2>),

@@ -5,8 +5,8 @@ use crate::addr::is_canonical;
 use crate::engine::soft::core::{CS, Core, Mode, RAX, Step, rflags};
 use crate::engine::soft::op::{Op, form};
 use crate::engine::soft::tlb::ENTRIES;
-use crate::vmcb::registers::{cr0, cr4, efer};
 use crate::vmcb::Intercept;
+use crate::vmcb::registers::{cr0, cr4, efer};
 
 /// Bits of CR4 that this processor has.
 pub const CR4_BITS: u64 = cr4::VME
@@ -182,7 +182,8 @@ pub fn smsw(core: &mut Core, op: &Op) -> Step {
 pub fn lmsw(core: &mut Core, op: &Op) -> Step {
     core.privileged()?;
     core.intercept(Intercept::cr_write(0))?;
-    let word = if op.is_memory() { core.load::<u16>(op.linear(core))? } else { core.gprs[usize::from(op.rm & 15)] as u16 };
+    let word =
+        if op.is_memory() { core.load::<u16>(op.linear(core))? } else { core.gprs[usize::from(op.rm & 15)] as u16 };
     let low = u64::from(word) & 0xf | core.cr0 & cr0::PE;
     let value = core.cr0 & !0xf | low;
     select_cr0(core, value, 0)?;

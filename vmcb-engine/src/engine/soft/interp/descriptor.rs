@@ -4,8 +4,8 @@
 
 use crate::addr::is_canonical;
 use crate::engine::soft::core::{CS, Core, SS, Step};
-use crate::vmcb::registers::{cr0, efer};
 use crate::vmcb::Segment;
+use crate::vmcb::registers::{cr0, efer};
 
 /// A gate's first eight bytes.
 #[derive(Clone, Copy, Debug)]
@@ -86,7 +86,8 @@ impl Core {
             return Ok(self.read_descriptor(selector)?.map(|low| (Segment::from_descriptor(selector, low), low)));
         }
         let Some(at) = self.descriptor_address(selector, 16) else { return Ok(None) };
-        let (low, high) = self.as_supervisor(|core| Ok((core.load::<u64>(at)?, core.load::<u64>(at.wrapping_add(8))?)))?;
+        let (low, high) =
+            self.as_supervisor(|core| Ok((core.load::<u64>(at)?, core.load::<u64>(at.wrapping_add(8))?)))?;
         Ok(Some((Segment::from_system_descriptor(selector, low, high), low)))
     }
 

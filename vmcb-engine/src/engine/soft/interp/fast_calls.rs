@@ -6,8 +6,8 @@ use super::system::set_register;
 use crate::addr::is_canonical;
 use crate::engine::soft::core::{Core, FS, GS, RCX, RDX, RSP, SS, Step, rflags};
 use crate::engine::soft::op::{Op, form};
-use crate::vmcb::registers::{cr0, cr4, efer};
 use crate::vmcb::Segment;
+use crate::vmcb::registers::{cr0, cr4, efer};
 
 /// Attributes of a flat 64-bit code segment, DPL 0.
 const CODE_64: u16 = 0xa9b;
@@ -65,11 +65,8 @@ pub fn sysret(core: &mut Core, op: &Op) -> Step {
         core.system_flags |= rflags::IF;
     }
     core.segments[SS].selector = selector.wrapping_add(8) | 3;
-    let code = if long {
-        flat(selector.wrapping_add(16) | 3, CODE_64 | DPL_3)
-    } else {
-        flat(selector | 3, CODE_32 | DPL_3)
-    };
+    let code =
+        if long { flat(selector.wrapping_add(16) | 3, CODE_64 | DPL_3) } else { flat(selector | 3, CODE_32 | DPL_3) };
     core.set_code_segment(code, 3);
     core.rip = rip;
     Ok(())

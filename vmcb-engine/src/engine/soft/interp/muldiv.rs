@@ -1,11 +1,11 @@
 //! MUL, IMUL, DIV, IDIV (APM3 chapter 3).
 //!
 //! The flags that the manual leaves undefined are those of AMD family 19h: MUL and IMUL leave SF, ZF, AF, PF as they were
-//! found on hardware, DIV and IDIV leave all six alone.
+//! found on hardware; DIV and IDIV keep CF and OF, set AF and clear the rest.
 
 use super::operand::{Place, Width};
 use super::pick::{Pick, by_place, by_size, by_wide, straight};
-use crate::engine::soft::core::{Core, RAX, RDX, Step};
+use crate::engine::soft::core::{Core, Flags, RAX, RDX, Step};
 use crate::engine::soft::decode::Insn;
 use crate::engine::soft::op::Op;
 
@@ -78,6 +78,13 @@ fn dividend<W: Width>(core: &Core) -> u128 {
     u128::from(high) << W::BITS | u128::from(low)
 }
 
+/// What a division leaves in the flags.
+#[inline(always)]
+fn quotient_flags(core: &mut Core) {
+    let kept = core.flags;
+    core.flags = Flags { result: 1, aux: 8 }.with_cf_of(kept.cf(), kept.of());
+}
+
 fn div<W: Width, P: Place>(core: &mut Core, op: &Op) -> Step {
     let divisor = P::load::<W>(core, op)?.wide();
     let dividend = dividend::<W>(core);
@@ -89,6 +96,7 @@ fn div<W: Width, P: Place>(core: &mut Core, op: &Op) -> Step {
         Err(_) => ((dividend / u128::from(divisor)) as u64, (dividend % u128::from(divisor)) as u64),
     };
     set_pair::<W>(core, quotient, remainder);
+    quotient_flags(core);
     Ok(())
 }
 
@@ -102,6 +110,7 @@ fn idiv<W: Width, P: Place>(core: &mut Core, op: &Op) -> Step {
         return core.raise(DIVIDE_ERROR);
     }
     set_pair::<W>(core, quotient as u64, (dividend % divisor) as u64);
+    quotient_flags(core);
     Ok(())
 }
 

@@ -32,7 +32,7 @@ impl Shift for Shl {
         let wide = u128::from(value.wide()) << count;
         let result = W::cut(wide as u64);
         let cf = wide >> W::BITS & 1 != 0;
-        (result, Flags::parts(result.signed(), cf, cf != top(result), false))
+        (result, Flags::parts(result.signed(), cf, cf != top(result), true))
     }
 }
 
@@ -43,7 +43,7 @@ impl Shift for Shr {
     fn apply<W: Width>(_: Flags, value: W, count: u32) -> (W, Flags) {
         let before = value.wide() >> (count - 1);
         let result = W::cut(before >> 1);
-        (result, Flags::parts(result.signed(), before & 1 != 0, top(result) != second(result), false))
+        (result, Flags::parts(result.signed(), before & 1 != 0, top(result) != second(result), true))
     }
 }
 
@@ -54,7 +54,7 @@ impl Shift for Sar {
     fn apply<W: Width>(_: Flags, value: W, count: u32) -> (W, Flags) {
         let before = value.signed() as i64 >> (count - 1);
         let result = W::cut((before >> 1) as u64);
-        (result, Flags::parts(result.signed(), before & 1 != 0, false, false))
+        (result, Flags::parts(result.signed(), before & 1 != 0, false, true))
     }
 }
 
@@ -159,35 +159,28 @@ pub fn pick(insn: &Insn) -> Option<Pick> {
     }
 }
 
-/// SHLD, or SHRD if `RIGHT`. For 16-bit operands counts above 16 shift `right:left:right` further, as AMD does.
+/// SHLD, or SHRD if `RIGHT`. Beyond its width a 16-bit operand takes the bits of `right` once more,
+/// and its CF is 0 (AMD family 19h).
 #[inline(always)]
 fn double<W: Width, const RIGHT: bool>(left: W, right: W, count: u32) -> (W, Flags) {
-    let (low, high) = if RIGHT { (left, right) } else { (right, left) };
-    let pair = u128::from(high.wide()) << W::BITS | u128::from(low.wide());
-    let bits = W::BITS;
-    if W::BITS == 16 {
-        let triple = if RIGHT {
-            pair | u128::from(left.wide()) << 32
-        } else {
-            u128::from(left.wide()) << 32 | u128::from(right.wide()) << 16 | u128::from(left.wide())
-        };
-        let (shifted, out) = if RIGHT {
-            (triple >> count, triple >> (count - 1) & 1)
-        } else {
-            (triple << count >> 32, triple << count >> 48 & 1)
-        };
-        return finish(left, W::cut(shifted as u64), out != 0);
-    }
+    let (bits, left, right) = (W::BITS, u128::from(left.wide()), u128::from(right.wide()));
     if RIGHT {
-        finish(left, W::cut((pair >> count) as u64), pair >> (count - 1) & 1 != 0)
-    } else {
-        finish(left, W::cut((pair >> (bits - count)) as u64), pair >> (2 * bits - count) & 1 != 0)
+        let again = if W::BITS == 16 { right << 32 } else { 0 };
+        // The last bit shifted out is the lowest.
+        let below = (again | right << bits | left) >> (count - 1);
+        let result = W::cut((below >> 1) as u64);
+        let cf = count <= bits && below & 1 != 0;
+        return (result, Flags::parts(result.signed(), cf, top(result) != second(result), true));
     }
-}
-
-#[inline(always)]
-fn finish<W: Width>(before: W, result: W, cf: bool) -> (W, Flags) {
-    (result, Flags::parts(result.signed(), cf, top(before) != top(result), false))
+    let shifted = if W::BITS == 16 {
+        (left << 32 | right << 16 | right) << count >> 32
+    } else {
+        (left << bits | right) >> (bits - count)
+    };
+    let result = W::cut(shifted as u64);
+    let beyond = count > bits;
+    let cf = !beyond && shifted >> bits & 1 != 0;
+    (result, Flags::parts(result.signed(), cf, !beyond && cf != top(result), true))
 }
 
 fn double_shift<W: Width, P: Place, const RIGHT: bool, const CL: bool>(core: &mut Core, op: &Op) -> Step {

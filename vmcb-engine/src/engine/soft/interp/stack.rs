@@ -48,6 +48,16 @@ impl Core {
         }
     }
 
+    /// Raises what a write at an offset in SS would raise.
+    pub(super) fn stack_probe<const LONG: bool>(&mut self, sp: u64, bytes: u64) -> Step {
+        let sp = sp & self.sp_mask::<LONG>();
+        let linear = self.segment_linear(SS, sp, bytes, true)?;
+        match self.probe_write(linear, bytes as usize) {
+            Ok(()) => Ok(()),
+            Err(stop) => blame(self, stop),
+        }
+    }
+
     /// Reads a value of the stack at an offset in SS.
     #[inline(always)]
     fn stack_load<W: Width, const LONG: bool>(&mut self, sp: u64) -> Step<W> {
@@ -182,6 +192,7 @@ pub fn pick_all(insn: &Insn) -> Option<Pick> {
     }
 }
 
+/// The final top of the stack must be writable, though nothing is written there.
 fn enter<W: Width, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
     let (bytes, level) = (op.immediate & 0xffff, op.immediate >> 16 & 31);
     let mut sp = core.gprs[RSP].wrapping_sub(W::BYTES);
@@ -199,8 +210,10 @@ fn enter<W: Width, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
         core.stack_store::<W, LONG>(sp, W::cut(frame))?;
     }
     let mask = core.sp_mask::<LONG>();
+    let top = sp.wrapping_sub(bytes);
+    core.stack_probe::<LONG>(top, W::BYTES)?;
     W::set(core, RBP as u8, W::cut(frame & mask));
-    core.set_stack::<LONG>(sp.wrapping_sub(bytes));
+    core.set_stack::<LONG>(top);
     Ok(())
 }
 

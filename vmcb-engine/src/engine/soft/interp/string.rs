@@ -258,11 +258,20 @@ fn rep_scas<W: Width>(core: &mut Core, op: &Op) -> Step {
     repeat(core, op, elements, |core| scas_one::<W>(core, op))
 }
 
+/// AMD family 19h reads the operand at rDI first, but not for REPE CMPSB; it shows if both fault.
 fn cmps_one<W: Width>(core: &mut Core, op: &Op) -> Step<bool> {
-    let from = source::<W>(core, op)?;
-    let left = core.load::<W>(from)?;
+    let source_first = W::BYTES == 1 && op.has(form::REP);
+    let mut left = W::cut(0);
+    if source_first {
+        let from = source::<W>(core, op)?;
+        left = core.load::<W>(from)?;
+    }
     let to = target::<W>(core, op, false)?;
     let right = core.load::<W>(to)?;
+    if !source_first {
+        let from = source::<W>(core, op)?;
+        left = core.load::<W>(from)?;
+    }
     core.flags = super::alu::subtract(left, right).1;
     advance::<W>(core, op, RSI);
     advance::<W>(core, op, RDI);

@@ -9,12 +9,8 @@ use crate::engine::soft::op::Op;
 use crate::vmcb::registers::cr4;
 use crate::vmcb::{ExitCode, Intercept};
 
-pub use super::control::{
-    clts, invlpg, invlpga, lmsw, mov_from_cr, mov_from_dr, mov_to_cr, mov_to_dr, smsw,
-};
-pub use super::fast_calls::{
-    rdfsbase, rdgsbase, swapgs, syscall, sysenter, sysexit, sysret, wrfsbase, wrgsbase,
-};
+pub use super::control::{clts, invlpg, invlpga, lmsw, mov_from_cr, mov_from_dr, mov_to_cr, mov_to_dr, smsw};
+pub use super::fast_calls::{rdfsbase, rdgsbase, swapgs, syscall, sysenter, sysexit, sysret, wrfsbase, wrgsbase};
 pub use super::tables::{arpl, lar, lgdt, lidt, lldt, lsl, ltr, sgdt, sidt, sldt, str_, verr, verw};
 pub use super::vm::{clgi, skinit, stgi, vmload, vmmcall, vmrun, vmsave};
 

@@ -187,7 +187,11 @@ pub fn lar(core: &mut Core, op: &Op) -> Step {
     let long = core.efer & efer::LMA != 0;
     let legal = |segment: &Segment| {
         segment.is_code_or_data()
-            || if long { matches!(segment.kind(), 2 | 9 | 11 | 12) } else { matches!(segment.kind(), 1..=5 | 9 | 11 | 12) }
+            || if long {
+                matches!(segment.kind(), 2 | 9 | 11 | 12)
+            } else {
+                matches!(segment.kind(), 1..=5 | 9 | 11 | 12)
+            }
     };
     let found = visible(core, op)?.filter(|(segment, _)| legal(segment));
     if let Some((_, low)) = found {

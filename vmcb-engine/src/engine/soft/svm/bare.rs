@@ -23,7 +23,7 @@ impl Core {
         let real = |selector, base| Segment::new(selector, 0x93, 0xffff, base);
         let mut core = Box::new(Core {
             gprs: [0; 32],
-            flags: Flags::default(),
+            flags: Flags::from_rflags(0),
             budget: 0,
             tlb_set: 0,
             tlb: crate::engine::soft::tlb::Tlb::new(),
@@ -69,7 +69,8 @@ impl Core {
 
     /// A processor in 64-bit mode at `rip`, CPL 0, with paging over identity-mapped RAM.
     pub fn bare(memory: Arc<GuestMemory>) -> Box<Self> {
-        let entry = |at: u64, value: u64| memory.write(at, &value.to_le_bytes()).expect("RAM of a test has these pages");
+        let entry =
+            |at: u64, value: u64| memory.write(at, &value.to_le_bytes()).expect("RAM of a test has these pages");
         entry(TABLES, (TABLES + 0x1000) | 7);
         entry(TABLES + 0x1000, (TABLES + 0x2000) | 7);
         for large in 0..512 {

@@ -38,7 +38,8 @@ impl MmioPort {
     pub fn read(&mut self, gpa: u64, into: &mut [u8]) {
         let tsc = self.tsc;
         for (at, size) in pieces(gpa, into.len()) {
-            let value = self.platform().map_or(u64::MAX, |platform| platform.mmio_read(tsc, gpa + at as u64, size as u8));
+            let value =
+                self.platform().map_or(u64::MAX, |platform| platform.mmio_read(tsc, gpa + at as u64, size as u8));
             into[at..at + size].copy_from_slice(&value.to_le_bytes()[..size]);
         }
     }
@@ -77,7 +78,7 @@ fn pieces(gpa: u64, bytes: usize) -> impl Iterator<Item = (usize, usize)> {
         if left == 0 {
             return None;
         }
-        let aligned = 1 << (gpa + at as u64 | 8).trailing_zeros();
+        let aligned = 1 << ((gpa + at as u64) | 8).trailing_zeros();
         let largest = 1 << left.min(8).ilog2();
         let piece = (at, aligned.min(largest));
         at += piece.1;
@@ -92,13 +93,13 @@ impl Core {
         let erased: NonNull<dyn Platform + '_> = NonNull::from(platform);
         // SAFETY: only the lifetime changes; the pointer is taken away again below, before `platform` can die, and
         // nothing in between unwinds past this frame with the processor still in use.
-        self.mmio.platform = Some(unsafe { std::mem::transmute::<NonNull<dyn Platform + '_>, NonNull<dyn Platform>>(erased) });
+        self.mmio.platform =
+            Some(unsafe { std::mem::transmute::<NonNull<dyn Platform + '_>, NonNull<dyn Platform>>(erased) });
         self.mmio.tsc = tsc;
         let flow = self.step_one();
         self.mmio.platform = None;
         flow
     }
-
 }
 
 #[cfg(test)]

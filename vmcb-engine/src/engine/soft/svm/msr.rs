@@ -22,8 +22,7 @@ pub const VM_HSAVE_PA: u32 = 0xc001_0117;
 pub const VM_CR: u32 = 0xc001_0114;
 
 /// Bits of EFER that this processor lets software set.
-pub const EFER_WRITABLE: u64 =
-    efer::SCE | efer::LME | efer::LMA | efer::NXE | efer::SVME | efer::FFXSR | efer::AIBRSE;
+pub const EFER_WRITABLE: u64 = efer::SCE | efer::LME | efer::LMA | efer::NXE | efer::SVME | efer::FFXSR | efer::AIBRSE;
 
 /// MSRs kept by the processor.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -81,7 +80,7 @@ impl Core {
         let canonical = || is_canonical(value, 48).then_some(value);
         match msr {
             TSC => self.tsc_base = self.tsc_base.wrapping_add(value.wrapping_sub(tsc)),
-            0x174 => self.msrs.sysenter_cs = value & 0xffff_ffff,
+            0x174 => self.msrs.sysenter_cs = value,
             0x175 => self.msrs.sysenter_esp = canonical()?,
             0x176 => self.msrs.sysenter_eip = canonical()?,
             PAT => self.msrs.pat = pat_is_legal(value).then_some(value)?,
@@ -89,7 +88,7 @@ impl Core {
             0xc000_0081 => self.msrs.star = value,
             0xc000_0082 => self.msrs.lstar = canonical()?,
             0xc000_0083 => self.msrs.cstar = canonical()?,
-            0xc000_0084 => self.msrs.sfmask = value & 0xffff_ffff,
+            0xc000_0084 => self.msrs.sfmask = (value >> 32 == 0).then_some(value)?,
             0xc000_0100 => self.segments[FS].base = canonical()?,
             0xc000_0101 => self.segments[GS].base = canonical()?,
             0xc000_0102 => self.msrs.kernel_gs_base = canonical()?,

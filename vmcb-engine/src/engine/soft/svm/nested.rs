@@ -122,16 +122,14 @@ impl Core {
 
     #[cold]
     fn ram_page_slow(&mut self, gpa: u64, purpose: Purpose) -> Result<RamPage, NestedFault> {
-        let (system, writable, executable) = if self.nested.enabled {
-            self.nested_walk(gpa, purpose)?
-        } else {
-            (gpa, true, true)
-        };
+        let (system, writable, executable) =
+            if self.nested.enabled { self.nested_walk(gpa, purpose)? } else { (gpa, true, true) };
         let Some((host, page)) = self.memory.host_page(system) else {
             return Err(fault(purpose, 0));
         };
         let page = RamPage { host: host as u64, page };
-        self.nested.entries[(gpa >> 12) as usize & (ENTRIES - 1)] = Entry { gpa: gpa & !0xfff, page, writable, executable };
+        self.nested.entries[(gpa >> 12) as usize & (ENTRIES - 1)] =
+            Entry { gpa: gpa & !0xfff, page, writable, executable };
         Ok(page)
     }
 

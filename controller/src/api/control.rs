@@ -1,0 +1,237 @@
+//! The Control service: every call of `ctl`.
+//!
+//! Calls that change something answer with the stream of their operation, which goes on whether anybody listens or not.
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use proto::v1::control_server::Control;
+use proto::v1::operation_event::Event as Said;
+use proto::v1::{
+    Blob, CheckpointName, CheckpointRecord, ConsoleInput, ConsoleOutput, CreateVmRecordRequest, Empty, EventsRequest,
+    LedgerEvent, ListCheckpointsReply, ListHostsReply, ListVmsReply, MigrateRequest, OperationDone, OperationEvent,
+    OperationRef, RestoreRequest, VmName, VmOrCheckpoint, VmRecord, VmRef, VmcbReply,
+};
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::plans::{self, Candidate, unknown_checkpoint, unknown_vm};
+use super::{Api, console, events, require, views};
+use crate::failure::Failure;
+use crate::ingest::read;
+use crate::ledger::event::{Plan, Task};
+use crate::saga::report::record;
+use crate::tls::{Identity, Role};
+
+type Operation = Pin<Box<dyn Stream<Item = Result<OperationEvent, Status>> + Send>>;
+type Began = Result<Response<Operation>, Status>;
+
+/// How long an agent may take to look into a guest.
+const LOOK_MAX: Duration = Duration::from_secs(10);
+
+impl Api {
+    fn candidate(&self, host: &str) -> Candidate {
+        Candidate { name: host.into(), state: self.agents.host_state(host), info: self.agents.host(host) }
+    }
+
+    async fn begin(&self, operator: &Identity, plan: Result<Plan, Failure>) -> Began {
+        let voice = self.sagas.begin(&operator.to_string(), plan?).await?;
+        Ok(Response::new(Box::pin(voice.listen())))
+    }
+
+    fn show(&self, vm: &str) -> Result<VmRecord, Failure> {
+        views::show(&self.ledger, &self.agents, vm).ok_or_else(|| unknown_vm(vm))
+    }
+
+    fn checkpoint(&self, id: &str) -> Result<CheckpointRecord, Failure> {
+        self.ledger.state().checkpoints.get(id).map(|entry| record(entry)).ok_or_else(|| unknown_checkpoint(id))
+    }
+
+    async fn power(&self, request: Request<VmName>, task: impl FnOnce(crate::ledger::event::Intent) -> Task) -> Began {
+        let operator = require(&request, Role::Operator)?;
+        let plan = plans::power(&self.ledger.state(), &request.into_inner().vm, task);
+        self.begin(&operator, plan).await
+    }
+
+    /// What a migration would do, without doing it.
+    fn rehearse(&self, plan: &Plan, target: &Candidate) -> Operation {
+        let info = target.info.clone().unwrap_or_default();
+        let source = plan.holder.as_ref().map(|holder| holder.host.clone()).unwrap_or_default();
+        let record = self.show(&plan.vm).ok();
+        let ram = record.as_ref().and_then(|vm| vm.config.as_ref()).map_or(0, |config| config.memory_bytes);
+        let notes = [
+            format!("{} would move from {source} to {} as generation {}", plan.vm, target.name, plan.generation),
+            format!("{source} is {}", self.agents.host_state(&source).word()),
+            format!("{} is up, offers {}", target.name, info.engines.join(", ")),
+            format!("{} bytes of RAM are needed; {} has {} free", ram, target.name, info.memory_bytes_free),
+        ];
+        let done = Said::Done(OperationDone { vm: record, ..OperationDone::default() });
+        let said = notes.into_iter().map(Said::Note).chain([done]);
+        let events: Vec<_> =
+            said.map(|event| Ok(OperationEvent { operation: String::new(), event: Some(event) })).collect();
+        Box::pin(tokio_stream::iter(events))
+    }
+}
+
+#[tonic::async_trait]
+impl Control for Api {
+    type CreateVmRecordStream = Operation;
+    type PauseStream = Operation;
+    type ResumeStream = Operation;
+    type StopStream = Operation;
+    type RemoveStream = Operation;
+    type AttachConsoleStream = ReceiverStream<Result<ConsoleOutput, Status>>;
+    type MigrateStream = Operation;
+    type CreateCheckpointStream = Operation;
+    type VerifyCheckpointStream = Operation;
+    type RemoveCheckpointStream = Operation;
+    type RestoreStream = Operation;
+    type WatchOperationStream = Operation;
+    type EventsStream = ReceiverStream<Result<LedgerEvent, Status>>;
+
+    async fn list_hosts(&self, request: Request<Empty>) -> Result<Response<ListHostsReply>, Status> {
+        require(&request, Role::Operator)?;
+        Ok(Response::new(ListHostsReply { hosts: self.agents.records() }))
+    }
+
+    async fn list_vms(&self, request: Request<Empty>) -> Result<Response<ListVmsReply>, Status> {
+        require(&request, Role::Operator)?;
+        let state = self.ledger.state();
+        let vms = state.vms.keys().filter_map(|name| views::show(&self.ledger, &self.agents, name)).collect();
+        Ok(Response::new(ListVmsReply { vms }))
+    }
+
+    async fn get_vm_record(&self, request: Request<VmName>) -> Result<Response<VmRecord>, Status> {
+        require(&request, Role::Operator)?;
+        Ok(Response::new(self.show(&request.into_inner().vm)?))
+    }
+
+    async fn create_vm_record(&self, request: Request<CreateVmRecordRequest>) -> Began {
+        let operator = require(&request, Role::Operator)?;
+        let asked = request.into_inner();
+        let host = self.candidate(&asked.host);
+        let config = asked.config.unwrap_or_default();
+        let plan = plans::create(&self.ledger.state(), &asked.vm, &host, config, asked.on_isolation);
+        self.begin(&operator, plan).await
+    }
+
+    async fn pause(&self, request: Request<VmName>) -> Began {
+        self.power(request, |was| Task::Pause { was }).await
+    }
+
+    async fn resume(&self, request: Request<VmName>) -> Began {
+        self.power(request, |was| Task::Resume { was }).await
+    }
+
+    async fn stop(&self, request: Request<VmName>) -> Began {
+        self.power(request, |_| Task::Stop).await
+    }
+
+    async fn remove(&self, request: Request<VmName>) -> Began {
+        self.power(request, |_| Task::Remove).await
+    }
+
+    async fn attach_console(
+        &self,
+        request: Request<Streaming<ConsoleInput>>,
+    ) -> Result<Response<Self::AttachConsoleStream>, Status> {
+        require(&request, Role::Operator)?;
+        Ok(Response::new(console::attach(self.clone(), request.into_inner())))
+    }
+
+    async fn migrate(&self, request: Request<MigrateRequest>) -> Began {
+        let operator = require(&request, Role::Operator)?;
+        let asked = request.into_inner();
+        let target = self.candidate(&asked.to);
+        let policy = asked.policy.unwrap_or_default();
+        let plan = plans::migrate(&self.ledger.state(), &asked.vm, &target, asked.via_controller, policy);
+        if asked.dry_run {
+            return Ok(Response::new(self.rehearse(&plan?, &target)));
+        }
+        self.begin(&operator, plan).await
+    }
+
+    async fn create_checkpoint(&self, request: Request<VmName>) -> Began {
+        let operator = require(&request, Role::Operator)?;
+        let plan = plans::checkpoint(&self.ledger.state(), &request.into_inner().vm);
+        self.begin(&operator, plan).await
+    }
+
+    async fn list_checkpoints(&self, request: Request<VmName>) -> Result<Response<ListCheckpointsReply>, Status> {
+        require(&request, Role::Operator)?;
+        let vm = request.into_inner().vm;
+        let state = self.ledger.state();
+        let wanted = state.checkpoints.values().filter(|entry| vm.is_empty() || entry.vm == vm);
+        let mut checkpoints: Vec<CheckpointRecord> = wanted.map(|entry| record(entry)).collect();
+        checkpoints.sort_by_key(|checkpoint| checkpoint.created_unix_ms);
+        Ok(Response::new(ListCheckpointsReply { checkpoints }))
+    }
+
+    async fn get_checkpoint(&self, request: Request<CheckpointName>) -> Result<Response<CheckpointRecord>, Status> {
+        require(&request, Role::Operator)?;
+        Ok(Response::new(self.checkpoint(&request.into_inner().id)?))
+    }
+
+    async fn get_manifest(&self, request: Request<CheckpointName>) -> Result<Response<Blob>, Status> {
+        require(&request, Role::Operator)?;
+        let checkpoint = self.checkpoint(&request.into_inner().id)?;
+        let data = self.bucket.get(&checkpoint.manifest_key).await.map_err(Failure::from)?;
+        Ok(Response::new(Blob { data: data.into() }))
+    }
+
+    async fn verify_checkpoint(&self, request: Request<CheckpointName>) -> Began {
+        let operator = require(&request, Role::Operator)?;
+        let plan = plans::on_checkpoint(&self.ledger.state(), &request.into_inner().id, |entry| Task::Verify {
+            checkpoint: entry.id.clone(),
+        });
+        self.begin(&operator, plan).await
+    }
+
+    async fn remove_checkpoint(&self, request: Request<CheckpointName>) -> Began {
+        let operator = require(&request, Role::Operator)?;
+        let plan = plans::on_checkpoint(&self.ledger.state(), &request.into_inner().id, |entry| {
+            Task::RemoveCheckpoint { checkpoint: entry.id.clone(), generation: entry.generation }
+        });
+        self.begin(&operator, plan).await
+    }
+
+    async fn restore(&self, request: Request<RestoreRequest>) -> Began {
+        let operator = require(&request, Role::Operator)?;
+        let asked = request.into_inner();
+        let state = self.ledger.state();
+        let entry = plans::named_checkpoint(&state, &asked.name)?;
+        let manifest = read::manifest(&self.bucket, &entry.manifest_key).await?;
+        let target = self.candidate(&asked.to);
+        let policy = asked.policy.unwrap_or_default();
+        let plan = plans::restore(&self.ledger.state(), entry, manifest, &target, &asked.as_name, policy);
+        self.begin(&operator, plan).await
+    }
+
+    async fn get_vmcbs(&self, request: Request<VmOrCheckpoint>) -> Result<Response<VmcbReply>, Status> {
+        require(&request, Role::Operator)?;
+        let name = request.into_inner().name;
+        let state = self.ledger.state();
+        let vm = state.vms.get(&name).ok_or_else(|| unknown_vm(&name))?;
+        let itself = VmRef { vm: name, generation: vm.generation, ..VmRef::default() };
+        let reply = self.agents.call(&vm.host, LOOK_MAX, async |mut agent| agent.get_vmcb(itself).await).await?;
+        Ok(Response::new(reply))
+    }
+
+    async fn cancel_operation(&self, request: Request<OperationRef>) -> Result<Response<Empty>, Status> {
+        let operator = require(&request, Role::Operator)?;
+        self.sagas.cancel(&operator.to_string(), &request.into_inner().operation).await?;
+        Ok(Response::new(Empty {}))
+    }
+
+    async fn watch_operation(&self, request: Request<OperationRef>) -> Began {
+        require(&request, Role::Operator)?;
+        let voice = self.sagas.voice(&request.into_inner().operation)?;
+        Ok(Response::new(Box::pin(voice.listen())))
+    }
+
+    async fn events(&self, request: Request<EventsRequest>) -> Result<Response<Self::EventsStream>, Status> {
+        require(&request, Role::Operator)?;
+        Ok(Response::new(events::stream(self.ledger.clone(), request.into_inner())))
+    }
+}

@@ -1,0 +1,359 @@
+//! From a request to a plan: what must be so before an operation begins. Pure.
+//!
+//! A plan is made from one state of the ledger; `State::apply` looks again whether it still fits when it is appended.
+//! Refusals say what, why and what to do.
+
+use proto::ids::{CheckpointId, VmId};
+use proto::status::Code;
+use proto::v1::{HostInfo, MachineConfig, Manifest, TransferPolicy};
+
+use crate::agents::lease::HostState;
+use crate::agents::unknown_host;
+use crate::failure::Failure;
+use crate::ingest::manifest::SPACE_BYTES_MAX;
+use crate::ledger::event::{CheckpointEntry, Holder, Intent, Plan, Task};
+use crate::ledger::state::{State, Vm, checkpoint_lock, packs_lock, vm_lock};
+
+/// Guest RAM comes in these units.
+const MEMORY_UNIT: u64 = 2 << 20;
+
+/// Says that a name is of no VM.
+pub fn unknown_vm(vm: &str) -> Failure {
+    Failure::new(Code::NotFound, format!("there is no VM {vm}")).hint("`ctl vm ls` names the VMs")
+}
+
+/// Says that a name is of no checkpoint.
+pub fn unknown_checkpoint(id: &str) -> Failure {
+    Failure::new(Code::NotFound, format!("there is no checkpoint {id}")).hint("`ctl checkpoint ls` names them")
+}
+
+/// What is known of the host that an operation needs.
+#[derive(Clone, Debug)]
+pub struct Candidate {
+    /// Its name.
+    pub name: String,
+    /// How long ago it was heard.
+    pub state: HostState,
+    /// What it said then.
+    pub info: Option<HostInfo>,
+}
+
+impl Candidate {
+    /// Whether a machine can be brought there, as far as can be known here; the agent checks again.
+    ///
+    /// # Errors
+    /// [`Code::NotFound`], [`Code::Unreachable`], [`Code::Incapable`].
+    pub fn check(&self, state: &State, config: &MachineConfig) -> Result<&HostInfo, Failure> {
+        let name = &self.name;
+        if !state.hosts.contains_key(name) {
+            return Err(unknown_host(name));
+        }
+        let (HostState::Up, Some(info)) = (self.state, &self.info) else {
+            return Err(Failure::new(Code::Unreachable, format!("{name} is {}", self.state.word()))
+                .hint(format!("check the node-agent on {name}")));
+        };
+        let engine = &config.engine;
+        if !info.engines.contains(engine) {
+            let offers = info.engines.join(", ");
+            return Err(Failure::new(Code::Incapable, format!("{name} has no engine {engine}; it offers: {offers}"))
+                .hint("`ctl host ls` shows the engines of all hosts"));
+        }
+        Ok(info)
+    }
+}
+
+fn vm<'a>(state: &'a State, name: &str) -> Result<&'a Vm, Failure> {
+    match state.vms.get(name) {
+        Some(vm) => Ok(vm),
+        None => Err(unknown_vm(name)),
+    }
+}
+
+fn holder(vm: &Vm) -> Option<Holder> {
+    Some(Holder { host: vm.host.clone(), generation: vm.generation })
+}
+
+fn plan(vm: &Vm, generation: u64, task: Task) -> Plan {
+    let locks = vec![vm_lock(&vm.name)];
+    Plan { vm: vm.name.clone(), vm_id: vm.id.clone(), locks, holder: holder(vm), generation, task }
+}
+
+/// Whether text can be the name of a VM: it names directories on hosts.
+///
+/// # Errors
+/// [`Code::BadInput`].
+pub fn check_name(name: &str) -> Result<(), Failure> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    let first = name.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
+    if first && name.len() <= 63 && name.chars().all(plain) {
+        return Ok(());
+    }
+    Err(Failure::new(Code::BadInput, format!("{name:?} cannot name a VM"))
+        .hint("1 to 63 letters, digits, `-`, `_` and `.`; the first a letter or digit"))
+}
+
+fn check_config(config: &MachineConfig) -> Result<(), Failure> {
+    let bad = |text: String| Err(Failure::new(Code::BadInput, text));
+    if config.vcpus == 0 {
+        return bad("a VM needs a vCPU".into());
+    }
+    if config.memory_bytes == 0 || !config.memory_bytes.is_multiple_of(MEMORY_UNIT) {
+        return bad(format!("memory of {} bytes is not a multiple of 2 MiB", config.memory_bytes));
+    }
+    let spaces = config.disks.iter().map(|disk| disk.size_bytes).chain([config.memory_bytes]);
+    if spaces.max() > Some(SPACE_BYTES_MAX) {
+        return bad(format!("memory and each disk may have {SPACE_BYTES_MAX} bytes at most"));
+    }
+    Ok(())
+}
+
+/// Create a VM.
+///
+/// # Errors
+/// [`Code::BadInput`], [`Code::Conflict`], and what [`Candidate::check`] says.
+pub fn create(
+    state: &State,
+    name: &str,
+    host: &Candidate,
+    config: MachineConfig,
+    on_isolation: i32,
+) -> Result<Plan, Failure> {
+    check_name(name)?;
+    check_config(&config)?;
+    if state.vms.contains_key(name) {
+        return Err(Failure::new(Code::Conflict, format!("there is a VM {name} already")).hint("choose another name"));
+    }
+    host.check(state, &config)?;
+    let capabilities = Vec::new();
+    Ok(Plan {
+        vm: name.into(),
+        vm_id: VmId(crate::entropy::bytes()).to_string(),
+        locks: vec![vm_lock(name)],
+        holder: None,
+        generation: state.fresh_generation(name),
+        task: Task::Create { host: host.name.clone(), config, on_isolation, capabilities },
+    })
+}
+
+/// Pause, resume, stop or remove a VM.
+///
+/// # Errors
+/// [`Code::NotFound`]; [`Code::Conflict`] for a VM that was stopped.
+pub fn power(state: &State, name: &str, task: impl FnOnce(Intent) -> Task) -> Result<Plan, Failure> {
+    let vm = vm(state, name)?;
+    let task = task(vm.intent);
+    if vm.intent == Intent::Stopped && matches!(task, Task::Pause { .. } | Task::Resume { .. }) {
+        return Err(stopped(name));
+    }
+    Ok(plan(vm, 0, task))
+}
+
+fn stopped(name: &str) -> Failure {
+    Failure::new(Code::Conflict, format!("{name} is stopped"))
+        .hint(format!("`ctl restore {name}` brings its newest checkpoint back"))
+}
+
+/// Migrate a VM.
+///
+/// # Errors
+/// [`Code::NotFound`], [`Code::Conflict`], [`Code::Exhausted`], and what [`Candidate::check`] says.
+pub fn migrate(
+    state: &State,
+    name: &str,
+    target: &Candidate,
+    via_controller: bool,
+    policy: TransferPolicy,
+) -> Result<Plan, Failure> {
+    let vm = vm(state, name)?;
+    if vm.host == target.name {
+        return Err(Failure::new(Code::Conflict, format!("{name} is on {} already", target.name)));
+    }
+    if vm.intent == Intent::Stopped {
+        return Err(stopped(name));
+    }
+    let info = target.check(state, &vm.config)?;
+    let (free, needed) = (info.memory_bytes_free, vm.config.memory_bytes);
+    if free < needed {
+        let text = format!("{} has {free} bytes of memory free, {name} needs {needed}", target.name);
+        return Err(Failure::new(Code::Exhausted, text).hint("choose another host: `ctl host ls`"));
+    }
+    let paused = vm.intent == Intent::Paused;
+    let task = Task::Migrate { target: target.name.clone(), via_controller, paused, policy };
+    Ok(plan(vm, state.fresh_generation(name), task))
+}
+
+/// Make a checkpoint of a VM.
+///
+/// # Errors
+/// [`Code::NotFound`]; [`Code::Conflict`] for a VM that was stopped.
+pub fn checkpoint(state: &State, name: &str) -> Result<Plan, Failure> {
+    let vm = vm(state, name)?;
+    if vm.intent == Intent::Stopped {
+        return Err(stopped(name));
+    }
+    let checkpoint = CheckpointId(crate::entropy::bytes()).to_string();
+    let mut plan = plan(vm, 0, Task::Checkpoint { checkpoint });
+    plan.locks.push(packs_lock(&vm.id));
+    Ok(plan)
+}
+
+/// The checkpoint that a name means: itself, or the newest of a VM, also of one that was removed.
+///
+/// # Errors
+/// [`Code::NotFound`].
+pub fn named_checkpoint<'a>(state: &'a State, name: &str) -> Result<&'a CheckpointEntry, Failure> {
+    if let Some(entry) = state.checkpoints.get(name) {
+        return Ok(entry);
+    }
+    let newest = match state.vms.get(name) {
+        Some(vm) => state.newest_checkpoint(&vm.id),
+        None => state.checkpoints.values().filter(|entry| entry.vm == name).max_by_key(|entry| entry.created_unix_ms),
+    };
+    match newest {
+        Some(entry) => Ok(entry),
+        None if state.vms.contains_key(name) => {
+            Err(Failure::new(Code::NotFound, format!("{name} has no checkpoint")).hint("`ctl checkpoint create`"))
+        }
+        None => Err(Failure::new(Code::NotFound, format!("there is no VM and no checkpoint {name}"))
+            .hint("`ctl vm ls` and `ctl checkpoint ls` name them")),
+    }
+}
+
+/// Restore a checkpoint whose manifest was read.
+///
+/// # Errors
+/// [`Code::Conflict`], [`Code::BadInput`], and what [`Candidate::check`] says.
+pub fn restore(
+    state: &State,
+    entry: &CheckpointEntry,
+    manifest: Manifest,
+    target: &Candidate,
+    as_name: &str,
+    policy: TransferPolicy,
+) -> Result<Plan, Failure> {
+    let name = if as_name.is_empty() { &entry.vm } else { as_name };
+    check_name(name)?;
+    let config = manifest.config.unwrap_or_default();
+    target.check(state, &config)?;
+    let there = state.vms.get(name);
+    let vm_id = match there {
+        Some(_) if !as_name.is_empty() => {
+            let text = format!("there is a VM {name} already");
+            return Err(Failure::new(Code::Conflict, text).hint("choose another name for --as"));
+        }
+        Some(vm) if vm.id != entry.vm_id => {
+            let text = format!("{name} is another VM than the one of checkpoint {}", entry.id);
+            return Err(Failure::new(Code::Conflict, text).hint("restore it under another name with --as"));
+        }
+        None if !as_name.is_empty() => VmId(crate::entropy::bytes()).to_string(),
+        Some(_) | None => entry.vm_id.clone(),
+    };
+    let task = Task::Restore {
+        checkpoint: entry.id.clone(),
+        target: target.name.clone(),
+        new: there.is_none(),
+        config,
+        capabilities: manifest.capabilities,
+        on_isolation: there.map_or(0, |vm| vm.on_isolation),
+        policy,
+    };
+    Ok(Plan {
+        vm: name.into(),
+        vm_id,
+        locks: vec![vm_lock(name), checkpoint_lock(&entry.id)],
+        holder: there.and_then(|vm| holder(vm)),
+        generation: state.fresh_generation(name),
+        task,
+    })
+}
+
+/// Verify or remove a checkpoint.
+///
+/// # Errors
+/// [`Code::NotFound`].
+pub fn on_checkpoint(state: &State, id: &str, task: impl FnOnce(&CheckpointEntry) -> Task) -> Result<Plan, Failure> {
+    let entry = state.checkpoints.get(id).ok_or_else(|| unknown_checkpoint(id))?;
+    let task = task(entry);
+    let mut locks = vec![checkpoint_lock(id)];
+    if matches!(task, Task::RemoveCheckpoint { .. }) {
+        locks.push(packs_lock(&entry.vm_id));
+    }
+    Ok(Plan { vm: entry.vm.clone(), vm_id: entry.vm_id.clone(), locks, holder: None, generation: 0, task })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::tests::{config, entry, running_vm};
+
+    fn up(name: &str) -> Candidate {
+        let info = HostInfo { engines: vec!["soft".into()], memory_bytes_free: 1 << 30, ..HostInfo::default() };
+        Candidate { name: name.into(), state: HostState::Up, info: Some(info) }
+    }
+
+    fn cluster() -> State {
+        let mut state = running_vm("hostA");
+        for host in ["hostA", "hostB"] {
+            state.hosts.insert(host.into(), format!("{host}:1"));
+        }
+        state
+    }
+
+    fn code<T: std::fmt::Debug>(result: Result<T, Failure>) -> Code {
+        result.unwrap_err().code
+    }
+
+    #[test]
+    fn a_migration_is_refused_for_a_reason() {
+        let state = cluster();
+        let migrate = |vm: &str, to: &Candidate| migrate(&state, vm, to, false, TransferPolicy::default());
+        assert_eq!(migrate("vm1", &up("hostB")).unwrap().generation, 2);
+        assert_eq!(code(migrate("vm9", &up("hostB"))), Code::NotFound);
+        assert_eq!(code(migrate("vm1", &up("hostA"))), Code::Conflict);
+        assert_eq!(code(migrate("vm1", &up("hostZ"))), Code::NotFound);
+        assert_eq!(code(migrate("vm1", &Candidate { state: HostState::Silent, ..up("hostB") })), Code::Unreachable);
+        let no_engine = Candidate { info: Some(HostInfo::default()), ..up("hostB") };
+        assert_eq!(code(migrate("vm1", &no_engine)), Code::Incapable);
+        let mut small = up("hostB");
+        small.info.as_mut().unwrap().memory_bytes_free = 5;
+        assert_eq!(code(migrate("vm1", &small)), Code::Exhausted);
+    }
+
+    #[test]
+    fn a_restore_knows_the_vm_it_replaces() {
+        let state = cluster();
+        let mut entry = CheckpointEntry { vm_id: "22".repeat(16), ..entry("c1", "vm1", 1) };
+        let manifest = || Manifest { config: Some(config()), ..Manifest::default() };
+        let policy = TransferPolicy::default();
+        let other = restore(&state, &entry, manifest(), &up("hostB"), "", policy);
+        assert_eq!(code(other), Code::Conflict, "vm1 in the ledger has another id");
+        entry.vm_id.clone_from(&state.vms["vm1"].id);
+        let same = restore(&state, &entry, manifest(), &up("hostB"), "", policy).unwrap();
+        assert_eq!(same.holder, Some(Holder { host: "hostA".into(), generation: 1 }));
+        let copy = restore(&state, &entry, manifest(), &up("hostB"), "vm2", policy).unwrap();
+        assert!(copy.holder.is_none() && copy.vm_id != entry.vm_id && copy.generation == 1);
+        assert_eq!(code(restore(&state, &entry, manifest(), &up("hostB"), "../x", policy)), Code::BadInput);
+    }
+
+    #[test]
+    fn names_that_could_leave_their_directory_are_refused() {
+        for name in ["", ".", "..", "a/b", "-x", "a b", "é", &"x".repeat(64)] {
+            assert_eq!(code(check_name(name)), Code::BadInput, "{name:?}");
+        }
+        check_name("vm1.test-2_b").unwrap();
+    }
+
+    #[test]
+    fn machines_that_cannot_be_are_refused() {
+        let state = cluster();
+        let with = |change: fn(&mut MachineConfig)| {
+            let mut config = config();
+            change(&mut config);
+            create(&state, "vm2", &up("hostA"), config, 0)
+        };
+        assert!(with(|_| ()).is_ok());
+        assert_eq!(code(with(|config| config.vcpus = 0)), Code::BadInput);
+        assert_eq!(code(with(|config| config.memory_bytes = 4096)), Code::BadInput);
+        assert_eq!(code(with(|config| config.memory_bytes = 1 << 60)), Code::BadInput);
+    }
+}

@@ -1,0 +1,498 @@
+//! The machine thread: the only owner of the guest.
+//!
+//! ```text
+//! Fresh --boot/apply--> Live --power-off, reset, triple fault, engine failure--> Ended
+//! Live runs while: no pause is asked for, and the lease holds (CLOCK_BOOTTIME)
+//! ```
+//! The guest runs in slices of about two milliseconds; between two slices the driver takes inputs, moves console
+//! bytes and looks at the lease. Stopping is therefore always between two instructions. The driver knows no socket and
+//! no file: inputs and outputs are values, the clock is an argument.
+
+use std::collections::VecDeque;
+use std::ops::ControlFlow;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::time::Duration;
+
+use proto::status::Code;
+use proto::v1::runner_reply::Reply;
+use proto::v1::runner_request::Request;
+use proto::v1::{
+    MachineConfig, RunnerAttached, RunnerEpoch, RunnerFailure, RunnerReply, RunnerRequest, RunnerSections, RunnerState,
+    VmState, VmcbReply,
+};
+
+use super::guest::{Guest, Outcome};
+use super::pace::{Idle, Pace, Start};
+use crate::clock::Clock;
+
+/// Console bytes from the agent that wait for room in the guest's serial port.
+const CONSOLE_PENDING_BYTES_MAX: usize = 64 << 10;
+/// Slices aim at this long.
+const SLICE_NS: u64 = 2_000_000;
+const SLICE_INSTRUCTIONS: std::ops::RangeInclusive<u64> = 10_000..=5_000_000;
+/// Inputs taken between two slices.
+const INPUTS_BETWEEN_SLICES: usize = 256;
+
+/// What enters the machine thread.
+#[derive(Debug)]
+pub enum Input {
+    /// A request of connection `connection`.
+    Request {
+        /// Number of the connection, repeated in the reply.
+        connection: u64,
+        /// The request.
+        request: RunnerRequest,
+    },
+    /// An Ethernet frame from a tap.
+    Packet {
+        /// Card, in order of the configuration.
+        card: usize,
+        /// The frame.
+        bytes: Vec<u8>,
+    },
+}
+
+/// What leaves the machine thread.
+#[derive(Debug)]
+pub enum Output {
+    /// Answer to a request of this connection.
+    Reply {
+        /// Connection that asked.
+        connection: u64,
+        /// The answer.
+        reply: Box<RunnerReply>,
+    },
+    /// The console said this.
+    Console(Vec<u8>),
+    /// The state changed by itself.
+    Changed(RunnerState),
+    /// The next packet may come.
+    PacketTaken,
+}
+
+/// Where outputs go. `Err` means that nobody is left to take them.
+pub trait Outbox {
+    /// Hands over one output; may wait for room.
+    ///
+    /// # Errors
+    /// The other thread has ended.
+    fn send(&mut self, output: Output) -> Result<(), Closed>;
+}
+
+/// The I/O thread has ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("the I/O thread has ended")]
+pub struct Closed;
+
+/// What boots the guest. Descriptors were opened before privileges were dropped.
+pub trait BootImages {
+    /// Reads kernel and initrd.
+    ///
+    /// # Errors
+    /// Which file could not be read, and why.
+    fn load(&mut self) -> Result<(Vec<u8>, Option<Vec<u8>>), String>;
+}
+
+/// Sends frames out of a network card, as announcements do.
+pub trait Cable {
+    /// Sends a frame; a full queue drops it.
+    fn send(&mut self, frame: &[u8]);
+}
+
+/// Everything about the guest that does not change.
+pub struct Terms {
+    /// What the machine was built from.
+    pub config: MachineConfig,
+    /// Names of the descriptors that follow the reply to `attach`.
+    pub descriptors: Vec<String>,
+    /// State digest over sections (`MachineDigest.state`).
+    pub state_digest: fn(&[proto::v1::Section]) -> [u8; 32],
+    /// A cable per card that has a tap, with the card's MAC.
+    pub cables: Vec<(Box<dyn Cable>, [u8; 6])>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Phase {
+    Fresh,
+    Live,
+    Ended(VmState, String),
+}
+
+/// How long the thread may wait for inputs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Wait {
+    /// Not at all: there are instructions to run.
+    No,
+    /// Until this instant of `CLOCK_BOOTTIME`.
+    Until(u64),
+    /// Until an input comes.
+    Input,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Lease {
+    /// None was given yet: nothing may run.
+    Missing,
+    Until(u64),
+    Unlimited,
+}
+
+/// The machine thread's state.
+pub struct Driver<G, C, O> {
+    guest: G,
+    clock: C,
+    outbox: O,
+    images: Option<Box<dyn BootImages>>,
+    terms: Terms,
+    phase: Phase,
+    pause: Option<String>,
+    lease: Lease,
+    pace: Option<Pace>,
+    idle: Option<Option<u64>>,
+    slice: u64,
+    console_pending: VecDeque<u8>,
+    packets: VecDeque<(usize, Vec<u8>)>,
+    running: bool,
+    stopped_ns: u64,
+    started_ns: u64,
+}
+
+impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
+    /// A driver of a guest without state, paused, without a lease.
+    pub fn new(guest: G, clock: C, outbox: O, terms: Terms, images: Option<Box<dyn BootImages>>) -> Self {
+        let stopped_ns = clock.boottime_ns();
+        Driver {
+            guest,
+            clock,
+            outbox,
+            images,
+            terms,
+            phase: Phase::Fresh,
+            pause: None,
+            lease: Lease::Missing,
+            pace: None,
+            idle: None,
+            slice: *SLICE_INSTRUCTIONS.start(),
+            console_pending: VecDeque::new(),
+            packets: VecDeque::new(),
+            running: false,
+            stopped_ns,
+            started_ns: 0,
+        }
+    }
+
+    /// Runs until a shutdown is asked for, or until nobody listens any more.
+    ///
+    /// # Errors
+    /// [`Closed`] when the other thread ended without having been told to.
+    pub fn serve(&mut self, inputs: &Receiver<Input>) -> Result<(), Closed> {
+        loop {
+            let first = match self.step()? {
+                Wait::No => match inputs.try_recv() {
+                    Ok(input) => Some(input),
+                    Err(TryRecvError::Empty) => None,
+                    Err(TryRecvError::Disconnected) => return Err(Closed),
+                },
+                Wait::Input => Some(inputs.recv().map_err(|_| Closed)?),
+                Wait::Until(instant) => {
+                    let wait = Duration::from_nanos(instant.saturating_sub(self.clock.boottime_ns()));
+                    match inputs.recv_timeout(wait) {
+                        Ok(input) => Some(input),
+                        Err(RecvTimeoutError::Timeout) => None,
+                        Err(RecvTimeoutError::Disconnected) => return Err(Closed),
+                    }
+                }
+            };
+            let Some(first) = first else { continue };
+            for input in std::iter::once(first).chain(inputs.try_iter().take(INPUTS_BETWEEN_SLICES)) {
+                if self.take(input)?.is_break() {
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Runs at most one slice; says how long the thread may wait before the next.
+    ///
+    /// # Errors
+    /// [`Closed`].
+    pub fn step(&mut self) -> Result<Wait, Closed> {
+        self.note_running(true)?;
+        if !self.running {
+            return Ok(Wait::Input);
+        }
+        self.feed_console();
+        self.deliver_packets()?;
+        if let Some(until_tsc) = self.idle {
+            let wait = self.rest(until_tsc);
+            if wait != Wait::No {
+                return Ok(wait);
+            }
+        }
+        let before = self.clock.boottime_ns();
+        let outcome = self.guest.run(self.guest.retired().saturating_add(self.slice));
+        let after = self.clock.boottime_ns();
+        self.flush_console()?;
+        match outcome {
+            Outcome::Reached => self.adapt_slice(after.saturating_sub(before)),
+            Outcome::Idle { until_tsc } => {
+                self.idle = Some(until_tsc);
+                return Ok(self.rest(until_tsc));
+            }
+            Outcome::PowerOff => self.end(VmState::Stopped, "the guest switched itself off")?,
+            Outcome::Reset => self.end(VmState::Stopped, "the guest asked for a reset")?,
+            Outcome::TripleFault => self.end(VmState::Crashed, "triple fault")?,
+            Outcome::Failed(text) => self.end(VmState::Crashed, &format!("the engine cannot go on: {text}"))?,
+        }
+        Ok(Wait::No)
+    }
+
+    fn adapt_slice(&mut self, took_ns: u64) {
+        let (low, high) = (*SLICE_INSTRUCTIONS.start(), *SLICE_INSTRUCTIONS.end());
+        self.slice = if took_ns > SLICE_NS { self.slice / 2 } else { self.slice + self.slice / 4 }.clamp(low, high);
+    }
+
+    /// An idle guest: lets its time jump, or says how long to wait.
+    fn rest(&mut self, until_tsc: Option<u64>) -> Wait {
+        let lease = match self.lease {
+            Lease::Until(instant) => instant.saturating_add(1),
+            Lease::Unlimited | Lease::Missing => u64::MAX,
+        };
+        let decision = match (&self.pace, until_tsc) {
+            (Some(pace), until) => pace.idle(self.clock.boottime_ns(), until),
+            (None, Some(until)) => Idle::Skip(until),
+            (None, None) => Idle::Wait,
+        };
+        match decision {
+            Idle::Skip(tsc) => {
+                self.guest.skip_idle_until(tsc.max(self.guest.tsc()));
+                self.idle = None;
+                Wait::No
+            }
+            Idle::WaitUntil(instant) => Wait::Until(instant.min(lease)),
+            Idle::Wait if lease == u64::MAX => Wait::Input,
+            Idle::Wait => Wait::Until(lease),
+        }
+    }
+
+    /// Brings the time of an idle guest up to now: something is about to happen to it.
+    fn wake(&mut self) {
+        if let Some(until_tsc) = self.idle.take()
+            && let Some(pace) = &self.pace
+        {
+            let tsc = pace.woken(self.clock.boottime_ns(), self.guest.tsc(), until_tsc);
+            self.guest.skip_idle_until(tsc);
+        }
+    }
+
+    fn lease_holds(&self) -> bool {
+        match self.lease {
+            Lease::Missing => false,
+            Lease::Unlimited => true,
+            Lease::Until(instant) => self.clock.boottime_ns() <= instant,
+        }
+    }
+
+    /// Compares what the guest may do with what it does; stamps and, for changes of its own accord, reports the difference.
+    fn note_running(&mut self, own_accord: bool) -> Result<(), Closed> {
+        let may_run = self.phase == Phase::Live && self.pause.is_none() && self.lease_holds();
+        if may_run == self.running {
+            return Ok(());
+        }
+        let now = self.clock.boottime_ns();
+        if may_run {
+            self.started_ns = now;
+            let start = Start {
+                boottime_ns: now,
+                realtime_ns: self.clock.realtime_ns(),
+                tsc: self.guest.tsc(),
+                epoch_ns: self.terms.config.epoch_ns,
+            };
+            self.pace = self.terms.config.paced.then(|| Pace::start(self.terms.config.tsc_hz, start));
+        } else {
+            self.wake();
+            self.stopped_ns = now;
+        }
+        self.running = may_run;
+        if own_accord {
+            let state = self.state();
+            self.outbox.send(Output::Changed(state))?;
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, state: VmState, reason: &str) -> Result<(), Closed> {
+        self.phase = Phase::Ended(state, reason.to_owned());
+        self.note_running(true)
+    }
+
+    fn feed_console(&mut self) {
+        if self.console_pending.is_empty() {
+            return;
+        }
+        let bytes: Vec<u8> = self.console_pending.iter().copied().take(256).collect();
+        let taken = self.guest.console_input(&bytes).min(bytes.len());
+        if taken > 0 {
+            self.wake();
+            self.console_pending.drain(..taken);
+        }
+    }
+
+    fn deliver_packets(&mut self) -> Result<(), Closed> {
+        while self.running
+            && let Some((card, bytes)) = self.packets.pop_front()
+        {
+            self.wake();
+            // A guest without a buffer for it loses it, as on a real wire.
+            let _delivered = self.guest.net_input(card, &bytes);
+            self.outbox.send(Output::PacketTaken)?;
+        }
+        Ok(())
+    }
+
+    fn flush_console(&mut self) -> Result<(), Closed> {
+        let said = self.guest.take_console_output();
+        if said.is_empty() { Ok(()) } else { self.outbox.send(Output::Console(said)) }
+    }
+
+    /// The state as it is reported.
+    pub fn state(&self) -> RunnerState {
+        let (state, reason) = match &self.phase {
+            Phase::Ended(state, reason) => (*state, reason.clone()),
+            Phase::Fresh => (VmState::Starting, String::new()),
+            Phase::Live => match (&self.pause, self.lease) {
+                (Some(reason), _) => (VmState::Paused, reason.clone()),
+                (None, Lease::Missing) => (VmState::Paused, "no lease yet".to_owned()),
+                (None, _) if self.lease_holds() => (VmState::Running, String::new()),
+                (None, _) => (VmState::Paused, "lease ended: this host has lost the controller".to_owned()),
+            },
+        };
+        RunnerState {
+            state: state.into(),
+            reason,
+            retired_instructions: self.guest.retired(),
+            epoch: self.guest.epoch(),
+            stopped_boottime_ns: self.stopped_ns,
+            started_boottime_ns: self.started_ns,
+        }
+    }
+
+    /// Takes one input. `Break` after a shutdown.
+    ///
+    /// # Errors
+    /// [`Closed`].
+    pub fn take(&mut self, input: Input) -> Result<ControlFlow<()>, Closed> {
+        match input {
+            Input::Packet { card, bytes } => {
+                // A stopped machine does not change: its packets wait, and the I/O thread stops reading the tap.
+                self.packets.push_back((card, bytes));
+                self.deliver_packets()?;
+                Ok(ControlFlow::Continue(()))
+            }
+            Input::Request { connection, request } => {
+                let shutdown = matches!(request.request, Some(Request::Shutdown(_)));
+                let id = request.id;
+                let reply = match request.request {
+                    Some(request) => self.answer(request).unwrap_or_else(Reply::Failure),
+                    None => Reply::Failure(failure(Code::Protocol, "unknown request")),
+                };
+                self.note_running(false)?;
+                // The state in a reply is the state after the request.
+                let reply = match reply {
+                    Reply::State(_) => Reply::State(self.state()),
+                    other => other,
+                };
+                let reply = Box::new(RunnerReply { id, reply: Some(reply) });
+                self.outbox.send(Output::Reply { connection, reply })?;
+                Ok(if shutdown { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+            }
+        }
+    }
+
+    fn answer(&mut self, request: Request) -> Result<Reply, RunnerFailure> {
+        match request {
+            Request::Attach(_) => {
+                return Ok(Reply::Attached(RunnerAttached {
+                    config: Some(self.terms.config.clone()),
+                    state: Some(self.state()),
+                    descriptors: self.terms.descriptors.clone(),
+                }));
+            }
+            Request::Boot(_) => self.boot()?,
+            Request::Pause(pause) => {
+                if self.pause.is_none() {
+                    let reason = if pause.reason.is_empty() { "paused".to_owned() } else { pause.reason };
+                    self.pause = Some(reason);
+                }
+            }
+            Request::Resume(_) => self.pause = None,
+            Request::AdvanceEpoch(_) => return Ok(Reply::Epoch(RunnerEpoch { epoch: self.guest.advance_epoch() })),
+            Request::Capture(_) => return self.capture(),
+            Request::Apply(apply) => {
+                self.must_be_fresh()?;
+                self.guest.apply(&apply.sections).map_err(|text| failure(Code::Corrupt, &text))?;
+                self.phase = Phase::Live;
+                self.pause = Some("incoming".to_owned());
+            }
+            Request::Lease(lease) => {
+                self.lease = match lease.until_boottime_ns {
+                    0 => Lease::Unlimited,
+                    instant => Lease::Until(instant),
+                };
+            }
+            Request::Status(_) | Request::Shutdown(_) => {}
+            Request::Console(input) => {
+                if self.console_pending.len() + input.data.len() > CONSOLE_PENDING_BYTES_MAX {
+                    return Err(failure(Code::Exhausted, "the guest does not read its console"));
+                }
+                self.console_pending.extend(input.data);
+            }
+            Request::Vmcbs(_) => {
+                let vmcbs = self.guest.vmcbs().iter().map(|page| page.to_vec()).collect();
+                return Ok(Reply::Vmcbs(VmcbReply { vmcbs, retired_instructions: self.guest.retired() }));
+            }
+            Request::Announce(_) => self.announce(),
+        }
+        Ok(Reply::State(self.state()))
+    }
+
+    fn must_be_fresh(&self) -> Result<(), RunnerFailure> {
+        match self.phase {
+            Phase::Fresh => Ok(()),
+            Phase::Live | Phase::Ended(..) => Err(failure(Code::Conflict, "this machine already has a state")),
+        }
+    }
+
+    fn boot(&mut self) -> Result<(), RunnerFailure> {
+        self.must_be_fresh()?;
+        let images = self.images.as_mut().ok_or_else(|| failure(Code::BadInput, "no kernel was given"))?;
+        let (kernel, initrd) = images.load().map_err(|text| failure(Code::BadInput, &text))?;
+        self.guest.boot(&kernel, initrd.as_deref()).map_err(|text| failure(Code::BadInput, &text))?;
+        self.images = None;
+        self.phase = Phase::Live;
+        Ok(())
+    }
+
+    fn capture(&mut self) -> Result<Reply, RunnerFailure> {
+        match self.phase {
+            Phase::Fresh => return Err(failure(Code::Conflict, "this machine has no state yet")),
+            Phase::Live if self.running => return Err(failure(Code::Conflict, "the guest runs: pause it first")),
+            Phase::Live | Phase::Ended(..) => {}
+        }
+        let sections = self.guest.capture().map_err(|text| failure(Code::Internal, &text))?;
+        let state_digest = (self.terms.state_digest)(&sections).to_vec();
+        Ok(Reply::Sections(RunnerSections { sections, state_digest }))
+    }
+
+    fn announce(&mut self) {
+        for (cable, mac) in &mut self.terms.cables {
+            for frame in super::announce::frames(*mac) {
+                cable.send(&frame);
+            }
+        }
+    }
+}
+
+fn failure(code: Code, message: &str) -> RunnerFailure {
+    RunnerFailure { code: code as u32, message: message.to_owned() }
+}

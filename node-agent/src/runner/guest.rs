@@ -1,0 +1,46 @@
+//! What the runner asks of a machine: the seam between the driver and the engine.
+//!
+//! The driver (pacing, lease, pause, console) is tested against a guest made of a script; the only real
+//! implementation is [`vmcb_engine::machine::Machine`]. The seam refuses to know processes, sockets and time.
+
+use proto::v1::Section;
+pub use vmcb_engine::machine::Outcome;
+
+/// A machine as the driver sees it.
+pub trait Guest {
+    /// Loads the kernel into a machine without state.
+    ///
+    /// # Errors
+    /// What is wrong with the kernel or initrd, in words.
+    fn boot(&mut self, kernel: &[u8], initrd: Option<&[u8]>) -> Result<(), String>;
+    /// Runs until exactly this many instructions are retired since the machine was built, or until something else stops it.
+    fn run(&mut self, until_retired: u64) -> Outcome;
+    /// Lets the time of an idle guest jump forward; never backwards.
+    fn skip_idle_until(&mut self, tsc: u64);
+    /// Instructions retired since the machine was built.
+    fn retired(&self) -> u64;
+    /// Guest TSC.
+    fn tsc(&self) -> u64;
+    /// Feeds the serial console; returns how many bytes fitted.
+    fn console_input(&mut self, bytes: &[u8]) -> usize;
+    /// What the serial console said since the last call.
+    fn take_console_output(&mut self) -> Vec<u8>;
+    /// Delivers an Ethernet frame to a card; `false` when the guest had no buffer and it was dropped.
+    fn net_input(&mut self, card: usize, packet: &[u8]) -> bool;
+    /// The running epoch of page stamps.
+    fn epoch(&self) -> u32;
+    /// Closes the running epoch; returns the new one.
+    fn advance_epoch(&mut self) -> u32;
+    /// All sections of the stopped machine.
+    ///
+    /// # Errors
+    /// What could not be captured.
+    fn capture(&mut self) -> Result<Vec<Section>, String>;
+    /// Loads sections into a machine without state.
+    ///
+    /// # Errors
+    /// Which section is unknown, missing, twice there or malformed.
+    fn apply(&mut self, sections: &[Section]) -> Result<(), String>;
+    /// VMCBs by vCPU.
+    fn vmcbs(&self) -> Vec<Box<[u8; 4096]>>;
+}

@@ -1,0 +1,199 @@
+//! What the process of a guest gives up before it serves: privileges, then system calls.
+//!
+//! Everything is opened first; afterwards the process needs memory, its two threads and the descriptors it holds. A
+//! guest that breaks out of the engine finds a user of its own without groups, no way to gain privileges, and a
+//! seccomp filter (seccomp(2)) that kills the process at anything but the calls listed here. Executable memory can
+//! neither be mapped nor made.
+
+use rustix::process::{DumpableBehavior, Gid, Uid};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+};
+
+/// First of the users that guests run as when the runner is started by root; one of 2^24, by the guest's directory.
+const UID_FIRST: u32 = 1_610_612_736;
+const UIDS: u32 = 1 << 24;
+/// Where that user is not mapped (a user namespace).
+const NOBODY: u32 = 65_534;
+
+/// Why the sandbox could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// Privileges could not be dropped.
+    #[error("{step}; set `sandbox = false` if this host cannot do it")]
+    Privileges {
+        /// What was tried.
+        step: &'static str,
+        /// The system's answer.
+        source: rustix::io::Errno,
+    },
+    /// The filter could not be installed.
+    #[error("seccomp filter; set `sandbox = false` if this host cannot do it")]
+    Filter(#[from] seccompiler::Error),
+}
+
+impl From<seccompiler::BackendError> for SandboxError {
+    fn from(error: seccompiler::BackendError) -> Self {
+        SandboxError::Filter(error.into())
+    }
+}
+
+/// The user of a guest whose directory this is.
+pub fn user_of(directory: &std::path::Path) -> u32 {
+    let hash = blake3::hash(directory.as_os_str().as_encoded_bytes());
+    let [a, b, c, ..] = *hash.as_bytes();
+    UID_FIRST + u32::from_le_bytes([a, b, c, 0]) % UIDS
+}
+
+/// Drops groups and user of the calling thread; must be called before other threads are made. A process that is not
+/// root keeps its user.
+///
+/// # Errors
+/// [`SandboxError::Privileges`].
+pub fn drop_privileges(user: u32) -> Result<(), SandboxError> {
+    let failed = |step| move |source| SandboxError::Privileges { step, source };
+    if rustix::process::geteuid().is_root() {
+        rustix::thread::set_thread_groups(&[]).map_err(failed("setgroups"))?;
+        become_user(user).or_else(|_| become_user(NOBODY)).map_err(failed("setresuid"))?;
+    }
+    rustix::thread::set_no_new_privs(true).map_err(failed("no_new_privs"))?;
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(failed("PR_SET_DUMPABLE"))
+}
+
+fn become_user(user: u32) -> rustix::io::Result<()> {
+    let (uid, gid) = (Uid::from_raw(user), Gid::from_raw(user));
+    rustix::thread::set_thread_res_gid(gid, gid, gid)?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid)
+}
+
+/// Calls that both threads may make with any arguments.
+const CALLS: &[i64] = &[
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_lseek,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_fallocate,
+    libc::SYS_fstat,
+    libc::SYS_close,
+    libc::SYS_fcntl,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_accept4,
+    libc::SYS_sendmsg,
+    libc::SYS_recvmsg,
+    libc::SYS_futex,
+    libc::SYS_brk,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_nanosleep,
+    libc::SYS_sched_yield,
+    libc::SYS_getrandom,
+    libc::SYS_getpid,
+    libc::SYS_gettid,
+    libc::SYS_tgkill,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_sigaltstack,
+    libc::SYS_restart_syscall,
+    libc::SYS_rseq,
+    libc::SYS_set_robust_list,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+/// The filter, compiled for this processor.
+///
+/// # Errors
+/// [`SandboxError::Filter`].
+pub fn filter() -> Result<BpfProgram, SandboxError> {
+    let without_exec = || {
+        let exec = u64::try_from(libc::PROT_EXEC).unwrap_or(4);
+        let condition = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(exec), 0)?;
+        SeccompRule::new(vec![condition])
+    };
+    let empty_path_statx = {
+        // statx of an open descriptor: the kernel takes AT_EMPTY_PATH (0x1000) with an empty path.
+        let condition = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(0x1000), 0x1000)?;
+        SeccompRule::new(vec![condition])?
+    };
+    let mut rules: std::collections::BTreeMap<i64, Vec<SeccompRule>> =
+        CALLS.iter().map(|call| (*call, Vec::new())).collect();
+    rules.insert(libc::SYS_mmap, vec![without_exec()?]);
+    rules.insert(libc::SYS_mprotect, vec![without_exec()?]);
+    rules.insert(libc::SYS_statx, vec![empty_path_statx]);
+    let architecture = std::env::consts::ARCH.try_into()?;
+    let filter = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, architecture)?;
+    Ok(filter.try_into()?)
+}
+
+/// Installs the filter on every thread of the process.
+///
+/// # Errors
+/// [`SandboxError::Filter`].
+pub fn seal() -> Result<(), SandboxError> {
+    Ok(seccompiler::apply_filter_all_threads(&filter()?)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    /// What the child of the tests below does, by `GODWIT_SANDBOX_CHILD`; in an ordinary run it does nothing.
+    #[test]
+    fn child() {
+        let Ok(deed) = std::env::var("GODWIT_SANDBOX_CHILD") else { return };
+        seal().unwrap();
+        match deed.as_str() {
+            "allowed" => drop(vec![1u8; 8 << 20]),
+            "socket" => drop(std::net::UdpSocket::bind("127.0.0.1:0")),
+            "open" => drop(std::fs::File::open("/etc/passwd")),
+            "exec" => drop(Command::new("/bin/true").status()),
+            other => panic!("{other}"),
+        }
+        rustix::io::write(rustix::stdio::stdout(), b"survived\n").unwrap();
+        // The test harness makes calls that a runner does not; end before it does.
+        std::process::exit(0);
+    }
+
+    fn run(deed: &str) -> (Option<i32>, bool) {
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["runner::sandbox::tests::child", "--exact", "--nocapture", "--test-threads=1"])
+            .env("GODWIT_SANDBOX_CHILD", deed)
+            .output()
+            .unwrap();
+        (output.status.signal(), String::from_utf8_lossy(&output.stdout).contains("survived"))
+    }
+
+    #[test]
+    fn a_forbidden_call_kills_the_process() {
+        for deed in ["socket", "open", "exec"] {
+            assert_eq!(run(deed), (Some(libc::SIGSYS), false), "{deed}");
+        }
+    }
+
+    #[test]
+    fn ordinary_work_goes_on() {
+        assert_eq!(run("allowed"), (None, true));
+    }
+
+    #[test]
+    fn guests_have_users_of_their_own() {
+        let one = user_of(std::path::Path::new("/var/lib/godwit/vms/vm1"));
+        let two = user_of(std::path::Path::new("/var/lib/godwit/vms/vm2"));
+        assert_ne!(one, two);
+        assert!(one >= UID_FIRST && two >= UID_FIRST);
+    }
+}

@@ -1,0 +1,8 @@
+//! Whole agents in this process, with real certificates, real sockets and real runner processes whose guest is a
+//! counter instead of a machine (this test binary started again, see `counter`).
+
+mod counter;
+mod fleet;
+mod lifecycle;
+mod machine;
+mod moves;

@@ -1,0 +1,262 @@
+//! The machine thread against a scripted guest, with time as an argument.
+
+use crate::scripted::{Act, Hand, Kept, Kernel, Scripted, Shared, terms};
+use node_agent::runner::driver::{Driver, Input, Output, Wait};
+use node_agent::runner::guest::Outcome;
+use proptest::prelude::*;
+use proto::v1::runner_reply::Reply;
+use proto::v1::runner_request::Request;
+use proto::v1::{
+    RunnerApply, RunnerBoot, RunnerCapture, RunnerConsoleInput, RunnerLease, RunnerPause, RunnerRequest, RunnerResume,
+    RunnerState, RunnerStatus, Section, VmState,
+};
+
+const MS: u64 = 1_000_000;
+
+struct Bench {
+    driver: Driver<Scripted, Hand, Kept>,
+    clock: Hand,
+    kept: Kept,
+    seen: Shared,
+}
+
+fn bench(paced: bool, script: impl IntoIterator<Item = Act>) -> Bench {
+    let (guest, seen) = Scripted::new(script);
+    let (clock, kept) = (Hand::at(1_000_000 * MS), Kept::default());
+    let images = Box::new(Kernel(b"kernel"));
+    let driver = Driver::new(guest, clock.clone(), kept.clone(), terms(paced, &[]), Some(images));
+    Bench { driver, clock, kept, seen }
+}
+
+impl Bench {
+    fn ask(&mut self, request: Request) -> Reply {
+        let input = Input::Request { connection: 1, request: RunnerRequest { id: 9, request: Some(request) } };
+        let _flow = self.driver.take(input).unwrap();
+        match self.kept.0.lock().unwrap().pop() {
+            Some(Output::Reply { connection: 1, reply }) if reply.id == 9 => reply.reply.unwrap(),
+            other => panic!("no reply but {other:?}"),
+        }
+    }
+
+    fn lease(&mut self, ms: u64) {
+        use node_agent::clock::Clock;
+        let until_boottime_ns = self.clock.boottime_ns() + ms * MS;
+        self.ask(Request::Lease(RunnerLease { until_boottime_ns }));
+    }
+
+    fn booted(&mut self) {
+        self.ask(Request::Lease(RunnerLease { until_boottime_ns: 0 }));
+        assert!(
+            matches!(self.ask(Request::Boot(RunnerBoot {})), Reply::State(state) if state.state() == VmState::Running)
+        );
+    }
+
+    fn runs(&self) -> u64 {
+        self.seen.lock().unwrap().runs
+    }
+
+    fn changes(&self) -> Vec<RunnerState> {
+        let kept = self.kept.0.lock().unwrap();
+        kept.iter().filter_map(|o| if let Output::Changed(state) = o { Some(state.clone()) } else { None }).collect()
+    }
+}
+
+#[test]
+fn nothing_runs_without_a_lease_and_a_lost_lease_stops_the_guest_until_it_is_renewed() {
+    let mut bench = bench(false, []);
+    assert!(matches!(bench.ask(Request::Boot(RunnerBoot {})), Reply::State(state) if state.reason == "no lease yet"));
+    assert_eq!(bench.driver.step().unwrap(), Wait::Input);
+    assert_eq!(bench.runs(), 0);
+
+    bench.lease(100);
+    assert_eq!(bench.driver.step().unwrap(), Wait::No);
+    bench.clock.advance(100 * MS);
+    assert_eq!(bench.driver.step().unwrap(), Wait::No);
+    assert_eq!(bench.runs(), 2);
+
+    bench.clock.advance(1);
+    assert_eq!(bench.driver.step().unwrap(), Wait::Input);
+    assert_eq!(bench.runs(), 2, "no instruction after the lease");
+    let changes = bench.changes();
+    let last = changes.last().unwrap();
+    assert_eq!(last.state(), VmState::Paused);
+    assert!(last.reason.starts_with("lease ended"), "{}", last.reason);
+
+    bench.lease(100);
+    bench.driver.step().unwrap();
+    assert_eq!(bench.runs(), 3);
+    assert_eq!(bench.driver.state().state(), VmState::Running);
+}
+
+#[test]
+fn an_idle_guest_wakes_for_the_end_of_its_lease() {
+    let mut bench = bench(true, [Act::IdleUntil(Some(5_000 * MS)), Act::IdleUntil(None)]);
+    bench.booted();
+    bench.lease(100);
+    let end = 1_000_100 * MS + 1;
+    assert_eq!(bench.driver.step().unwrap(), Wait::Until(end));
+    bench.clock.advance(100 * MS + 1);
+    assert_eq!(bench.driver.step().unwrap(), Wait::Input);
+    assert!(bench.driver.state().reason.starts_with("lease ended"));
+}
+
+#[test]
+fn a_paused_guest_does_not_change() {
+    let mut bench = bench(false, []);
+    bench.booted();
+    bench.driver.step().unwrap();
+    assert!(matches!(bench.ask(Request::Capture(RunnerCapture {})), Reply::Failure(f) if f.message.contains("runs")));
+    let pause = || Request::Pause(RunnerPause { reason: "coffee".into() });
+    let Reply::State(state) = bench.ask(pause()) else { panic!() };
+    assert_eq!((state.state(), state.reason.as_str()), (VmState::Paused, "coffee"));
+    assert_eq!(state.stopped_boottime_ns, 1_000_000 * MS);
+    bench.clock.advance(MS);
+    let Reply::State(again) = bench.ask(pause()) else { panic!() };
+    assert_eq!(again, state, "a pause may be repeated");
+
+    let _flow = bench.driver.take(Input::Packet { card: 0, bytes: vec![1] }).unwrap();
+    bench.ask(Request::Console(RunnerConsoleInput { data: b"ls\n".to_vec() }));
+    assert_eq!(bench.driver.step().unwrap(), Wait::Input);
+    assert!(bench.seen.lock().unwrap().packets.is_empty() && bench.seen.lock().unwrap().typed.is_empty());
+    let (Reply::Sections(first), Reply::Sections(second)) =
+        (bench.ask(Request::Capture(RunnerCapture {})), bench.ask(Request::Capture(RunnerCapture {})))
+    else {
+        panic!()
+    };
+    assert_eq!(first, second);
+    assert_eq!(first.state_digest, blake3::hash(&first.sections[0].body).as_bytes());
+
+    bench.ask(Request::Resume(RunnerResume {}));
+    bench.driver.step().unwrap();
+    let seen = bench.seen.lock().unwrap();
+    assert_eq!((seen.packets.len(), seen.typed.as_slice()), (1, &b"ls\n"[..]));
+}
+
+#[test]
+fn idle_time_follows_the_host_and_an_input_ends_it_early() {
+    let mut bench = bench(true, [Act::IdleUntil(Some(50 * MS)), Act::Busy, Act::IdleUntil(Some(80 * MS))]);
+    bench.booted();
+    assert_eq!(bench.driver.step().unwrap(), Wait::Until(1_000_050 * MS + 1));
+    bench.clock.advance(20 * MS);
+    let _flow = bench.driver.take(Input::Packet { card: 0, bytes: vec![1] }).unwrap();
+    assert_eq!(bench.seen.lock().unwrap().tsc, 20 * MS, "the packet comes at the host's time");
+    bench.driver.step().unwrap();
+    // A stall of the host: the timer is long due, the guest catches up at once, to the timer and no further.
+    bench.clock.advance(500 * MS);
+    assert_eq!(bench.driver.step().unwrap(), Wait::No);
+    assert_eq!(bench.seen.lock().unwrap().tsc, 80 * MS);
+}
+
+#[test]
+fn unpaced_idle_time_is_skipped() {
+    let mut bench = bench(false, [Act::IdleUntil(Some(1 << 50)), Act::IdleUntil(None)]);
+    bench.booted();
+    assert_eq!(bench.driver.step().unwrap(), Wait::No);
+    assert_eq!(bench.seen.lock().unwrap().tsc, 1 << 50);
+    assert_eq!(bench.driver.step().unwrap(), Wait::Input);
+}
+
+#[test]
+fn the_end_of_a_guest_is_told_once_with_its_reason() {
+    for (outcome, state, reason) in [
+        (Outcome::PowerOff, VmState::Stopped, "switched itself off"),
+        (Outcome::TripleFault, VmState::Crashed, "triple fault"),
+        (Outcome::Failed("opcode 0f ff".into()), VmState::Crashed, "opcode 0f ff"),
+    ] {
+        let mut bench = bench(false, [Act::Say(b"bye"), Act::End(outcome)]);
+        bench.booted();
+        for _ in 0..4 {
+            bench.driver.step().unwrap();
+        }
+        assert_eq!(bench.runs(), 2);
+        let changes = bench.changes();
+        assert_eq!(changes.len(), 1);
+        assert_eq!(changes[0].state(), state);
+        assert!(changes[0].reason.contains(reason), "{}", changes[0].reason);
+        assert!(matches!(&bench.kept.0.lock().unwrap()[0], Output::Console(said) if said == b"bye"));
+        assert!(matches!(bench.ask(Request::Boot(RunnerBoot {})), Reply::Failure(_)));
+    }
+}
+
+#[test]
+fn state_is_loaded_once_and_waits_for_a_resume() {
+    let mut bench = bench(false, []);
+    bench.lease(100);
+    assert!(matches!(bench.ask(Request::Apply(RunnerApply { sections: vec![] })), Reply::Failure(_)));
+    let sections = vec![Section { name: "clock".into(), ..Section::default() }];
+    let apply = Request::Apply(RunnerApply { sections });
+    assert!(matches!(bench.ask(apply.clone()), Reply::State(state) if state.state() == VmState::Paused));
+    assert!(matches!(bench.ask(apply), Reply::Failure(failure) if failure.message.contains("already")));
+    bench.driver.step().unwrap();
+    assert_eq!(bench.runs(), 0);
+    bench.ask(Request::Resume(RunnerResume {}));
+    bench.driver.step().unwrap();
+    assert_eq!(bench.runs(), 1);
+}
+
+#[derive(Clone, Debug)]
+enum Deed {
+    Step,
+    Wait(u64),
+    Lease(u64),
+    Pause,
+    Resume,
+    Packet,
+    Status,
+}
+
+fn deed() -> impl Strategy<Value = Deed> {
+    prop_oneof![
+        4 => Just(Deed::Step),
+        1 => (1..200u64).prop_map(Deed::Wait),
+        1 => (0..300u64).prop_map(Deed::Lease),
+        1 => Just(Deed::Pause),
+        1 => Just(Deed::Resume),
+        1 => Just(Deed::Packet),
+        1 => Just(Deed::Status),
+    ]
+}
+
+proptest! {
+    /// Whatever happens: no instruction while paused or without a lease, and what is reported is what is.
+    #[test]
+    fn the_guest_runs_exactly_when_it_may(deeds in proptest::collection::vec(deed(), 1..60)) {
+        use node_agent::clock::Clock;
+        let idle = [Act::Busy, Act::IdleUntil(Some(30 * MS)), Act::IdleUntil(None)];
+        let mut bench = bench(true, idle.iter().cycle().take(30).cloned());
+        bench.ask(Request::Boot(RunnerBoot {}));
+        let (mut paused, mut until) = (false, None::<u64>);
+        for deed in deeds {
+            let before = bench.runs();
+            let may_run = !paused && until.is_some_and(|until| until == 0 || bench.clock.boottime_ns() <= until);
+            match deed {
+                Deed::Step => {
+                    bench.driver.step().unwrap();
+                    prop_assert!(may_run || bench.runs() == before);
+                }
+                Deed::Wait(ms) => bench.clock.advance(ms * MS),
+                Deed::Lease(0) => {
+                    bench.ask(Request::Lease(RunnerLease { until_boottime_ns: 0 }));
+                    until = Some(0);
+                }
+                Deed::Lease(ms) => {
+                    bench.lease(ms);
+                    until = Some(bench.clock.boottime_ns() + ms * MS);
+                }
+                Deed::Pause => {
+                    bench.ask(Request::Pause(RunnerPause::default()));
+                    paused = true;
+                }
+                Deed::Resume => {
+                    bench.ask(Request::Resume(RunnerResume {}));
+                    paused = false;
+                }
+                Deed::Packet => drop(bench.driver.take(Input::Packet { card: 0, bytes: vec![0] }).unwrap()),
+                Deed::Status => {
+                    let Reply::State(state) = bench.ask(Request::Status(RunnerStatus {})) else { panic!() };
+                    prop_assert_eq!(state.state() == VmState::Running, may_run);
+                }
+            }
+        }
+    }
+}

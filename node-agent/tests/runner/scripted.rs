@@ -1,0 +1,185 @@
+//! A guest made of a script, and a clock that stands until it is moved.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use node_agent::clock::Clock;
+use node_agent::runner::driver::{BootImages, Closed, Outbox, Output, Terms};
+use node_agent::runner::guest::{Guest, Outcome};
+use proto::v1::{MachineConfig, Section};
+
+/// A clock that the test moves.
+#[derive(Clone, Default)]
+pub struct Hand(Arc<AtomicU64>);
+
+impl Hand {
+    pub fn at(ns: u64) -> Hand {
+        Hand(Arc::new(AtomicU64::new(ns)))
+    }
+
+    pub fn advance(&self, ns: u64) {
+        self.0.fetch_add(ns, Ordering::SeqCst);
+    }
+}
+
+impl Clock for Hand {
+    fn boottime_ns(&self) -> u64 {
+        self.0.load(Ordering::SeqCst)
+    }
+
+    fn realtime_ns(&self) -> u64 {
+        // Far from any configured epoch: nothing is caught up.
+        1 << 62
+    }
+}
+
+/// What a test sees of the guest.
+#[derive(Default)]
+pub struct Seen {
+    pub runs: u64,
+    pub retired: u64,
+    pub tsc: u64,
+    pub packets: Vec<Vec<u8>>,
+    pub typed: Vec<u8>,
+    pub applied: Vec<Section>,
+    pub booted: Vec<u8>,
+    pub epoch: u32,
+}
+
+pub type Shared = Arc<Mutex<Seen>>;
+
+/// What the guest does in its next run. When the script is over it is busy.
+#[derive(Clone)]
+pub enum Act {
+    Busy,
+    IdleUntil(Option<u64>),
+    Say(&'static [u8]),
+    End(Outcome),
+}
+
+pub struct Scripted {
+    pub seen: Shared,
+    pub script: VecDeque<Act>,
+    said: Vec<u8>,
+}
+
+impl Scripted {
+    pub fn new(script: impl IntoIterator<Item = Act>) -> (Scripted, Shared) {
+        let seen = Shared::default();
+        seen.lock().unwrap().epoch = 1;
+        (Scripted { seen: Arc::clone(&seen), script: script.into_iter().collect(), said: Vec::new() }, seen)
+    }
+}
+
+impl Guest for Scripted {
+    fn boot(&mut self, kernel: &[u8], _initrd: Option<&[u8]>) -> Result<(), String> {
+        self.seen.lock().unwrap().booted = kernel.to_vec();
+        if kernel.is_empty() { Err("the kernel is empty".into()) } else { Ok(()) }
+    }
+
+    fn run(&mut self, until_retired: u64) -> Outcome {
+        let mut seen = self.seen.lock().unwrap();
+        seen.runs += 1;
+        let act = self.script.pop_front().unwrap_or(Act::Busy);
+        if !matches!(act, Act::IdleUntil(_)) {
+            seen.tsc += until_retired - seen.retired;
+            seen.retired = until_retired;
+        }
+        match act {
+            Act::Busy => Outcome::Reached,
+            Act::IdleUntil(until_tsc) => Outcome::Idle { until_tsc },
+            Act::Say(bytes) => {
+                self.said.extend_from_slice(bytes);
+                Outcome::Reached
+            }
+            Act::End(outcome) => outcome,
+        }
+    }
+
+    fn skip_idle_until(&mut self, tsc: u64) {
+        let mut seen = self.seen.lock().unwrap();
+        assert!(tsc >= seen.tsc, "guest time went back from {} to {tsc}", seen.tsc);
+        seen.tsc = tsc;
+    }
+
+    fn retired(&self) -> u64 {
+        self.seen.lock().unwrap().retired
+    }
+
+    fn tsc(&self) -> u64 {
+        self.seen.lock().unwrap().tsc
+    }
+
+    fn console_input(&mut self, bytes: &[u8]) -> usize {
+        // A small FIFO: sixteen at a time.
+        let taken = bytes.len().min(16);
+        self.seen.lock().unwrap().typed.extend_from_slice(&bytes[..taken]);
+        taken
+    }
+
+    fn take_console_output(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.said)
+    }
+
+    fn net_input(&mut self, _card: usize, packet: &[u8]) -> bool {
+        self.seen.lock().unwrap().packets.push(packet.to_vec());
+        true
+    }
+
+    fn epoch(&self) -> u32 {
+        self.seen.lock().unwrap().epoch
+    }
+
+    fn advance_epoch(&mut self) -> u32 {
+        let mut seen = self.seen.lock().unwrap();
+        seen.epoch += 1;
+        seen.epoch
+    }
+
+    fn capture(&mut self) -> Result<Vec<Section>, String> {
+        let seen = self.seen.lock().unwrap();
+        let body = seen.retired.to_le_bytes().to_vec();
+        Ok(vec![Section { name: "clock".into(), major: 1, body, ..Section::default() }])
+    }
+
+    fn apply(&mut self, sections: &[Section]) -> Result<(), String> {
+        if sections.is_empty() {
+            return Err("section \"clock\" is missing".into());
+        }
+        self.seen.lock().unwrap().applied = sections.to_vec();
+        Ok(())
+    }
+
+    fn vmcbs(&self) -> Vec<Box<[u8; 4096]>> {
+        vec![Box::new([7; 4096])]
+    }
+}
+
+/// Outputs, kept for the test.
+#[derive(Clone, Default)]
+pub struct Kept(pub Arc<Mutex<Vec<Output>>>);
+
+impl Outbox for Kept {
+    fn send(&mut self, output: Output) -> Result<(), Closed> {
+        self.0.lock().unwrap().push(output);
+        Ok(())
+    }
+}
+
+pub struct Kernel(pub &'static [u8]);
+
+impl BootImages for Kernel {
+    fn load(&mut self) -> Result<(Vec<u8>, Option<Vec<u8>>), String> {
+        Ok((self.0.to_vec(), None))
+    }
+}
+
+pub fn terms(paced: bool, descriptors: &[&str]) -> Terms {
+    Terms {
+        config: MachineConfig { paced, tsc_hz: 1_000_000_000, memory_bytes: 16 << 20, ..MachineConfig::default() },
+        descriptors: descriptors.iter().map(|name| (*name).to_owned()).collect(),
+        state_digest: |sections| *blake3::hash(&sections[0].body).as_bytes(),
+        cables: Vec::new(),
+    }
+}

@@ -1,0 +1,277 @@
+//! A machine: engine, memory, devices. Four verbs: run, capture, apply, digest.
+//!
+//! | file | what |
+//! |---|---|
+//! | `build` | from a configuration and its parts to a machine |
+//! | `state` | capture, apply, digest |
+//! | `platform` | the devices as an engine sees them |
+//!
+//! One thread owns a machine. Nothing happens in it but by a call: input is handed in, output is fetched, time passes by
+//! instructions or by [`Machine::skip_idle_until`]. What is captured does not depend on how [`Machine::run`] was cut into
+//! pieces. This room refuses to know processes, sockets, hosts and the wall clock.
+
+mod build;
+mod platform;
+mod state;
+
+use std::sync::Arc;
+
+use proto::v1::MachineConfig;
+
+use crate::boot::{self, Boot, BootError};
+use crate::cpu;
+use crate::device::block::DiskImage;
+use crate::device::bus::{Bus, RestoreError};
+use crate::device::net::NetLink;
+use crate::device::power::Stop;
+use crate::engine::{Engine, Exit, LoadError};
+use crate::memory::GuestMemory;
+use crate::memory::shared::PagesError;
+use crate::snapshot::SectionError;
+
+/// What a machine is made of, besides its configuration.
+pub struct Parts {
+    /// RAM, of the size that the configuration says.
+    pub memory: GuestMemory,
+    /// Disks, as many and in the order of the configuration.
+    pub disks: Vec<DiskImage>,
+    /// Cables of the network cards, as many and in the order of the configuration; `None` is unplugged.
+    pub nets: Vec<Option<NetLink>>,
+}
+
+/// Why a machine cannot be built, started, saved or restored.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// A configuration that makes no machine, or does not fit its parts.
+    #[error("configuration: {field} is {found}: {rule}")]
+    Config {
+        /// Field of `MachineConfig`.
+        field: &'static str,
+        /// What it says.
+        found: String,
+        /// What it must be.
+        rule: String,
+    },
+    /// The kernel cannot be started.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// Sections are missing, left over, twice, or too new.
+    #[error(transparent)]
+    Sections(#[from] SectionError),
+    /// A section makes no device.
+    #[error(transparent)]
+    Device(#[from] RestoreError),
+    /// A section makes no vCPU.
+    #[error("section \"cpu/{vcpu}\"")]
+    Cpu {
+        /// Which.
+        vcpu: usize,
+        /// Why.
+        #[source]
+        source: cpu::DecodeError,
+    },
+    /// The engine refuses a vCPU's state.
+    #[error("cpu/{vcpu} cannot be loaded")]
+    Load {
+        /// Which.
+        vcpu: usize,
+        /// Why.
+        #[source]
+        source: LoadError,
+    },
+    /// The clock's section makes no sense.
+    #[error("section \"clock\": {0}")]
+    Clock(&'static str),
+    /// The task priority differs between a vCPU and its local APIC.
+    #[error("section \"cpu/{vcpu}\": cr8 is {cr8}, its local APIC says {tpr}")]
+    TaskPriority {
+        /// Which.
+        vcpu: usize,
+        /// From the vCPU.
+        cr8: u64,
+        /// From the APIC.
+        tpr: u8,
+    },
+    /// Neither booted nor restored.
+    #[error("the machine has no state: boot it or apply a capture first")]
+    Empty,
+    /// RAM or a disk cannot be read.
+    #[error("cannot hash RAM or disks")]
+    Pages(#[from] PagesError),
+}
+
+/// Why [`Machine::run`] came back.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// The instruction that was asked for.
+    Reached,
+    /// Every vCPU waits for an interrupt. The next one that is certain comes at `until_tsc`, if any.
+    Idle {
+        /// When a timer fires.
+        until_tsc: Option<u64>,
+    },
+    /// The guest switched itself off.
+    PowerOff,
+    /// The guest wants to start again.
+    Reset,
+    /// The guest's processor shut down.
+    TripleFault,
+    /// The machine cannot go on; why.
+    Failed(String),
+}
+
+/// What is in the machine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Life {
+    /// Nothing yet.
+    Empty,
+    /// A state that can run.
+    Ready,
+    /// Half of a state: an apply failed.
+    Broken,
+}
+
+/// A virtual machine.
+pub struct Machine {
+    config: MachineConfig,
+    memory: Arc<GuestMemory>,
+    bus: Bus,
+    engine: Box<dyn Engine>,
+    life: Life,
+}
+
+impl std::fmt::Debug for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let clock = self.engine.clock();
+        f.debug_struct("Machine").field("life", &self.life).field("clock", &clock).finish_non_exhaustive()
+    }
+}
+
+impl Machine {
+    /// Writes a kernel into RAM and makes the first vCPU ready to enter it. Takes a bzImage, an ELF, or an ELF with a PVH
+    /// note. RAM must be new.
+    ///
+    /// # Errors
+    /// The files make no bootable kernel, or do not fit.
+    pub fn boot(&mut self, kernel: &[u8], initrd: Option<&[u8]>) -> Result<(), MachineError> {
+        let command_line = self.config.boot.as_ref().map_or("", |boot| boot.cmdline.as_str());
+        let vcpus = self.bus.vcpus();
+        let windows = self.bus.windows();
+        let boot = Boot { kernel, initrd, command_line, seed: &self.config.seed, vcpus, windows: &windows };
+        for vcpu in 0..vcpus {
+            let mut state = build::power_up(&self.config, vcpu)?;
+            if vcpu == 0 {
+                boot::load(&self.memory, &boot, &mut state)?;
+            }
+            self.engine.load(vcpu, &state).map_err(|source| MachineError::Load { vcpu, source })?;
+        }
+        self.life = Life::Ready;
+        Ok(())
+    }
+
+    /// Runs until exactly `until_retired` instructions have retired since the machine was built, or until an earlier
+    /// [`Outcome`].
+    pub fn run(&mut self, until_retired: u64) -> Outcome {
+        if self.life != Life::Ready {
+            return Outcome::Failed(MachineError::Empty.to_string());
+        }
+        loop {
+            match self.bus.stopped() {
+                Some(Stop::PowerOff) => return Outcome::PowerOff,
+                Some(Stop::Reset) => return Outcome::Reset,
+                None => {}
+            }
+            match self.engine.run(&mut self.bus, until_retired) {
+                Exit::Reached => return Outcome::Reached,
+                Exit::Shutdown => return Outcome::TripleFault,
+                Exit::Failed(why) => return Outcome::Failed(why),
+                Exit::Stopped if self.bus.stopped().is_none() => {
+                    return Outcome::Failed("the engine says that the guest stopped, and it did not".to_owned());
+                }
+                Exit::Stopped => {}
+                Exit::Halted => {
+                    let until_tsc = self.bus.next_deadline();
+                    if until_tsc.is_none_or(|deadline| deadline > self.tsc()) {
+                        return Outcome::Idle { until_tsc };
+                    }
+                    self.bus.tick(self.tsc());
+                }
+            }
+        }
+    }
+
+    /// Lets time pass while every vCPU is halted. Never goes back: an earlier time is ignored.
+    pub fn skip_idle_until(&mut self, tsc: u64) {
+        let mut clock = self.engine.clock();
+        let Some(skipped) = tsc.checked_sub(clock.tsc()) else { return };
+        clock.skipped_tsc += skipped;
+        self.engine.set_clock(clock);
+        self.bus.tick(tsc);
+    }
+
+    /// Guest instructions retired since the machine was built, over all vCPUs.
+    pub fn retired(&self) -> u64 {
+        self.engine.clock().retired
+    }
+
+    /// TSC ticks since the machine was built.
+    pub fn tsc(&self) -> u64 {
+        self.engine.clock().tsc()
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &MachineConfig {
+        &self.config
+    }
+
+    /// Serial input; returns how many bytes fit.
+    pub fn console_input(&mut self, bytes: &[u8]) -> usize {
+        self.bus.console_input(bytes)
+    }
+
+    /// Serial output since the last call.
+    pub fn take_console_output(&mut self) -> Vec<u8> {
+        self.bus.take_console_output()
+    }
+
+    /// A packet for a network card; false if the guest has no buffer for it, and then it is dropped.
+    pub fn net_input(&mut self, card: usize, packet: &[u8]) -> bool {
+        self.bus.net_input(card, packet)
+    }
+
+    /// MAC of a network card; zeros if there is no such card.
+    pub fn mac(&self, card: usize) -> [u8; 6] {
+        self.bus.mac(card).unwrap_or_default()
+    }
+
+    /// Plugs the cable of a network card in or pulls it out; an input of the guest like a packet.
+    pub fn set_link(&mut self, card: usize, up: bool) {
+        self.bus.set_link(card, up);
+    }
+
+    /// Begins the next epoch of page and block stamps and returns it.
+    pub fn advance_epoch(&mut self) -> u32 {
+        let epoch = self.memory.advance_epoch();
+        self.bus.set_epoch(epoch);
+        self.engine.rearm_stamps();
+        epoch
+    }
+
+    /// The VMCB of every vCPU as it is now.
+    pub fn vmcbs(&self) -> Vec<Box<[u8; 4096]>> {
+        (0..self.bus.vcpus()).map(|vcpu| build::vmcb_bytes(&self.engine.vmcb(vcpu))).collect()
+    }
+
+    /// RAM.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Disks, in the order of the configuration.
+    pub fn disks(&self) -> impl Iterator<Item = &DiskImage> {
+        self.bus.disk_images()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,151 @@
+//! A real Linux kernel on a whole machine, where `GODWIT_TEST_KERNEL` names one (a bzImage or vmlinux). With
+//! `GODWIT_TEST_INITRD` its `/init` must switch the machine off; the machine is moved to another in the middle.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use proto::v1::{BootSource, DiskConfig, MachineConfig, NetConfig};
+use vmcb_engine::device::block::DiskImage;
+use vmcb_engine::device::net::{Link, NetLink};
+use vmcb_engine::machine::{Machine, Outcome, Parts};
+use vmcb_engine::memory::{GuestMemory, sized_memfd};
+
+/// More than the kernel needs to look for its root file system.
+const INSTRUCTIONS_MAX: u64 = 6_000_000_000;
+const SLICE: u64 = 20_000_000;
+
+fn config() -> MachineConfig {
+    MachineConfig {
+        vcpus: 1,
+        memory_bytes: 512 << 20,
+        cpu_model: "soft-v1".into(),
+        engine: "soft".into(),
+        boot: Some(BootSource { cmdline: "console=ttyS0 panic=-1 reboot=t".into(), ..BootSource::default() }),
+        disks: vec![DiskConfig { size_bytes: 1 << 20, ..DiskConfig::default() }],
+        nets: vec![NetConfig { tap: String::new(), mac: vec![2, 0, 0, 0, 0, 9] }],
+        seed: vec![7; 32],
+        epoch_ns: 1_700_000_000_000_000_000,
+        tsc_hz: 1_000_000_000,
+        tsc_per_instruction: 1,
+        paced: false,
+    }
+}
+
+fn named(variable: &str) -> Option<PathBuf> {
+    let path = std::env::var_os(variable).map(PathBuf::from);
+    if path.is_none() {
+        eprintln!("SKIPPED: {variable} names no file");
+    }
+    path
+}
+
+/// Packets on their way to the guest.
+type Wire = Rc<RefCell<VecDeque<Vec<u8>>>>;
+
+/// A host at the other end of the cable that answers ARP and ping, whoever is asked for.
+struct Echo(Wire);
+
+impl Link for Echo {
+    fn send(&mut self, packet: &[u8]) {
+        let mut answer = packet.to_vec();
+        answer.copy_within(6..12, 0);
+        answer[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 1]);
+        match packet.get(12..14) {
+            Some([8, 6]) if packet.len() >= 42 && packet[21] == 1 => {
+                answer[21] = 2;
+                answer[22..28].copy_from_slice(&[2, 0, 0, 0, 0, 1]);
+                answer[28..32].copy_from_slice(&packet[38..42]);
+                answer[32..42].copy_from_slice(&packet[22..32]);
+            }
+            Some([8, 0]) if packet.len() >= 42 && packet[23] == 1 && packet[34] == 8 => {
+                answer[26..30].copy_from_slice(&packet[30..34]);
+                answer[30..34].copy_from_slice(&packet[26..30]);
+                // Type 8 becomes 0: the checksum grows by the difference.
+                let sum = u32::from(u16::from_be_bytes([packet[36], packet[37]])) + 0x800;
+                answer[34] = 0;
+                answer[36..38].copy_from_slice(&((sum + (sum >> 16)) as u16).to_be_bytes());
+            }
+            _ => return,
+        }
+        self.0.borrow_mut().push_back(answer);
+    }
+}
+
+fn build() -> (Machine, Wire) {
+    let config = config();
+    let disk = DiskImage::from_fd(sized_memfd("test-disk", 1 << 20).unwrap(), false).unwrap();
+    let memory = GuestMemory::create(config.memory_bytes).unwrap();
+    let wire = Wire::default();
+    let nets: Vec<Option<NetLink>> = vec![Some(Box::new(Echo(Rc::clone(&wire))))];
+    (Machine::build(&config, Parts { memory, disks: vec![disk], nets }).unwrap(), wire)
+}
+
+/// Runs until `until` instructions or the end; types `typed` when the guest says that it is ready.
+fn run((machine, wire): &mut (Machine, Wire), until: u64, console: &mut Vec<u8>) -> Outcome {
+    loop {
+        while let Some(packet) = wire.borrow_mut().pop_front() {
+            machine.net_input(0, &packet);
+        }
+        let outcome = machine.run(until.min(machine.retired() + SLICE));
+        let output = machine.take_console_output();
+        eprint!("{}", String::from_utf8_lossy(&output));
+        if output.windows(5).any(|word| word == b"READY") {
+            assert_eq!(machine.console_input(b"typed\n"), 6);
+        }
+        console.extend(output);
+        match outcome {
+            Outcome::Reached if machine.retired() < until => {}
+            Outcome::Idle { .. } if !wire.borrow().is_empty() => {}
+            Outcome::Idle { until_tsc: Some(tsc) } => machine.skip_idle_until(tsc),
+            other => {
+                eprintln!("{other:?} after {} instructions, {} ticks", machine.retired(), machine.tsc());
+                return other;
+            }
+        }
+    }
+}
+
+#[test]
+fn linux_boots_until_it_misses_its_root() {
+    let Some(kernel) = named("GODWIT_TEST_KERNEL") else { return };
+    let mut machine = build();
+    machine.0.boot(&std::fs::read(kernel).unwrap(), None).unwrap();
+    let mut console = Vec::new();
+    assert_eq!(run(&mut machine, INSTRUCTIONS_MAX, &mut console), Outcome::TripleFault);
+    let text = String::from_utf8_lossy(&console);
+    assert!(text.contains("Linux version") && text.contains("Unable to mount root fs"));
+}
+
+#[test]
+fn linux_is_moved_while_it_boots_and_notices_nothing() {
+    let (Some(kernel), Some(initrd)) = (named("GODWIT_TEST_KERNEL"), named("GODWIT_TEST_INITRD")) else { return };
+    let mut source = build();
+    source.0.boot(&std::fs::read(kernel).unwrap(), Some(&std::fs::read(initrd).unwrap())).unwrap();
+    let mut console = Vec::new();
+    assert_eq!(run(&mut source, 700_000_123, &mut console), Outcome::Reached);
+    let mut target = build();
+    copy_pages(&source.0, &target.0);
+    target.0.apply(&source.0.capture().unwrap()).unwrap();
+    assert_eq!(target.0.digest().unwrap(), source.0.digest().unwrap());
+    let mut elsewhere = console.clone();
+    assert_eq!(run(&mut source, INSTRUCTIONS_MAX, &mut console), Outcome::PowerOff);
+    assert_eq!(run(&mut target, INSTRUCTIONS_MAX, &mut elsewhere), Outcome::PowerOff);
+    assert!(console == elsewhere, "the console of the moved machine differs");
+    assert_eq!(target.0.digest().unwrap(), source.0.digest().unwrap());
+}
+
+fn copy_pages(source: &Machine, target: &Machine) {
+    let mut piece = vec![0; 1 << 20];
+    for gpa in (0..source.memory().bytes()).step_by(piece.len()) {
+        source.memory().read(gpa, &mut piece).unwrap();
+        target.memory().write(gpa, &piece).unwrap();
+    }
+    let disks = source.disks().zip(target.disks());
+    for (from, to) in disks {
+        let mut bytes = vec![0; from.bytes() as usize];
+        from.read_at(0, &mut bytes).unwrap();
+        assert_eq!(rustix::io::pwrite(to.file_fd(), &bytes, 0).unwrap(), bytes.len());
+    }
+}
