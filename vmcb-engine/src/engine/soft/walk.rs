@@ -257,6 +257,11 @@ impl Core {
         }
     }
 
+    /// True if the byte at RIP + `offset` lies beyond the limit of CS. 64-bit mode has no limits (APM2 4.12.1).
+    pub fn is_beyond_code(&self, offset: usize) -> bool {
+        !self.mode.long && self.rip + offset as u64 > u64::from(self.segments[CS].limit)
+    }
+
     /// True if this translation must not be cached: its use depends on more than the TLB's two sets.
     fn bypasses_tlb(&self, mapping: Option<&Mapping>) -> bool {
         self.alignment_checked
