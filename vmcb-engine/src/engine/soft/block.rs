@@ -56,6 +56,7 @@ pub struct Blocks {
     slots: Box<[Option<Box<Block>>]>,
     jumps: Box<[Jump]>,
     pages: BTreeMap<u64, Vec<u32>>,
+    #[allow(clippy::vec_box, reason = "the running block must not move when it dies")]
     dead: Vec<Box<Block>>,
     held: Option<Box<Block>>,
     /// Blocks that died so far.
@@ -79,6 +80,12 @@ fn slot_of(gpa: u64, mode: u32) -> usize {
 #[inline(always)]
 fn jump_of(rip: u64) -> usize {
     (rip ^ rip >> 12) as usize & (JUMPS - 1)
+}
+
+impl Default for Blocks {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Blocks {
