@@ -93,27 +93,27 @@ fn smoke(name: &str, count: u64) {
 
 #[test]
 fn frames_of_a_stranger() {
-    smoke("frame", 4000);
+    smoke("frame", 3000);
 }
 
 #[test]
 fn sections_of_a_stranger() {
-    smoke("sections", 2000);
+    smoke("sections", 1500);
 }
 
 #[test]
 fn vmcbs_of_a_stranger() {
-    smoke("vmcb", 1500);
+    smoke("vmcb", 3000);
 }
 
 #[test]
 fn code_of_a_stranger() {
-    smoke("x86", 1500);
+    smoke("x86", 300);
 }
 
 #[test]
 fn drivers_of_a_stranger() {
-    smoke("virtqueue", 2000);
+    smoke("virtqueue", 3000);
 }
 
 #[test]
@@ -140,6 +140,13 @@ fn seeds_reach_deep() {
         let (_, bytes) = (target("sections").seeds)().into_iter().find(|(seed, _)| *seed == name).unwrap();
         assert!(proto::v1::RunnerApply::decode(bytes.as_slice()).unwrap().sections.len() > 10);
         assert!(bodies::sections::is_accepted(&bytes), "{name}");
+    }
+    for (name, bytes) in (target("x86").seeds)() {
+        let retired = bodies::x86::retires(&bytes);
+        assert!(retired > 10, "{name}: {retired} instructions");
+    }
+    for (name, bytes) in (target("vmcb").seeds)().into_iter().filter(|(name, _)| *name != "zero") {
+        assert!(bodies::vmcb::runs(&bytes), "{name}");
     }
     let memory = bodies::memory();
     let mut bus = bodies::bus(&memory);

@@ -133,7 +133,10 @@ impl Ledger {
             chain = after;
         }
         drop((table, transaction));
-        let inner = Inner { tail: Mutex::new(Tail { database, chain, unsure: false }), state: watch::Sender::new(Arc::new(state)) };
+        let inner = Inner {
+            tail: Mutex::new(Tail { database, chain, unsure: false }),
+            state: watch::Sender::new(Arc::new(state)),
+        };
         Ok(Ledger { inner: Arc::new(inner) })
     }
 

@@ -318,7 +318,7 @@ impl State {
             }
             (Task::Checkpoint { .. }, Outcome::Checkpoint(entry)) => {
                 self.edit(plan, |vm| vm.last_checkpoint.clone_from(&entry.id))?;
-                self.checkpoints.insert(entry.id.clone(), Arc::new(entry.clone()));
+                self.checkpoints.insert(entry.id.clone(), Arc::from(entry.clone()));
                 Ok(())
             }
             (Task::Checkpoint { .. }, _) => Err(Refusal::Stale("a checkpoint's commit names no checkpoint")),

@@ -117,7 +117,8 @@ impl Stage {
                     _ => {}
                 }
             }
-            for correction in corrections(&state, &world.field().report(host)) {
+            let work = corrections(&state, &world.field().report(host));
+            for correction in work {
                 correct(&world, host, correction).await;
             }
         }
@@ -165,6 +166,11 @@ fn plan(scene: Scene, state: &State) -> Plan {
 
 /// Plays a scene with a fault to its end, whatever it takes, and checks everything; returns how it ended and the calls it took.
 async fn play(scene: Scene, fault: Fault) -> (Status, usize) {
+    let played = tokio::time::timeout(Duration::from_secs(3600), play_to_the_end(scene, fault.clone())).await;
+    played.unwrap_or_else(|_| panic!("{scene:?} with {fault:?} takes for ever"))
+}
+
+async fn play_to_the_end(scene: Scene, fault: Fault) -> (Status, usize) {
     let stage = Stage::new(scene).await;
     let before = stage.ledger.state();
     let sagas = stage.sagas(fault.clone());

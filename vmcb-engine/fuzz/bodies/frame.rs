@@ -59,13 +59,14 @@ fn again<M: Message + Default + PartialEq + std::fmt::Debug>(kind: Kind, bytes: 
 fn land(bytes: &[u8], run: &PageRun) {
     let space = |pages: u64| {
         let file = |name, bytes| sized_memfd(name, bytes).expect("the host has some KiB");
-        SharedPages::new(file("data", pages * 4096), file("stamps", pages * 4), pages * 4096).expect("the files are long enough")
+        SharedPages::new(file("data", pages * 4096), file("stamps", pages * 4), pages * 4096)
+            .expect("the files are long enough")
     };
     let spaces = PAGES.map(space);
     let mut digests = PAGES.map(PageDigests::new);
-    let exists = PAGES.get(usize::from(run.space)).is_some_and(|pages| {
-        run.first_page.checked_add(run.pages.into()).is_some_and(|end| end <= *pages)
-    });
+    let exists = PAGES
+        .get(usize::from(run.space))
+        .is_some_and(|pages| run.first_page.checked_add(run.pages.into()).is_some_and(|end| end <= *pages));
     match receive::land(&spaces, bytes) {
         Ok(landed) => {
             assert!(exists, "{run:?} landed");
@@ -113,7 +114,10 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ("manifest", behind(2, manifest.encode_to_vec())),
         ("hello", behind(3, control(Said::Hello(hello)))),
         ("round-end", behind(3, control(Said::RoundEnd(RoundEnd { round: 1, frames: 5, last: true })))),
-        ("state-end", behind(3, control(Said::StateEnd(StateEnd { sections: 9, digest: digest(), ..Default::default() })))),
+        (
+            "state-end",
+            behind(3, control(Said::StateEnd(StateEnd { sections: 9, digest: digest(), ..Default::default() }))),
+        ),
         ("pack-index", behind(4, index.encode_to_vec())),
     ]
 }

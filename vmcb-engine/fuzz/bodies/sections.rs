@@ -57,9 +57,7 @@ pub fn is_accepted(data: &[u8]) -> bool {
 fn apply(memory: &Arc<GuestMemory>, sections: Vec<Section>) -> Result<(Bus, u64), Refused> {
     let mut sections = Sections::new(sections).map_err(Refused::Sections)?;
     let mut bus = super::bus(memory);
-    bus.restore::<Refused>(&mut |name| {
-        Ok(sections.take(name, DEVICES).map_err(Refused::Sections)?.body)
-    })?;
+    bus.restore::<Refused>(&mut |name| Ok(sections.take(name, DEVICES).map_err(Refused::Sections)?.body))?;
     for vcpu in 0..VCPUS {
         let section = sections.take(&format!("cpu/{vcpu}"), (1, 0)).map_err(Refused::Sections)?;
         let state = CpuState::from_bytes(&section.body).map_err(Refused::Cpu)?;

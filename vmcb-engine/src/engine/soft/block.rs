@@ -28,8 +28,6 @@ pub struct Block {
     pub count: u32,
     /// Operations; the last returns.
     pub ops: Box<[Op]>,
-    /// Different for every block that ever was.
-    pub serial: u64,
 }
 
 impl Block {
@@ -41,13 +39,16 @@ impl Block {
     }
 }
 
+/// Where the block of a linear RIP is. Dies with any translation of code and with any block: `epoch` is the sum of both
+/// counts, and each only grows.
 #[derive(Clone, Copy, Default)]
 struct Jump {
     rip: u64,
-    serial: u64,
-    slot: u32,
-    map_epoch: u32,
+    /// Address of its operations, as a number: what holds these may move between threads.
+    ops: usize,
+    epoch: u32,
     mode: u32,
+    count: u32,
 }
 
 /// All decoded blocks of a processor.
@@ -55,9 +56,11 @@ pub struct Blocks {
     slots: Box<[Option<Box<Block>>]>,
     jumps: Box<[Jump]>,
     pages: BTreeMap<u64, Vec<u32>>,
+    #[allow(clippy::vec_box, reason = "the running block must not move when it dies")]
     dead: Vec<Box<Block>>,
     held: Option<Box<Block>>,
-    serial: u64,
+    /// Blocks that died so far.
+    buried: u32,
 }
 
 /// Lines (64 bytes each) of a page that a range touches, one bit each. Ranges do not leave their page.
@@ -79,45 +82,51 @@ fn jump_of(rip: u64) -> usize {
     (rip ^ rip >> 12) as usize & (JUMPS - 1)
 }
 
+impl Default for Blocks {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Blocks {
     /// None yet.
     pub fn new() -> Self {
         Self {
             slots: (0..SLOTS).map(|_| None).collect(),
+            // Epoch 0 never is: the TLB's begins at 1.
             jumps: vec![Jump::default(); JUMPS].into_boxed_slice(),
             pages: BTreeMap::new(),
             dead: Vec::new(),
             held: None,
-            serial: 0,
+            buried: 0,
         }
     }
 
-    /// The block that begins at linear `rip`, if the jump cache knows it.
+    /// Operations and instruction count of the block that begins at linear `rip`, if the jump cache knows it.
     #[inline(always)]
-    pub fn jump(&self, rip: u64, map_epoch: u32, mode: u32) -> Option<&Block> {
+    pub fn jump(&self, rip: u64, map_epoch: u32, mode: u32) -> Option<(*const Op, u32)> {
         let jump = &self.jumps[jump_of(rip)];
-        if jump.rip == rip && jump.map_epoch == map_epoch && jump.mode == mode {
-            let block = self.slots[jump.slot as usize & (SLOTS - 1)].as_deref()?;
-            if block.serial == jump.serial {
-                return Some(block);
-            }
-        }
-        None
+        let known = jump.rip == rip && jump.epoch == map_epoch.wrapping_add(self.buried) && jump.mode == mode;
+        known.then_some((jump.ops as *const Op, jump.count))
     }
 
     /// The block that begins at `gpa`, if there is one; remembers it for `rip`.
     pub fn find(&mut self, rip: u64, map_epoch: u32, gpa: u64, mode: Mode) -> Option<&Block> {
         let (mode, slot) = (mode.key(), slot_of(gpa, mode.key()));
         let block = self.slots[slot].as_deref().filter(|block| block.gpa == gpa && block.mode == mode)?;
-        let jump = Jump { rip, serial: block.serial, slot: slot as u32, map_epoch, mode };
-        self.jumps[jump_of(rip)] = jump;
+        let epoch = map_epoch.wrapping_add(self.buried);
+        self.jumps[jump_of(rip)] = Jump { rip, ops: block.ops.as_ptr() as usize, epoch, mode, count: block.count };
         Some(block)
     }
 
+    /// True if blocks wait to be let go of: the loop must be reached.
+    #[inline(always)]
+    pub fn has_dead(&self) -> bool {
+        !self.dead.is_empty()
+    }
+
     /// Adds a block and returns its operations. The caller has told the stamps and the TLB about its lines.
-    pub fn insert(&mut self, mut block: Block) -> *const Op {
-        self.serial += 1;
-        block.serial = self.serial;
+    pub fn insert(&mut self, block: Block) -> *const Op {
         let slot = slot_of(block.gpa, block.mode);
         self.bury(slot as u32);
         self.pages.entry(block.page).or_default().push(slot as u32);
@@ -132,6 +141,7 @@ impl Blocks {
     fn bury(&mut self, slot: u32) {
         if let Some(block) = self.slots[slot as usize].take() {
             block.stop();
+            self.buried = self.buried.wrapping_add(1);
             if let Some(slots) = self.pages.get_mut(&block.page) {
                 slots.retain(|other| *other != slot);
             }

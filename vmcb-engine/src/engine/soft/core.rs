@@ -124,6 +124,7 @@ pub struct Fault {
 /// Which decoding rules hold: part of the key of every block. Recomputed by `Core::refresh_mode` whenever CS, CR0,
 /// EFER, CPL or intercepts change.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
 pub struct Mode {
     /// 64-bit mode (EFER.LMA and CS.L).
     pub long: bool,
@@ -138,14 +139,12 @@ pub struct Mode {
 }
 
 impl Mode {
-    /// The mode as a number, for keys.
-    #[inline]
+    /// The mode as a number, for keys. One load: asked for at every block.
+    #[inline(always)]
     pub fn key(self) -> u32 {
-        u32::from(self.long)
-            | u32::from(self.big) << 1
-            | u32::from(self.user) << 2
-            | u32::from(self.protected) << 3
-            | u32::from(self.intercepts) << 8
+        debug_assert!(self.intercepts < 0x80, "a set of intercepts is a small number");
+        u32::from_le_bytes([self.long.into(), self.big.into(), self.user.into(), self.protected.into()])
+            | u32::from(self.intercepts) << 1
     }
 }
 
@@ -158,6 +157,9 @@ pub struct Core {
     /// Instructions that may still retire before the stop point, counted from the start of the running block as if it
     /// were already done.
     pub budget: i64,
+    /// Blocks that may still follow one another without a look at the loop. Bounds the stack where LLVM does not turn the
+    /// last call of a handler into a jump.
+    pub follow: u32,
     /// Offset into the TLB's arrays: 0 for CPL 0-2, `tlb::ENTRIES` for CPL 3.
     pub tlb_set: usize,
     /// Translations.
@@ -214,6 +216,10 @@ pub struct Core {
     pub arena: super::svm::physical::Arena,
     /// Control bits that exist: what MOV to CR4 and VMRUN's checks go by.
     pub limits: crate::vmcb::check::Limits,
+    /// Other processors run code out of the same RAM: they are told of what this one decodes and overwrites.
+    pub shares_memory: bool,
+    /// Pages in which this processor was the first to decode code, since somebody asked.
+    pub new_code_pages: Vec<u64>,
     /// Software on this processor whose guest is loaded.
     pub hosted: Option<Box<super::svm::leave::Hosted>>,
     /// Retired instructions at which the running `run_until` stops: retired now = `stop_at - budget` between blocks.
@@ -248,11 +254,7 @@ impl Flags {
     pub fn from_rflags(value: u64) -> Self {
         let bit = |mask: u64| u64::from(value & mask != 0);
         let (cf, of) = (bit(rflags::CF), bit(rflags::OF));
-        let aux = cf << 63
-            | (cf ^ of) << 62
-            | (1 - bit(rflags::PF)) << 8
-            | bit(rflags::AF) << 3
-            | bit(rflags::SF);
+        let aux = cf << 63 | (cf ^ of) << 62 | (1 - bit(rflags::PF)) << 8 | bit(rflags::AF) << 3 | bit(rflags::SF);
         // Low byte 0 has even parity and sign 0: PF and SF come from aux alone.
         Self { result: if value & rflags::ZF != 0 { 0 } else { 0x100 }, aux }
     }

@@ -4,9 +4,12 @@
 //! as long as that, outside the cache.
 
 use super::block::OPS_MAX;
-use super::core::{Core, RIP_BASE};
+use super::core::{CS, Core, RIP_BASE, rflags};
 use super::decode;
 use super::op::Flow;
+
+/// Blocks that run one after the other before the loop is seen again.
+const FOLLOW: u32 = 64;
 
 /// Why the loop ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,6 +39,7 @@ impl Core {
             }
             // One instruction only, where an event must be looked at right after it (interrupt shadow, single step).
             let limit = if self.single_step() { 1 } else { self.budget as usize };
+            self.follow = FOLLOW;
             let mut flow = self.run_block(limit);
             if flow == Flow::Fault {
                 flow = self.deliver_fault();
@@ -56,21 +60,66 @@ impl Core {
     pub(super) fn step_one(&mut self) -> Flow {
         self.blocks.sweep();
         self.single_step();
+        self.follow = 0;
         match self.run_block(1) {
             Flow::Fault => self.deliver_fault(),
             flow => flow,
         }
     }
 
+    /// True where a block could reach beyond the limit of CS: blocks know pages, not segments.
+    #[inline(always)]
+    fn is_near_code_end(&self) -> bool {
+        !self.mode.long && self.rip.saturating_add(0x1000) > u64::from(self.segments[CS].limit)
+    }
+
+    /// One instruction, decoded anew, so that no byte of it lies beyond the limit of CS.
+    #[cold]
+    #[inline(never)]
+    fn run_near_code_end(&mut self) -> Flow {
+        let decoded = match self.translate_code(self.rip).and_then(|fetched| decode::block(self, fetched, 1)) {
+            Ok(decoded) => decoded,
+            Err(stop) => return self.fetch_stopped(stop),
+        };
+        let count = decoded.block.count;
+        let ops = self.blocks.hold(decoded.block);
+        self.enter(ops, count)
+    }
+
     fn run_block(&mut self, limit: usize) -> Flow {
+        if self.is_near_code_end() {
+            return self.run_near_code_end();
+        }
         let mode = self.mode.key();
-        if let Some(block) = self.blocks.jump(self.rip, self.tlb.map_epoch, mode)
-            && block.count as usize <= limit
+        if let Some((ops, count)) = self.blocks.jump(self.rip, self.tlb.map_epoch, mode)
+            && count as usize <= limit
         {
-            let (ops, count) = (block.ops.as_ptr(), block.count);
             return self.enter(ops, count);
         }
         self.run_found(limit)
+    }
+
+    /// From the end of a block that changed nothing but RIP, registers and memory: runs the next one, if the loop would do
+    /// nothing but that.
+    #[inline(always)]
+    pub(super) fn follow(&mut self) -> Flow {
+        if self.follow == 0
+            || self.blocks.has_dead()
+            || self.interrupt_shadow
+            || self.system_flags & rflags::TF != 0
+            || self.event_pending()
+        {
+            return Flow::Next;
+        }
+        match self.blocks.jump(self.rip, self.tlb.map_epoch, self.mode.key()) {
+            Some((ops, count)) if i64::from(count) <= self.budget => {
+                self.follow -= 1;
+                // Ends the shadow of the instruction before; there is none to begin.
+                self.single_step();
+                self.enter(ops, count)
+            }
+            _ => Flow::Next,
+        }
     }
 
     #[inline(always)]
@@ -99,6 +148,9 @@ impl Core {
         };
         let count = decoded.block.count;
         for (page, lines) in [(decoded.block.page, decoded.block.lines)].into_iter().chain(decoded.second) {
+            if self.shares_memory && self.memory.stamps().code_lines(page) == 0 {
+                self.new_code_pages.push(page);
+            }
             self.memory.stamps().add_code_lines(page, lines);
             self.tlb.protect_code(page);
         }

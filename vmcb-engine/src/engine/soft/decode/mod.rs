@@ -4,9 +4,11 @@
 //! REX only directly before the opcode. A block never leaves its page: an instruction that crosses into the next page is
 //! decoded only as the first of a block, so that a fault of the second page is raised exactly when RIP is there.
 
+use std::cell::Cell;
+
 use super::block::{Block, OPS_MAX, lines_of};
 use super::core::{Core, Mode, Step, Stop, ZERO};
-use super::op::{Handler, NO_SEGMENT, Op, form};
+use super::op::{self, Handler, NO_SEGMENT, Op, form};
 
 mod bytes;
 mod insn;
@@ -155,10 +157,10 @@ pub fn block(core: &mut Core, fetched: Fetched, limit: usize) -> Step<Decoded> {
         op.remaining = (count as usize - at) as u16;
     }
     if !ended {
-        ops.push(Op { offset: at as u16, ..Op::default() });
+        ops.push(Op { run: Cell::new(op::fall_through), offset: at as u16, ..Op::default() });
     }
     let lines = lines_of(fetched.gpa & 0xfff, at.min(in_page));
-    let block = Block { gpa: fetched.gpa, mode: mode.key(), page: fetched.page, lines, count, ops: ops.into(), serial: 0 };
+    let block = Block { gpa: fetched.gpa, mode: mode.key(), page: fetched.page, lines, count, ops: ops.into() };
     Ok(Decoded { block, second })
 }
 

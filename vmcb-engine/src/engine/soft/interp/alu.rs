@@ -84,12 +84,14 @@ binary!(Cmp, false, |_flags, left, right| subtracted(left, right, left.wrapping_
 binary!(Test, false, |_flags, left, right| logic(left & right));
 
 /// r/m op= register.
+#[inline(always)]
 fn rm_reg<W: Width, B: Binary, P: Place>(core: &mut Core, op: &Op) -> Step {
     let right = W::get(core, op.reg);
     into_rm::<W, B, P>(core, op, right)
 }
 
 /// r/m op= immediate.
+#[inline(always)]
 fn rm_imm<W: Width, B: Binary, P: Place>(core: &mut Core, op: &Op) -> Step {
     into_rm::<W, B, P>(core, op, W::cut(op.immediate))
 }
@@ -106,6 +108,7 @@ fn into_rm<W: Width, B: Binary, P: Place>(core: &mut Core, op: &Op, right: W) ->
 }
 
 /// register op= r/m.
+#[inline(always)]
 fn reg_rm<W: Width, B: Binary, P: Place>(core: &mut Core, op: &Op) -> Step {
     let right = P::load::<W>(core, op)?;
     let (value, flags) = B::apply(core.flags, W::get(core, op.reg), right);
@@ -117,6 +120,7 @@ fn reg_rm<W: Width, B: Binary, P: Place>(core: &mut Core, op: &Op) -> Step {
 }
 
 /// Accumulator op= immediate.
+#[inline(always)]
 fn rax_imm<W: Width, B: Binary>(core: &mut Core, op: &Op) -> Step {
     let (value, flags) = B::apply(core.flags, W::get(core, 0), W::cut(op.immediate));
     if B::WRITES {
@@ -126,6 +130,7 @@ fn rax_imm<W: Width, B: Binary>(core: &mut Core, op: &Op) -> Step {
     Ok(())
 }
 
+#[inline(always)]
 fn xor_self<W: Width>(core: &mut Core, op: &Op) -> Step {
     W::set(core, op.rm, W::cut(0));
     core.flags = Flags::logic(0);
@@ -158,8 +163,12 @@ pub fn pick(insn: &Insn) -> Option<Pick> {
         return by_size!(size, W => straight(xor_self::<W>));
     }
     match insn.opcode & 7 {
-        0 | 1 => by_size!(size, W => by_binary!(insn.opcode >> 3, B => by_place!(insn, P => straight(rm_reg::<W, B, P>)))),
-        2 | 3 => by_size!(size, W => by_binary!(insn.opcode >> 3, B => by_place!(insn, P => straight(reg_rm::<W, B, P>)))),
+        0 | 1 => {
+            by_size!(size, W => by_binary!(insn.opcode >> 3, B => by_place!(insn, P => straight(rm_reg::<W, B, P>))))
+        }
+        2 | 3 => {
+            by_size!(size, W => by_binary!(insn.opcode >> 3, B => by_place!(insn, P => straight(reg_rm::<W, B, P>))))
+        }
         _ => by_size!(size, W => by_binary!(insn.opcode >> 3, B => straight(rax_imm::<W, B>))),
     }
 }
@@ -184,6 +193,7 @@ fn step<W: Width, const DOWN: bool>(flags: Flags, old: W) -> (W, Flags) {
     (value, new.with_cf(flags.cf()))
 }
 
+#[inline(always)]
 fn inc_dec<W: Width, P: Place, const DOWN: bool>(core: &mut Core, op: &Op) -> Step {
     core.flags = P::modify::<W, _>(core, op, |core, old| step::<W, DOWN>(core.flags, old))?;
     Ok(())
@@ -203,10 +213,12 @@ pub fn pick_group_4(insn: &Insn) -> Option<Pick> {
     if insn.extension() < 2 { pick_inc_dec(insn) } else { None }
 }
 
+#[inline(always)]
 fn not<W: Width, P: Place>(core: &mut Core, op: &Op) -> Step {
     P::modify::<W, _>(core, op, |_, old| (W::cut(!old.wide()), ()))
 }
 
+#[inline(always)]
 fn neg<W: Width, P: Place>(core: &mut Core, op: &Op) -> Step {
     core.flags = P::modify::<W, _>(core, op, |_, old| subtract(W::cut(0), old))?;
     Ok(())

@@ -37,10 +37,12 @@ fn within<W: Width, P: Place, const KIND: u8>(core: &mut Core, op: &Op, offset: 
     Ok(())
 }
 
+#[inline(always)]
 fn imm<W: Width, P: Place, const KIND: u8>(core: &mut Core, op: &Op) -> Step {
     within::<W, P, KIND>(core, op, op.immediate)
 }
 
+#[inline(always)]
 fn reg<W: Width, const KIND: u8>(core: &mut Core, op: &Op) -> Step {
     let offset = W::get(core, op.reg).wide();
     within::<W, Register, KIND>(core, op, offset)

@@ -4,7 +4,7 @@
 //! RIP. In 64-bit mode AMD processors honour the operand-size prefix on near branches: RIP becomes 16 bits wide.
 
 use super::operand::{Place, Width};
-use super::pick::{Pick, by_condition, by_place, by_wide, last};
+use super::pick::{Pick, branch, by_condition, by_place, by_wide, last};
 use super::stack::{self, by_long};
 use crate::engine::soft::core::{CS, Core, RCX, RSP, Step, canonical};
 use crate::engine::soft::decode::Insn;
@@ -26,11 +26,13 @@ fn relative<W: Width, const LONG: bool>(core: &mut Core, op: &Op) -> Step<u64> {
     if LONG && W::BITS == 64 { Ok(next) } else { target::<W, LONG>(core, next) }
 }
 
+#[inline(always)]
 fn jmp<W: Width, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
     core.rip = relative::<W, LONG>(core, op)?;
     Ok(())
 }
 
+#[inline(always)]
 fn jcc<W: Width, const LONG: bool, const CC: u8>(core: &mut Core, op: &Op) -> Step {
     if core.flags.condition(CC) {
         core.rip = relative::<W, LONG>(core, op)?;
@@ -38,6 +40,7 @@ fn jcc<W: Width, const LONG: bool, const CC: u8>(core: &mut Core, op: &Op) -> St
     Ok(())
 }
 
+#[inline(always)]
 fn call<W: Width, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
     let (next, target) = (core.rip, relative::<W, LONG>(core, op)?);
     core.push::<W, LONG>(W::cut(next))?;
@@ -45,12 +48,14 @@ fn call<W: Width, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
     Ok(())
 }
 
+#[inline(always)]
 fn jmp_rm<W: Width, P: Place, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
     let value = P::load::<W>(core, op)?.wide();
     core.rip = target::<W, LONG>(core, value)?;
     Ok(())
 }
 
+#[inline(always)]
 fn call_rm<W: Width, P: Place, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
     let next = core.rip;
     let value = P::load::<W>(core, op)?.wide();
@@ -69,6 +74,7 @@ fn call_rm<W: Width, P: Place, const LONG: bool>(core: &mut Core, op: &Op) -> St
     Ok(())
 }
 
+#[inline(always)]
 fn ret<W: Width, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
     let before = core.gprs[RSP];
     let popped = core.pop::<W, LONG>(op.immediate)?.wide();
@@ -85,23 +91,23 @@ fn ret<W: Width, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
 /// E8, E9, EB, C2, C3.
 pub fn pick(insn: &Insn) -> Option<Pick> {
     match insn.opcode {
-        0xe8 => by_wide!(insn.op.size, W => by_long!(insn, L => last(call::<W, L>))),
-        0xe9 | 0xeb => by_wide!(insn.op.size, W => by_long!(insn, L => last(jmp::<W, L>))),
-        _ => by_wide!(insn.op.size, W => by_long!(insn, L => last(ret::<W, L>))),
+        0xe8 => by_wide!(insn.op.size, W => by_long!(insn, L => branch(call::<W, L>))),
+        0xe9 | 0xeb => by_wide!(insn.op.size, W => by_long!(insn, L => branch(jmp::<W, L>))),
+        _ => by_wide!(insn.op.size, W => by_long!(insn, L => branch(ret::<W, L>))),
     }
 }
 
 /// 70-7F, 0F 80-8F.
 pub fn pick_jcc(insn: &Insn) -> Option<Pick> {
-    by_condition!(insn.opcode, CC => by_wide!(insn.op.size, W => by_long!(insn, L => last(jcc::<W, L, CC>))))
+    by_condition!(insn.opcode, CC => by_wide!(insn.op.size, W => by_long!(insn, L => branch(jcc::<W, L, CC>))))
 }
 
 /// FF: group 5.
 pub fn pick_group_5(insn: &Insn) -> Option<Pick> {
     match insn.extension() {
         0 | 1 => alu::pick_inc_dec(insn),
-        2 => by_wide!(insn.op.size, W => by_place!(insn, P => by_long!(insn, L => last(call_rm::<W, P, L>)))),
-        4 => by_wide!(insn.op.size, W => by_place!(insn, P => by_long!(insn, L => last(jmp_rm::<W, P, L>)))),
+        2 => by_wide!(insn.op.size, W => by_place!(insn, P => by_long!(insn, L => branch(call_rm::<W, P, L>)))),
+        4 => by_wide!(insn.op.size, W => by_place!(insn, P => by_long!(insn, L => branch(jmp_rm::<W, P, L>)))),
         3 if insn.is_memory() => last(far::far_call_memory),
         5 if insn.is_memory() => last(far::far_jump_memory),
         6 => stack::pick_push_rm(insn),
@@ -136,9 +142,9 @@ pub fn pick_loop(insn: &Insn) -> Option<Pick> {
         (kind, _) => kind,
     };
     by_wide!(insn.op.size, W => by_wide!(insn.op.address_size, A => by_long!(insn, L => match kind {
-        0 => last(looping::<W, A, L, 0>),
-        1 => last(looping::<W, A, L, 1>),
-        2 => last(looping::<W, A, L, 2>),
-        _ => last(jcxz::<W, A, L>),
+        0 => branch(looping::<W, A, L, 0>),
+        1 => branch(looping::<W, A, L, 1>),
+        2 => branch(looping::<W, A, L, 2>),
+        _ => branch(jcxz::<W, A, L>),
     })))
 }

@@ -6,12 +6,14 @@ use crate::engine::soft::core::{Core, RAX, RDX, Step};
 use crate::engine::soft::decode::Insn;
 use crate::engine::soft::op::Op;
 
+#[inline(always)]
 fn movzx<W: Width, F: Width, P: Place>(core: &mut Core, op: &Op) -> Step {
     let value = P::load::<F>(core, op)?;
     W::set(core, op.reg, W::cut(value.wide()));
     Ok(())
 }
 
+#[inline(always)]
 fn movsx<W: Width, F: Width, P: Place>(core: &mut Core, op: &Op) -> Step {
     let value = P::load::<F>(core, op)?;
     W::set(core, op.reg, W::cut(value.signed()));

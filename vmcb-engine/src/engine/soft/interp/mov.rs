@@ -6,17 +6,20 @@ use crate::engine::soft::core::{Core, Step};
 use crate::engine::soft::decode::Insn;
 use crate::engine::soft::op::{NO_SEGMENT, Op};
 
+#[inline(always)]
 fn rm_reg<W: Width, P: Place>(core: &mut Core, op: &Op) -> Step {
     let value = W::get(core, op.reg);
     P::store(core, op, value)
 }
 
+#[inline(always)]
 fn reg_rm<W: Width, P: Place>(core: &mut Core, op: &Op) -> Step {
     let value = P::load::<W>(core, op)?;
     W::set(core, op.reg, value);
     Ok(())
 }
 
+#[inline(always)]
 fn rm_imm<W: Width, P: Place>(core: &mut Core, op: &Op) -> Step {
     P::store(core, op, W::cut(op.immediate))
 }
@@ -38,12 +41,14 @@ pub fn pick(insn: &Insn) -> Option<Pick> {
     }
 }
 
+#[inline(always)]
 fn lea_near<W: Width>(core: &mut Core, op: &Op) -> Step {
     let address = super::operand::near(core, op);
     W::set(core, op.reg, W::cut(address));
     Ok(())
 }
 
+#[inline(always)]
 fn lea<W: Width>(core: &mut Core, op: &Op) -> Step {
     let address = op.effective(core);
     W::set(core, op.reg, W::cut(address));
@@ -60,6 +65,7 @@ pub fn pick_lea(insn: &Insn) -> Option<Pick> {
     }
 }
 
+#[inline(always)]
 fn cmov<W: Width, P: Place, const CC: u8>(core: &mut Core, op: &Op) -> Step {
     let value = P::load::<W>(core, op)?;
     // Without the condition a 32-bit register is still zero-extended.
@@ -73,6 +79,7 @@ pub fn pick_cmov(insn: &Insn) -> Option<Pick> {
     by_condition!(insn.opcode, CC => by_wide!(insn.op.size, W => by_place!(insn, P => straight(cmov::<W, P, CC>))))
 }
 
+#[inline(always)]
 fn setcc<P: Place, const CC: u8>(core: &mut Core, op: &Op) -> Step {
     let value = u8::from(core.flags.condition(CC));
     P::store(core, op, value)

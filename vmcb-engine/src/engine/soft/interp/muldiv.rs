@@ -30,6 +30,7 @@ fn set_pair<W: Width>(core: &mut Core, low: u64, high: u64) {
     }
 }
 
+#[inline(always)]
 fn mul<W: Width, P: Place>(core: &mut Core, op: &Op) -> Step {
     let right = P::load::<W>(core, op)?.wide();
     let product = u128::from(W::get(core, RAX as u8).wide()) * u128::from(right);
@@ -39,6 +40,7 @@ fn mul<W: Width, P: Place>(core: &mut Core, op: &Op) -> Step {
     Ok(())
 }
 
+#[inline(always)]
 fn imul<W: Width, P: Place>(core: &mut Core, op: &Op) -> Step {
     let right = P::load::<W>(core, op)?.signed();
     let left = W::get(core, RAX as u8).signed();
@@ -56,12 +58,14 @@ fn imul_into<W: Width>(core: &mut Core, register: u8, left: W, right: W) {
     product_flags(core, product != i128::from(value.signed() as i64));
 }
 
+#[inline(always)]
 fn imul_reg_rm<W: Width, P: Place>(core: &mut Core, op: &Op) -> Step {
     let right = P::load::<W>(core, op)?;
     imul_into(core, op.reg, W::get(core, op.reg), right);
     Ok(())
 }
 
+#[inline(always)]
 fn imul_reg_rm_imm<W: Width, P: Place>(core: &mut Core, op: &Op) -> Step {
     let left = P::load::<W>(core, op)?;
     imul_into(core, op.reg, left, W::cut(op.immediate));

@@ -24,6 +24,11 @@ pub fn last<F: Meaning>(f: F) -> Option<Pick> {
     Some(Pick { run: op::last(f), ends: true })
 }
 
+/// A near branch.
+pub fn branch<F: Meaning>(f: F) -> Option<Pick> {
+    Some(Pick { run: op::branch(f), ends: true })
+}
+
 /// The handler of an SSE or x87 row.
 pub fn row(row: Row) -> Option<Pick> {
     Some(Pick { run: row.run, ends: false })

@@ -118,20 +118,28 @@ fn masked<W: Width>(count: u64) -> u32 {
 #[inline(always)]
 fn shift<W: Width, S: Shift, P: Place>(core: &mut Core, op: &Op, count: u64) -> Step {
     let count = masked::<W>(count);
-    core.flags = P::modify::<W, _>(core, op, |core, value| {
-        if count == 0 { (value, core.flags) } else { S::apply(core.flags, value, count) }
-    })?;
+    core.flags =
+        P::modify::<W, _>(
+            core,
+            op,
+            |core, value| {
+                if count == 0 { (value, core.flags) } else { S::apply(core.flags, value, count) }
+            },
+        )?;
     Ok(())
 }
 
+#[inline(always)]
 fn by_imm<W: Width, S: Shift, P: Place>(core: &mut Core, op: &Op) -> Step {
     shift::<W, S, P>(core, op, op.immediate)
 }
 
+#[inline(always)]
 fn by_one<W: Width, S: Shift, P: Place>(core: &mut Core, op: &Op) -> Step {
     shift::<W, S, P>(core, op, 1)
 }
 
+#[inline(always)]
 fn by_cl<W: Width, S: Shift, P: Place>(core: &mut Core, op: &Op) -> Step {
     let count = core.gprs[RCX];
     shift::<W, S, P>(core, op, count)

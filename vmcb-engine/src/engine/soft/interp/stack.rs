@@ -108,20 +108,24 @@ macro_rules! by_long {
 }
 pub(super) use by_long;
 
+#[inline(always)]
 fn push_reg<W: Width, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
     let value = W::get(core, op.rm);
     core.push::<W, LONG>(value)
 }
 
+#[inline(always)]
 fn push_imm<W: Width, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
     core.push::<W, LONG>(W::cut(op.immediate))
 }
 
+#[inline(always)]
 fn push_rm<W: Width, P: Place, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
     let value = P::load::<W>(core, op)?;
     core.push::<W, LONG>(value)
 }
 
+#[inline(always)]
 fn pop_reg<W: Width, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
     let value = core.pop::<W, LONG>(0)?;
     W::set(core, op.rm, value);
@@ -217,6 +221,7 @@ fn enter<W: Width, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
     Ok(())
 }
 
+#[inline(always)]
 fn leave<W: Width, const LONG: bool>(core: &mut Core, _: &Op) -> Step {
     let frame = core.gprs[RBP];
     let value = core.stack_load::<W, LONG>(frame)?;
