@@ -30,11 +30,49 @@ fn explained(instruction: &Instruction) -> bool {
     let lacking = instruction.cpuid_features().iter().any(|feature| {
         !matches!(
             feature,
-            F::INTEL8086 | F::INTEL8086_ONLY | F::INTEL186 | F::INTEL286 | F::INTEL286_ONLY | F::INTEL386 | F::INTEL386_ONLY
-                | F::INTEL486 | F::X64 | F::CPUID | F::CMOV | F::CX8 | F::CMPXCHG16B | F::FPU | F::FPU287 | F::FPU387
-                | F::FXSR | F::MMX | F::SSE | F::SSE2 | F::SSE3 | F::SSSE3 | F::SSE4_1 | F::SSE4_2 | F::POPCNT
-                | F::LZCNT | F::CLFSH | F::MULTIBYTENOP | F::PREFETCHW | F::PAUSE | F::BMI1 | F::MSR | F::TSC | F::RDPMC
-                | F::RDTSCP | F::SYSCALL | F::SEP | F::SVM | F::SKINIT | F::SMAP | F::FSGSBASE | F::MONITOR | F::RDPRU
+            F::INTEL8086
+                | F::INTEL8086_ONLY
+                | F::INTEL186
+                | F::INTEL286
+                | F::INTEL286_ONLY
+                | F::INTEL386
+                | F::INTEL386_ONLY
+                | F::INTEL486
+                | F::X64
+                | F::CPUID
+                | F::CMOV
+                | F::CX8
+                | F::CMPXCHG16B
+                | F::FPU
+                | F::FPU287
+                | F::FPU387
+                | F::FXSR
+                | F::MMX
+                | F::SSE
+                | F::SSE2
+                | F::SSE3
+                | F::SSSE3
+                | F::SSE4_1
+                | F::SSE4_2
+                | F::POPCNT
+                | F::LZCNT
+                | F::CLFSH
+                | F::MULTIBYTENOP
+                | F::PREFETCHW
+                | F::PAUSE
+                | F::BMI1
+                | F::MSR
+                | F::TSC
+                | F::RDPMC
+                | F::RDTSCP
+                | F::SYSCALL
+                | F::SEP
+                | F::SVM
+                | F::SKINIT
+                | F::SMAP
+                | F::FSGSBASE
+                | F::MONITOR
+                | F::RDPRU
                 | F::INVEPT
         )
     });

@@ -64,9 +64,14 @@ impl Random {
     fn content(&mut self) -> u64 {
         match self.below(8) {
             0 => (self.below(1000) as f64 - 500.0).to_bits(),
-            1 => u64::from((self.below(1000) as f32 * 0.25).to_bits()) << 32 | u64::from((self.below(9) as f32).to_bits()),
+            1 => {
+                u64::from((self.below(1000) as f32 * 0.25).to_bits()) << 32
+                    | u64::from((self.below(9) as f32).to_bits())
+            }
             2 => self.pick(&[f64::NAN.to_bits(), f64::INFINITY.to_bits(), 1, 1 << 63, 0x7ff0_0000_0000_0001, 0]),
-            3 => self.pick(&[0x7fc0_0000_7f80_0000, 0xff80_0001_0000_0001, 0x8000_0000_3f80_0000, 0x3f80_0000_bf80_0000]),
+            3 => {
+                self.pick(&[0x7fc0_0000_7f80_0000, 0xff80_0001_0000_0001, 0x8000_0000_3f80_0000, 0x3f80_0000_bf80_0000])
+            }
             4 => f64::from_bits(self.next()).to_bits(),
             5 => self.value(),
             _ => self.next(),
@@ -88,30 +93,121 @@ fn allowed(instruction: &Instruction) -> bool {
         || instruction.is_jmp_far_indirect();
     let excluded = matches!(
         instruction.mnemonic(),
-        M::Syscall | M::Sysenter | M::Sysret | M::Sysretq | M::Sysexit | M::Sysexitq | M::Int | M::Int1 | M::Int3
-            | M::Into | M::Cpuid | M::Rdtsc | M::Rdtscp | M::Rdpmc | M::Rdpru | M::Rdpid | M::Xgetbv | M::Rdfsbase
-            | M::Rdgsbase | M::Wrfsbase | M::Wrgsbase | M::Lfs | M::Lgs | M::Lss | M::Sgdt | M::Sidt | M::Sldt | M::Str
-            | M::Smsw | M::Lar | M::Lsl | M::Verr | M::Verw | M::Monitorx | M::Mwaitx | M::Clzero | M::Pushf
-            | M::Pushfd | M::Pushfq | M::Popf | M::Popfd | M::Popfq | M::Rdrand | M::Rdseed | M::Vmmcall | M::In
-            | M::Out | M::Insb | M::Insw | M::Insd | M::Outsb | M::Outsw | M::Outsd | M::Rdpkru | M::Wrpkru
-            | M::Rcpps | M::Rcpss | M::Rsqrtps | M::Rsqrtss | M::Xbegin | M::Xabort | M::Xend | M::Xtest | M::Pause
-            | M::Ud0 | M::Ud1 | M::Ud2 | M::Incsspd | M::Incsspq | M::Rdsspd | M::Rdsspq
+        M::Syscall
+            | M::Sysenter
+            | M::Sysret
+            | M::Sysretq
+            | M::Sysexit
+            | M::Sysexitq
+            | M::Int
+            | M::Int1
+            | M::Int3
+            | M::Into
+            | M::Cpuid
+            | M::Rdtsc
+            | M::Rdtscp
+            | M::Rdpmc
+            | M::Rdpru
+            | M::Rdpid
+            | M::Xgetbv
+            | M::Rdfsbase
+            | M::Rdgsbase
+            | M::Wrfsbase
+            | M::Wrgsbase
+            | M::Lfs
+            | M::Lgs
+            | M::Lss
+            | M::Sgdt
+            | M::Sidt
+            | M::Sldt
+            | M::Str
+            | M::Smsw
+            | M::Lar
+            | M::Lsl
+            | M::Verr
+            | M::Verw
+            | M::Monitorx
+            | M::Mwaitx
+            | M::Clzero
+            | M::Pushf
+            | M::Pushfd
+            | M::Pushfq
+            | M::Popf
+            | M::Popfd
+            | M::Popfq
+            | M::Rdrand
+            | M::Rdseed
+            | M::Vmmcall
+            | M::In
+            | M::Out
+            | M::Insb
+            | M::Insw
+            | M::Insd
+            | M::Outsb
+            | M::Outsw
+            | M::Outsd
+            | M::Rdpkru
+            | M::Wrpkru
+            | M::Rcpps
+            | M::Rcpss
+            | M::Rsqrtps
+            | M::Rsqrtss
+            | M::Xbegin
+            | M::Xabort
+            | M::Xend
+            | M::Xtest
+            | M::Pause
+            | M::Ud0
+            | M::Ud1
+            | M::Ud2
+            | M::Incsspd
+            | M::Incsspq
+            | M::Rdsspd
+            | M::Rdsspq
     );
-    let segments = (0..instruction.op_count()).any(|at| {
-        instruction.op_kind(at) == OpKind::Register && instruction.op_register(at).is_segment_register()
-    });
+    let segments = (0..instruction.op_count())
+        .any(|at| instruction.op_kind(at) == OpKind::Register && instruction.op_register(at).is_segment_register());
     let supported = instruction.cpuid_features().iter().all(|feature| {
         use CpuidFeature as F;
         matches!(
             feature,
-            F::INTEL8086 | F::INTEL8086_ONLY | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 | F::X64 | F::CPUID
-                | F::CMOV | F::CX8 | F::CMPXCHG16B | F::FPU | F::FPU287 | F::FPU387 | F::FXSR | F::MMX | F::SSE | F::SSE2
-                | F::SSE3 | F::SSSE3 | F::SSE4_1 | F::SSE4_2 | F::POPCNT | F::LZCNT | F::CLFSH | F::MULTIBYTENOP
-                | F::PREFETCHW | F::PAUSE | F::BMI1
+            F::INTEL8086
+                | F::INTEL8086_ONLY
+                | F::INTEL186
+                | F::INTEL286
+                | F::INTEL386
+                | F::INTEL486
+                | F::X64
+                | F::CPUID
+                | F::CMOV
+                | F::CX8
+                | F::CMPXCHG16B
+                | F::FPU
+                | F::FPU287
+                | F::FPU387
+                | F::FXSR
+                | F::MMX
+                | F::SSE
+                | F::SSE2
+                | F::SSE3
+                | F::SSSE3
+                | F::SSE4_1
+                | F::SSE4_2
+                | F::POPCNT
+                | F::LZCNT
+                | F::CLFSH
+                | F::MULTIBYTENOP
+                | F::PREFETCHW
+                | F::PAUSE
+                | F::BMI1
         )
     });
     let bmi = instruction.cpuid_features().contains(&CpuidFeature::BMI1);
-    !far && !excluded && !segments && supported && !bmi && !instruction.is_privileged()
+    !far && !excluded
+        && !segments
+        && supported
+        && !bmi
+        && !instruction.is_privileged()
         && instruction.segment_prefix() != Register::FS
         && !matches!(instruction.flow_control(), FlowControl::Interrupt | FlowControl::XbeginXabortXend)
 }
@@ -347,7 +443,9 @@ fn user_mode_instructions_agree_with_the_host() {
         let mut decoder = Decoder::with_ip(64, &bytes, CODE + 4096 - bytes.len() as u64, options);
         let decoded = decoder.decode();
         let name = format!("{:?}", decoded.code());
-        if !allowed(&decoded) || only.as_ref().is_some_and(|only| !format!("{:?}", decoded.mnemonic()).eq_ignore_ascii_case(only)) {
+        if !allowed(&decoded)
+            || only.as_ref().is_some_and(|only| !format!("{:?}", decoded.mnemonic()).eq_ignore_ascii_case(only))
+        {
             continue;
         }
         ran += 1;
@@ -369,7 +467,8 @@ fn user_mode_instructions_agree_with_the_host() {
         let flags = compared_flags(&decoded);
         let mut found = differences(&comparable(&host, flags), &comparable(&engine, flags));
         // The host may fault already where the step arrived: that is the next instruction's fault.
-        let arrived = host_fault.is_some_and(|fault| fault.vector == 14 && fault.address == engine.rip && engine.rip == host.rip);
+        let arrived =
+            host_fault.is_some_and(|fault| fault.vector == 14 && fault.address == engine.rip && engine.rip == host.rip);
         if host_fault != engine_fault && !(arrived && engine_fault.is_none()) {
             found.push(format!("fault: host {host_fault:x?} engine {engine_fault:x?}"));
         }
@@ -378,12 +477,22 @@ fn user_mode_instructions_agree_with_the_host() {
             let at = after.iter().zip(native.data().iter()).position(|(soft, native)| soft != native).unwrap();
             let (host, engine) = (&native.data()[at..], &after[at..]);
             let shown = 16.min(host.len());
-            found.push(format!("memory at {:#x}: host {:x?} engine {:x?}", DATA + at as u64, &host[..shown], &engine[..shown]));
+            found.push(format!(
+                "memory at {:#x}: host {:x?} engine {:x?}",
+                DATA + at as u64,
+                &host[..shown],
+                &engine[..shown]
+            ));
         }
         if !found.is_empty() {
             let mut text = String::new();
             IntelFormatter::new().format(&decoded, &mut text);
-            let report = format!("{bytes:02x?} {text}\n  in: {:x?} flags {:x}\n  {}", input.gprs, input.rflags, found.join("\n  "));
+            let report = format!(
+                "{bytes:02x?} {text}\n  in: {:x?} flags {:x}\n  {}",
+                input.gprs,
+                input.rflags,
+                found.join("\n  ")
+            );
             let known = failures.entry(name).or_insert_with(|| (0, String::new()));
             known.0 += 1;
             if known.0 <= shown_each {
@@ -395,7 +504,12 @@ fn user_mode_instructions_agree_with_the_host() {
     for (name, (times, report)) in &failures {
         println!("{name} x{times}: {report}");
     }
-    assert!(failures.is_empty(), "{} kinds of instructions differ (seed {seed}): {:?}", failures.len(), failures.keys());
+    assert!(
+        failures.is_empty(),
+        "{} kinds of instructions differ (seed {seed}): {:?}",
+        failures.len(),
+        failures.keys()
+    );
 }
 
 /// What neither side knows must be refused by both, with the same exception.
@@ -419,7 +533,12 @@ fn undefined_encodings_agree_with_the_host() {
         let (_, host) = native.run(&bytes, &input, false);
         let (_, engine) = soft.run(&bytes, &input, false);
         if host.map(|fault| fault.vector) != engine.map(|fault| fault.vector) {
-            let skipped = bytes.iter().take_while(|byte| matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)).count();
+            let skipped = bytes
+                .iter()
+                .take_while(
+                    |byte| matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3),
+                )
+                .count();
             let name = format!("{:02x?}", &bytes[skipped..(skipped + 3).min(15)]);
             failures.entry(name).or_insert((0, format!("{bytes:02x?} host {host:x?} engine {engine:x?}"))).0 += 1;
         }

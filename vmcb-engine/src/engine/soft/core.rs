@@ -250,11 +250,7 @@ impl Flags {
     pub fn from_rflags(value: u64) -> Self {
         let bit = |mask: u64| u64::from(value & mask != 0);
         let (cf, of) = (bit(rflags::CF), bit(rflags::OF));
-        let aux = cf << 63
-            | (cf ^ of) << 62
-            | (1 - bit(rflags::PF)) << 8
-            | bit(rflags::AF) << 3
-            | bit(rflags::SF);
+        let aux = cf << 63 | (cf ^ of) << 62 | (1 - bit(rflags::PF)) << 8 | bit(rflags::AF) << 3 | bit(rflags::SF);
         // Low byte 0 has even parity and sign 0: PF and SF come from aux alone.
         Self { result: if value & rflags::ZF != 0 { 0 } else { 0x100 }, aux }
     }

@@ -1,10 +1,10 @@
 //! One instruction: prefixes, opcode, ModRM and SIB, displacement, immediate, and the rules that hold for all of them.
 
+use super::Insn;
 use super::bytes::{Cursor, Trouble};
 use super::one_byte::ONE_BYTE;
 use super::table::{Entry, Immediate, flag};
-use super::two_byte::{MAP_38, MAP_3A, TWO_BYTE};
-use super::Insn;
+use super::two_byte::{MAP_3A, MAP_38, TWO_BYTE};
 use crate::engine::soft::core::{DS, Mode, RIP_BASE, SS, ZERO};
 use crate::engine::soft::interp::pick::{self, Pick};
 use crate::engine::soft::op::{NO_SEGMENT, Op, form};
@@ -144,7 +144,13 @@ fn apply_prefixes(insn: &mut Insn, prefixes: Prefixes) {
         | bit(prefixes.operand, form::OPERAND_SIZE)
         | bit(prefixes.rex & 8 != 0, form::WIDE);
     op.address_size = match (insn.mode.long, insn.mode.big != prefixes.address) {
-        (true, _) => if prefixes.address { 4 } else { 8 },
+        (true, _) => {
+            if prefixes.address {
+                4
+            } else {
+                8
+            }
+        }
         (false, true) => 4,
         (false, false) => 2,
     };
@@ -166,7 +172,13 @@ fn operand_size(insn: &Insn, entry: &Entry, prefixes: Prefixes) -> u8 {
         match (prefixes.rex & 8 != 0, prefixes.operand) {
             (true, _) => 8,
             (false, true) => 2,
-            (false, false) => if entry.flags & flag::DEFAULT_64 != 0 || group_5 { 8 } else { 4 },
+            (false, false) => {
+                if entry.flags & flag::DEFAULT_64 != 0 || group_5 {
+                    8
+                } else {
+                    4
+                }
+            }
         }
     } else if insn.mode.big != prefixes.operand {
         4
@@ -252,8 +264,7 @@ fn memory(cursor: &mut Cursor<'_>, insn: &mut Insn, prefixes: Prefixes) -> Resul
 
 /// ModRM with 16-bit addresses (APM3 table A-33).
 fn memory_16(cursor: &mut Cursor<'_>, insn: &mut Insn, prefixes: Prefixes) -> Result<(), Trouble> {
-    const FORMS: [(u8, u8); 8] =
-        [(3, 6), (3, 7), (5, 6), (5, 7), (6, ZERO), (7, ZERO), (5, ZERO), (3, ZERO)];
+    const FORMS: [(u8, u8); 8] = [(3, 6), (3, 7), (5, 6), (5, 7), (6, ZERO), (7, ZERO), (5, ZERO), (3, ZERO)];
     let (mode, rm) = (insn.modrm >> 6, insn.modrm & 7);
     (insn.op.base, insn.op.index) = FORMS[usize::from(rm)];
     insn.op.displacement = match mode {

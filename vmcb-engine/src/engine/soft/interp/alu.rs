@@ -163,8 +163,12 @@ pub fn pick(insn: &Insn) -> Option<Pick> {
         return by_size!(size, W => straight(xor_self::<W>));
     }
     match insn.opcode & 7 {
-        0 | 1 => by_size!(size, W => by_binary!(insn.opcode >> 3, B => by_place!(insn, P => straight(rm_reg::<W, B, P>)))),
-        2 | 3 => by_size!(size, W => by_binary!(insn.opcode >> 3, B => by_place!(insn, P => straight(reg_rm::<W, B, P>)))),
+        0 | 1 => {
+            by_size!(size, W => by_binary!(insn.opcode >> 3, B => by_place!(insn, P => straight(rm_reg::<W, B, P>))))
+        }
+        2 | 3 => {
+            by_size!(size, W => by_binary!(insn.opcode >> 3, B => by_place!(insn, P => straight(reg_rm::<W, B, P>))))
+        }
         _ => by_size!(size, W => by_binary!(insn.opcode >> 3, B => straight(rax_imm::<W, B>))),
     }
 }

@@ -119,4 +119,3 @@ pub fn pick_group_9(insn: &Insn) -> Option<Pick> {
         _ => None,
     }
 }
-

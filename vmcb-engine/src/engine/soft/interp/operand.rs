@@ -65,15 +65,10 @@ fn high(register: u8) -> u32 {
     u32::from(register >> 2 & 8)
 }
 
-width!(
-    u8,
-    i8,
-    |core, register| (core.gprs[slot(register)] >> high(register)) as u8,
-    |core, register, value| {
-        let whole = &mut core.gprs[slot(register)];
-        *whole = *whole & !(0xff << high(register)) | u64::from(value) << high(register);
-    }
-);
+width!(u8, i8, |core, register| (core.gprs[slot(register)] >> high(register)) as u8, |core, register, value| {
+    let whole = &mut core.gprs[slot(register)];
+    *whole = *whole & !(0xff << high(register)) | u64::from(value) << high(register);
+});
 width!(u16, i16, |core, register| core.gprs[slot(register)] as u16, |core, register, value| {
     let whole = &mut core.gprs[slot(register)];
     *whole = *whole & !0xffff | u64::from(value);
@@ -208,8 +203,7 @@ impl Core {
         };
         let fits = !self.mode.protected
             || self.virtual_8086()
-            || segment.present()
-                && if write { segment.kind() & 0xa == 2 } else { segment.kind() & 0xa != 8 };
+            || segment.present() && if write { segment.kind() & 0xa == 2 } else { segment.kind() & 0xa != 8 };
         if inside && fits {
             return Ok(());
         }

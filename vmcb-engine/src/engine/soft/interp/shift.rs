@@ -118,9 +118,14 @@ fn masked<W: Width>(count: u64) -> u32 {
 #[inline(always)]
 fn shift<W: Width, S: Shift, P: Place>(core: &mut Core, op: &Op, count: u64) -> Step {
     let count = masked::<W>(count);
-    core.flags = P::modify::<W, _>(core, op, |core, value| {
-        if count == 0 { (value, core.flags) } else { S::apply(core.flags, value, count) }
-    })?;
+    core.flags =
+        P::modify::<W, _>(
+            core,
+            op,
+            |core, value| {
+                if count == 0 { (value, core.flags) } else { S::apply(core.flags, value, count) }
+            },
+        )?;
     Ok(())
 }
 

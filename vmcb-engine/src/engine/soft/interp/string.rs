@@ -127,7 +127,11 @@ fn copy_whole<W: Width>(core: &mut Core, op: &Op, elements: u64) -> Step<bool> {
     let (from, to) = (source::<W>(core, op)?, target::<W>(core, op, true)?);
     let (read, write) = (core.tlb.read_entry(from, core.tlb_set), core.tlb.write_entry(to, core.tlb_set));
     let bytes = elements * W::BYTES;
-    if !read.hits::<u8>(from) || !write.hits::<u8>(to) || (from & 0xfff) + bytes > 0x1000 || (to & 0xfff) + bytes > 0x1000 {
+    if !read.hits::<u8>(from)
+        || !write.hits::<u8>(to)
+        || (from & 0xfff) + bytes > 0x1000
+        || (to & 0xfff) + bytes > 0x1000
+    {
         return Ok(false);
     }
     let (from, to) = (read.host::<u8>(from), write.host::<u8>(to));

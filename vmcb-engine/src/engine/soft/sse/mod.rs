@@ -57,8 +57,14 @@ mod tests {
             for opcode in 0..=255 {
                 for prefix in [0, 0x66, 0xf3, 0xf2] {
                     for form in 0..32 {
-                        let selector =
-                            Selector { map, opcode, prefix, reg: form >> 2, memory: form & 1 != 0, wide: form & 2 != 0 };
+                        let selector = Selector {
+                            map,
+                            opcode,
+                            prefix,
+                            reg: form >> 2,
+                            memory: form & 1 != 0,
+                            wide: form & 2 != 0,
+                        };
                         rows += usize::from(lookup(selector).is_some());
                     }
                 }
