@@ -8,6 +8,7 @@
 //! lease_ms = 10000
 //! metrics  = "127.0.0.1:9400"          # Prometheus over HTTP; left out: none
 //! log      = "text"                    # or "json"
+//! filter   = "info"                    # which log lines: a level, or directives such as "info,controller=debug"
 //!
 //! [tls]
 //! ca   = "/etc/godwit/ca.pem"
@@ -50,6 +51,9 @@ pub struct Config {
     /// Form of log lines.
     #[serde(default)]
     pub log: LogFormat,
+    /// Which log lines.
+    #[serde(default = "filter_default")]
+    pub filter: String,
 }
 
 /// PEM files; read again when they change.
@@ -101,6 +105,10 @@ pub enum ConfigError {
 
 fn lease_ms_default() -> u64 {
     10_000
+}
+
+fn filter_default() -> String {
+    "info".into()
 }
 
 impl Config {

@@ -91,9 +91,10 @@ mod tests {
     #[test]
     fn a_host_is_up_then_silent_then_lost() {
         let state = |seconds| host_state(Some(Duration::from_secs(seconds)), LEASE);
-        assert_eq!([state(0), state(6), state(7), state(11), state(12)].map(HostState::word), [
-            "up", "up", "silent", "silent", "lost"
-        ]);
+        assert_eq!(
+            [state(0), state(6), state(7), state(11), state(12)].map(HostState::word),
+            ["up", "up", "silent", "silent", "lost"]
+        );
         assert_eq!(host_state(None, LEASE), HostState::Lost);
     }
 }

@@ -31,11 +31,7 @@ pub struct Report<'a> {
 
 /// The ledger's word on one report. The generation in it is the one that the verdict is about: what the host reported.
 pub fn verdict(state: &State, host: &str, report: Report<'_>) -> VmVerdict {
-    VmVerdict {
-        vm: report.vm.into(),
-        verdict: judge(state, host, report).into(),
-        generation: report.generation,
-    }
+    VmVerdict { vm: report.vm.into(), verdict: judge(state, host, report).into(), generation: report.generation }
 }
 
 fn judge(state: &State, host: &str, report: Report<'_>) -> Verdict {

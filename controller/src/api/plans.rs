@@ -322,12 +322,11 @@ mod tests {
     #[test]
     fn a_restore_knows_the_vm_it_replaces() {
         let state = cluster();
-        let entry = entry("c1", "vm1", 1);
+        let mut entry = CheckpointEntry { vm_id: "22".repeat(16), ..entry("c1", "vm1", 1) };
         let manifest = || Manifest { config: Some(config()), ..Manifest::default() };
         let policy = TransferPolicy::default();
         let other = restore(&state, &entry, manifest(), &up("hostB"), "", policy);
-        assert_eq!(code(other), Code::Conflict, "vm1 in the ledger has another id when the ids differ");
-        let mut entry = entry;
+        assert_eq!(code(other), Code::Conflict, "vm1 in the ledger has another id");
         entry.vm_id.clone_from(&state.vms["vm1"].id);
         let same = restore(&state, &entry, manifest(), &up("hostB"), "", policy).unwrap();
         assert_eq!(same.holder, Some(Holder { host: "hostA".into(), generation: 1 }));

@@ -67,8 +67,12 @@ pub fn event(record: &Record) -> LedgerEvent {
             let to = plan.task.new_host().map(|host| format!(" on {host}")).unwrap_or_default();
             (format!("{task}.began"), operation.as_str(), format!("{task} {}{to}", plan.vm))
         }
-        Event::StepDone { operation, step } => (format!("{task}.step"), operation.as_str(), format!("step {step} is done")),
-        Event::StepFailed { operation, failure, .. } => (format!("{task}.failed"), operation.as_str(), failure.message.clone()),
+        Event::StepDone { operation, step } => {
+            (format!("{task}.step"), operation.as_str(), format!("step {step} is done"))
+        }
+        Event::StepFailed { operation, failure, .. } => {
+            (format!("{task}.failed"), operation.as_str(), failure.message.clone())
+        }
         Event::Committed { operation, result } => {
             let text = match &**result {
                 Outcome::AsPlanned => format!("{task} of {} is committed", record.vm),
@@ -84,7 +88,9 @@ pub fn event(record: &Record) -> LedgerEvent {
         Event::StepUndone { operation, step } => {
             (format!("{task}.undone"), operation.as_str(), format!("step {step} is taken back"))
         }
-        Event::GaveUp { operation, failure, .. } => (format!("{task}.left"), operation.as_str(), failure.message.clone()),
+        Event::GaveUp { operation, failure, .. } => {
+            (format!("{task}.left"), operation.as_str(), failure.message.clone())
+        }
     };
     LedgerEvent {
         sequence: record.sequence,

@@ -4,7 +4,7 @@
 //! What has no manifest does not exist. One kind of bucket so far: `file:DIR`. This room does not know what the objects
 //! mean and checks no hash; who reads does.
 
-mod file;
+pub(crate) mod file;
 
 use std::path::PathBuf;
 
@@ -64,7 +64,9 @@ impl From<BucketError> for Failure {
             BucketError::Url(_) => (Code::BadInput, ""),
             BucketError::Key(_) => (Code::Internal, ""),
             BucketError::Missing(_) => (Code::NotFound, ""),
-            BucketError::Full { .. } => (Code::Exhausted, "remove checkpoints (`ctl checkpoint rm`) or enlarge the bucket"),
+            BucketError::Full { .. } => {
+                (Code::Exhausted, "remove checkpoints (`ctl checkpoint rm`) or enlarge the bucket")
+            }
             BucketError::Short { .. } => (Code::Corrupt, "`ctl checkpoint verify --all` shows what else is damaged"),
             BucketError::Io { .. } => (Code::Unreachable, "check the disk that holds the bucket"),
         };

@@ -20,6 +20,8 @@ mod migration;
 mod operation;
 mod output;
 mod progress;
+#[cfg(test)]
+mod rehearsal;
 mod report;
 mod settings;
 mod units;

@@ -256,12 +256,8 @@ impl Assembly {
     }
 
     fn store(&mut self, run: &PageRun, bytes: &[u8], effects: &mut Vec<Effect>) -> Result<u32, IngestError> {
-        let entry = PackEntry {
-            space: run.space.into(),
-            first_page: run.first_page,
-            pages: run.pages,
-            ..PackEntry::default()
-        };
+        let entry =
+            PackEntry { space: run.space.into(), first_page: run.first_page, pages: run.pages, ..PackEntry::default() };
         let (pack, offset) = self.push(bytes, entry, effects);
         self.places.push(Place { pack, offset, first_page: run.first_page, frame_bytes: bytes.len() as u32 });
         u32::try_from(self.places.len()).map_err(|_| IngestError::TooLarge("more frames than a page map can name"))
@@ -310,7 +306,10 @@ impl Assembly {
             return Err(protocol(lane, "a round after the last round"));
         }
         if frames != end.frames {
-            return Err(protocol(lane, format!("{frames} frames arrived in round {}, {} were sent", end.round, end.frames)));
+            return Err(protocol(
+                lane,
+                format!("{frames} frames arrived in round {}, {} were sent", end.round, end.frames),
+            ));
         }
         match self.rounds.get(ended) {
             Some(round) if *round != (end.round, end.last) => {

@@ -69,7 +69,12 @@ pub fn machine_digest(spaces: &[[u8; 32]], state: [u8; 32]) -> MachineDigest {
     let (ram, disks) = spaces.split_first().expect("every machine has RAM");
     let disks = *blake3::hash(disks.as_flattened()).as_bytes();
     let machine = blake3::hash(&[*ram, state, disks].concat());
-    MachineDigest { machine: machine.as_bytes().to_vec(), ram: ram.to_vec(), state: state.to_vec(), disks: disks.to_vec() }
+    MachineDigest {
+        machine: machine.as_bytes().to_vec(),
+        ram: ram.to_vec(),
+        state: state.to_vec(),
+        disks: disks.to_vec(),
+    }
 }
 
 #[cfg(test)]
@@ -92,7 +97,8 @@ mod tests {
 
     #[test]
     fn the_order_of_sections_does_not_matter_but_their_bytes_do() {
-        let section = |name: &str, body: &[u8]| Section { name: name.into(), major: 1, body: body.into(), ..Section::default() };
+        let section =
+            |name: &str, body: &[u8]| Section { name: name.into(), major: 1, body: body.into(), ..Section::default() };
         let (a, b) = (section("cpu/0", b"1"), section("clock", b"2"));
         assert_eq!(state_digest(&[a.clone(), b.clone()]), state_digest(&[b.clone(), a.clone()]));
         assert_ne!(state_digest(&[a, b.clone()]), state_digest(&[section("cpu/0", b"3"), b]));

@@ -89,9 +89,8 @@ impl Load<'_> {
             progress(session.progress(total - read_bytes));
         }
         let digest = session.finish().await?;
-        compare(&self.manifest.digest.clone().unwrap_or_default(), &digest).map_err(|error| {
-            Failure::new(Code::Corrupt, format!("{} holds something else: {error}", self.target))
-        })?;
+        compare(&self.manifest.digest.clone().unwrap_or_default(), &digest)
+            .map_err(|error| Failure::new(Code::Corrupt, format!("{} holds something else: {error}", self.target)))?;
         Ok(digest)
     }
 
@@ -120,15 +119,8 @@ impl Load<'_> {
             listeners.spawn(listen(lane as usize, self.target.to_owned(), incoming, tell.clone()));
             open.push(Lane { out, frames: 0 });
         }
-        let mut session = Session {
-            load: self,
-            lanes: open,
-            heard,
-            began: Instant::now(),
-            bytes: 0,
-            next: 0,
-            _listeners: listeners,
-        };
+        let mut session =
+            Session { load: self, lanes: open, heard, began: Instant::now(), bytes: 0, next: 0, _listeners: listeners };
         for _ in 0..lanes {
             match tokio::time::timeout(HELLO_MAX, session.hear()).await.map_err(|_| self.silent())?? {
                 Said::HelloReply(reply) if reply.protocol == PROTOCOL => {}
@@ -231,7 +223,11 @@ impl Session<'_> {
                 self.send(0, Chunk { frame }).await?;
             }
         }
-        let end = StateEnd { sections: manifest.sections.len() as u32, digest: manifest.digest.clone(), verify_full: self.load.verify_full };
+        let end = StateEnd {
+            sections: manifest.sections.len() as u32,
+            digest: manifest.digest.clone(),
+            verify_full: self.load.verify_full,
+        };
         self.send(0, say(Said::StateEnd(end))).await?;
         match self.hear().await? {
             Said::Ready(ready) => Ok(ready.digest.unwrap_or_default()),

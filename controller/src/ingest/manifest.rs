@@ -151,7 +151,8 @@ mod tests {
 
     fn small() -> Manifest {
         let config = MachineConfig { memory_bytes: 8 * 4096, ..MachineConfig::default() };
-        let extent = PageExtent { first_page: 2, pages: 3, frame_bytes: 64 + 4 * 4096, skip: 1, ..PageExtent::default() };
+        let extent =
+            PageExtent { first_page: 2, pages: 3, frame_bytes: 64 + 4 * 4096, skip: 1, ..PageExtent::default() };
         Manifest {
             major: MAJOR,
             checkpoint: "00".repeat(8),

@@ -130,8 +130,7 @@ fn check_pack(
     for entry in &index.entries {
         let start = entry.offset as usize;
         let frame = &bytes[start..start + entry.frame_bytes as usize];
-        frame::decode(frame)
-            .map_err(|error| damaged(&format!("pack {key}, frame at byte {start}"), error))?;
+        frame::decode(frame).map_err(|error| damaged(&format!("pack {key}, frame at byte {start}"), error))?;
     }
     for (space, extent) in extents {
         let (run, payload) = pages(key, bytes, space, &extent)?;

@@ -62,7 +62,7 @@ enum Stage {
     /// Nobody said Hello yet.
     Empty,
     /// Frames come in.
-    Open { assembly: Assembly, joined: Vec<bool>, back: Option<Outgoing> },
+    Open { assembly: Box<Assembly>, joined: Vec<bool>, back: Option<Outgoing> },
     /// The last frame came in, or it failed.
     Closed,
 }
@@ -151,7 +151,7 @@ impl Ingest {
         let mut stage = self.stage();
         if matches!(*stage, Stage::Empty) {
             let id = self.expected.checkpoint.to_string();
-            let assembly = Assembly::new(&id, &self.expected.config, lanes);
+            let assembly = Box::new(Assembly::new(&id, &self.expected.config, lanes));
             *stage = Stage::Open { assembly, joined: vec![false; lanes], back: None };
         }
         match &mut *stage {
@@ -313,4 +313,3 @@ async fn send(back: Option<&Outgoing>, chunk: Chunk) {
 async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Failure> {
     tokio::task::spawn_blocking(work).await.map_err(|_| Failure::new(Code::Internal, "the worker ended"))
 }
-

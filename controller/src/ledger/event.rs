@@ -113,7 +113,7 @@ pub enum Outcome {
     /// Nothing: the plan says it all.
     AsPlanned,
     /// A checkpoint was made.
-    Checkpoint(CheckpointEntry),
+    Checkpoint(Box<CheckpointEntry>),
     /// A checkpoint was read in full: `ok` or `damaged: ...`.
     Verified(String),
 }

@@ -11,7 +11,7 @@ pub mod event;
 pub mod saved;
 pub mod state;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -133,7 +133,10 @@ impl Ledger {
             chain = after;
         }
         drop((table, transaction));
-        let inner = Inner { tail: Mutex::new(Tail { database, chain, unsure: false }), state: watch::Sender::new(Arc::new(state)) };
+        let inner = Inner {
+            tail: Mutex::new(Tail { database, chain, unsure: false }),
+            state: watch::Sender::new(Arc::new(state)),
+        };
         Ok(Ledger { inner: Arc::new(inner) })
     }
 

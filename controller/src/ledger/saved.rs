@@ -144,7 +144,15 @@ mod tests {
 
     fn record(sequence: u64) -> Record {
         let event = Event::LeaseSet { lease_ms: 10_000 };
-        Record { format: FORMAT, sequence, unix_ms: 5, actor: "a".into(), vm: String::new(), task: String::new(), event }
+        Record {
+            format: FORMAT,
+            sequence,
+            unix_ms: 5,
+            actor: "a".into(),
+            vm: String::new(),
+            task: String::new(),
+            event,
+        }
     }
 
     #[test]

@@ -247,6 +247,8 @@ impl State {
             Task::Create { .. } if vm.is_some() => Err(Refusal::Stale("the VM exists")),
             Task::Restore { new: true, .. } if vm.is_some() => Err(Refusal::Stale("the VM exists")),
             Task::Create { .. } | Task::Verify { .. } | Task::RemoveCheckpoint { .. } => Ok(()),
+            Task::Restore { new: true, .. } => Ok(()),
+            _ if vm.is_none() => Err(Refusal::Stale("the VM is gone")),
             _ if plan.holder != holder => Err(Refusal::Stale("the VM has another holder")),
             _ => Ok(()),
         }
@@ -315,8 +317,9 @@ impl State {
                 Ok(())
             }
             (Task::Checkpoint { .. }, Outcome::Checkpoint(entry)) => {
-                self.checkpoints.insert(entry.id.clone(), Arc::new(entry.clone()));
-                self.edit(plan, |vm| vm.last_checkpoint.clone_from(&entry.id))
+                self.edit(plan, |vm| vm.last_checkpoint.clone_from(&entry.id))?;
+                self.checkpoints.insert(entry.id.clone(), Arc::from(entry.clone()));
+                Ok(())
             }
             (Task::Checkpoint { .. }, _) => Err(Refusal::Stale("a checkpoint's commit names no checkpoint")),
             (Task::Verify { checkpoint }, Outcome::Verified(verdict)) => {

@@ -124,7 +124,7 @@ fn attempt(state: &State, serial: usize, choice: (u8, u8, u8)) -> Event {
         let failure = Failure::new(proto::status::Code::Unreachable, "gone");
         let result = match &operation.plan.task {
             Task::Checkpoint { checkpoint } => {
-                Outcome::Checkpoint(entry(checkpoint, &operation.plan.vm, state.fresh_generation(vm)))
+                Outcome::Checkpoint(Box::new(entry(checkpoint, &operation.plan.vm, state.fresh_generation(vm))))
             }
             _ => Outcome::AsPlanned,
         };
@@ -227,14 +227,15 @@ fn a_record_out_of_order_is_refused() {
 #[test]
 fn a_name_that_is_used_again_goes_on_counting_generations() {
     let mut state = running_vm("hostA");
-    begin(&mut state, "op2", simple_plan(&state.clone(), "vm1", Task::Remove));
+    let plan = simple_plan(&state, "vm1", Task::Remove);
+    begin(&mut state, "op2", plan);
     append(&mut state, Event::Committed { operation: "op2".into(), result: Box::new(Outcome::AsPlanned) }).unwrap();
     append(&mut state, Event::StepDone { operation: "op2".into(), step: 1 }).unwrap();
     assert!(state.vms.is_empty());
-    let refused = append(&mut state, Event::OperationBegan {
-        operation: "op3".into(),
-        plan: Box::new(create_plan("vm1", "hostB")),
-    });
+    let refused = append(
+        &mut state,
+        Event::OperationBegan { operation: "op3".into(), plan: Box::new(create_plan("vm1", "hostB")) },
+    );
     assert!(matches!(refused, Err(Refusal::Stale(_))), "{refused:?}");
     assert_eq!(state.fresh_generation("vm1"), 2);
 }

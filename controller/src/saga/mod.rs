@@ -5,6 +5,8 @@
 //! looking: what is committed goes forward, everything else is undone. A step after the commit that cannot be done in time, and a step that
 //! cannot be undone because a host is silent, are left to the verdicts that the host hears when it comes back.
 
+#[cfg(test)]
+mod fake;
 pub mod hosts;
 pub mod report;
 pub mod steps;
@@ -153,7 +155,8 @@ impl<W: World> Sagas<W> {
         let mut cancels = self.inner.cancels.lock().unwrap_or_else(PoisonError::into_inner);
         cancels.insert(id.into(), token.clone());
         drop(cancels);
-        let drive = Drive { inner: self.inner.clone(), id: id.into(), voice: voice.clone(), memory: Memory::default(), token };
+        let drive =
+            Drive { inner: self.inner.clone(), id: id.into(), voice: voice.clone(), memory: Memory::default(), token };
         let span = match self.inner.ledger.state().operations.get(id) {
             Some(operation) => {
                 tracing::info_span!("operation", id, vm = operation.plan.vm, task = operation.plan.task.label())
@@ -320,8 +323,5 @@ impl<W: World> Drive<W> {
 
 /// Steps whose work the verdicts do anyway when the host comes back, so that the operation is done without them.
 fn leaves_to_verdicts(task: &Task, step: &str) -> bool {
-    matches!(
-        (task, step),
-        (Task::Migrate { .. } | Task::Restore { .. }, "release") | (Task::Remove, "discard")
-    )
+    matches!((task, step), (Task::Migrate { .. } | Task::Restore { .. }, "release") | (Task::Remove, "discard"))
 }

@@ -37,11 +37,12 @@ pub fn last_word(
         }),
         (Status::Left(step), _) => {
             let step = operation.plan.task.shape().steps.get(step).copied().unwrap_or_default();
-            failed(&failure, &format!("{}; `{step}` goes on when the host is heard again", whereabouts(state, operation)))
+            failed(
+                &failure,
+                &format!("{}; `{step}` goes on when the host is heard again", whereabouts(state, operation)),
+            )
         }
-        (Status::Doing(_) | Status::Undoing(_) | Status::Undone, _) => {
-            failed(&failure, &before(state, operation))
-        }
+        (Status::Doing(_) | Status::Undoing(_) | Status::Undone, _) => failed(&failure, &before(state, operation)),
     }
 }
 

@@ -78,12 +78,7 @@ impl<W: World> Hands<'_, W> {
     }
 
     fn of(&self, generation: u64, reason: &str) -> VmRef {
-        VmRef {
-            vm: self.plan().vm.clone(),
-            generation,
-            operation: self.operation.id.clone(),
-            reason: reason.into(),
-        }
+        VmRef { vm: self.plan().vm.clone(), generation, operation: self.operation.id.clone(), reason: reason.into() }
     }
 
     fn itself(&self, reason: &str) -> OperationRef {
@@ -157,11 +152,15 @@ impl<W: World> Hands<'_, W> {
     /// If the steps before it did not bring what it needs.
     pub fn outcome(&self, memory: &Memory) -> Result<Outcome, Failure> {
         match &self.plan().task {
-            Task::Checkpoint { .. } => {
-                memory.checkpoint.clone().map(Outcome::Checkpoint).ok_or_else(|| lost("the checkpoint"))
-            }
+            Task::Checkpoint { .. } => memory
+                .checkpoint
+                .clone()
+                .map(|entry| Outcome::Checkpoint(Box::new(entry)))
+                .ok_or_else(|| lost("the checkpoint")),
             Task::Verify { .. } => memory.verdict.clone().map(Outcome::Verified).ok_or_else(|| lost("the verdict")),
-            Task::Migrate { .. } => memory.handed_over.is_some().then_some(Outcome::AsPlanned).ok_or_else(|| lost("the hand-over")),
+            Task::Migrate { .. } => {
+                memory.handed_over.is_some().then_some(Outcome::AsPlanned).ok_or_else(|| lost("the hand-over"))
+            }
             _ => Ok(Outcome::AsPlanned),
         }
     }
@@ -355,7 +354,8 @@ impl<W: World> Hands<'_, W> {
         let policy = self.machine()?.2;
         if policy == IsolationPolicy::KeepRunning as i32 {
             let (vm, host) = (&self.plan().vm, &holder.host);
-            let text = format!("{host} does not answer and {vm} keeps running there by its policy: two of it could run");
+            let text =
+                format!("{host} does not answer and {vm} keeps running there by its policy: two of it could run");
             return Err(Failure::new(Code::Unreachable, text)
                 .hint(format!("bring {host} back, or restore under another name with --as")));
         }
@@ -382,13 +382,8 @@ impl<W: World> Hands<'_, W> {
         let state = self.ledger.state();
         let entry = state.checkpoints.get(checkpoint).ok_or_else(|| lost("the checkpoint"))?;
         let ticket = memory.ticket.as_ref().ok_or_else(|| lost("the ticket"))?;
-        let request = LoadRequest {
-            manifest_key: &entry.manifest_key,
-            ticket,
-            host: target,
-            address: &memory.address,
-            policy,
-        };
+        let request =
+            LoadRequest { manifest_key: &entry.manifest_key, ticket, host: target, address: &memory.address, policy };
         self.world.load(request, self.voice).await.map(drop)
     }
 

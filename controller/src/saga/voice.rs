@@ -147,13 +147,12 @@ impl Voice {
                         return;
                     }
                 }
-                tokio::select! {
-                    () = out.closed() => return,
-                    changed = length.changed(), if !ended => if changed.is_err() { return },
-                    else => return,
-                }
                 if ended {
                     return;
+                }
+                tokio::select! {
+                    () = out.closed() => return,
+                    changed = length.changed() => if changed.is_err() { return },
                 }
             }
         });

@@ -7,7 +7,7 @@ use std::future::Future;
 
 use proto::v1::{
     ActivateReply, ActivateRequest, CreateVmRequest, HandedOver, MachineDigest, OperationRef, PrepareReply,
-    PrepareRequest, SendRequest, StopVmRequest, TransferPolicy, Ticket, VmInfo, VmRef,
+    PrepareRequest, SendRequest, StopVmRequest, Ticket, TransferPolicy, VmInfo, VmRef,
 };
 
 use super::voice::Voice;

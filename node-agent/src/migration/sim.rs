@@ -127,7 +127,7 @@ enum Event {
         frame: Bytes,
     },
     /// The source's end of a lane notices that it has gone; the target's.
-    SourceLosesLane(u32),
+    SourceLosesLane,
     TargetLosesLane(u32),
     SourceAnswer(source::Input),
     TargetAnswer(target::Input),
@@ -245,7 +245,7 @@ impl<'a> World<'a> {
                 lanes,
                 base: String::new(),
             };
-            world.to_target(lane, Message::Hello(hello));
+            world.tell_target(lane, Message::Hello(hello));
         }
         world.after(CONTROLLER_PATIENCE_US, Event::ControllerLosesPatience);
         world.after(10, Event::GuestActs);
@@ -263,7 +263,7 @@ impl<'a> World<'a> {
         self.after(us, event);
     }
 
-    fn to_target(&mut self, lane: u32, message: Message) {
+    fn tell_target(&mut self, lane: u32, message: Message) {
         let mut frame = message.encode();
         let number = self.frames;
         self.frames += 1;
@@ -287,7 +287,7 @@ impl<'a> World<'a> {
         (0..copies).for_each(|_| self.after(us, Event::ToTarget { lane, frame: frame.clone() }));
     }
 
-    fn to_source(&mut self, lane: u32, message: Message) {
+    fn tell_source(&mut self, lane: u32, message: Message) {
         let delay = 20 + self.chance.below(400);
         let wire = &mut self.lanes[lane as usize];
         wire.to_source_us = wire.to_source_us.max(self.now_us + delay);
@@ -297,7 +297,7 @@ impl<'a> World<'a> {
 
     fn cut(&mut self, lane: u32) {
         if std::mem::replace(&mut self.lanes[lane as usize].up, false) {
-            self.soon(Event::SourceLosesLane(lane));
+            self.soon(Event::SourceLosesLane);
             self.soon(Event::TargetLosesLane(lane));
         }
     }
@@ -309,7 +309,7 @@ impl<'a> World<'a> {
             let (to_target, to_source) =
                 (wire.to_target_us.saturating_sub(self.now_us), wire.to_source_us.saturating_sub(self.now_us));
             self.after(to_target + 1, Event::TargetLosesLane(lane));
-            self.after(to_source + 1, Event::SourceLosesLane(lane));
+            self.after(to_source + 1, Event::SourceLosesLane);
         }
     }
 
@@ -353,7 +353,7 @@ impl<'a> World<'a> {
             Event::ToTarget { lane, frame } if self.lanes[lane as usize].up => self.target_hears(lane, &frame),
             Event::ToSource { lane, frame } if self.lanes[lane as usize].up => self.source_hears(lane, &frame),
             Event::ToTarget { .. } | Event::ToSource { .. } => (),
-            Event::SourceLosesLane(_) => {
+            Event::SourceLosesLane => {
                 self.step_source(source::Input::Lost(Failure::new(Code::Unreachable, "lost")));
             }
             Event::TargetLosesLane(lane) => {
@@ -444,10 +444,10 @@ impl<'a> World<'a> {
             }
             Effect::SendState { sections, digest, verify_full } => {
                 let end = StateEnd { sections: sections.len() as u32, digest: Some(digest), verify_full };
-                sections.into_iter().for_each(|section| self.to_target(0, Message::Section(section)));
-                self.to_target(0, Message::StateEnd(end));
+                sections.into_iter().for_each(|section| self.tell_target(0, Message::Section(section)));
+                self.tell_target(0, Message::StateEnd(end));
             }
-            Effect::AbortTarget(failure) => self.to_target(0, Message::Abort(failure.into())),
+            Effect::AbortTarget(failure) => self.tell_target(0, Message::Abort(failure.into())),
             Effect::ReportRound(_) | Effect::ReportPhase(_) => (),
         }
     }
@@ -469,7 +469,7 @@ impl<'a> World<'a> {
         let Some((space, run)) = worker.pieces.pop_front() else {
             for lane in 0..self.lanes.len() as u32 {
                 let frames = self.lanes[lane as usize].frames;
-                self.to_target(lane, Message::RoundEnd(RoundEnd { round: worker.round, frames, last: worker.last }));
+                self.tell_target(lane, Message::RoundEnd(RoundEnd { round: worker.round, frames, last: worker.last }));
             }
             self.soon(Event::SourceAnswer(source::Input::RoundSent(worker.totals)));
             return;
@@ -484,7 +484,7 @@ impl<'a> World<'a> {
             worker.totals.bytes += frame.bytes.len() as u64;
             let lane = self.chance.below(self.lanes.len() as u64) as u32;
             self.lanes[lane as usize].frames += 1;
-            self.to_target(lane, Message::Pages(frame.bytes.into()));
+            self.tell_target(lane, Message::Pages(frame.bytes.into()));
         }
         self.worker = Some(worker);
         let us = 1 + self.chance.below(60);
@@ -539,15 +539,15 @@ impl<'a> World<'a> {
         for effect in effects {
             match effect {
                 target::Effect::Accept { lane, protocol } => {
-                    self.to_source(lane, Message::HelloReply(HelloReply { protocol }));
+                    self.tell_source(lane, Message::HelloReply(HelloReply { protocol }));
                 }
-                target::Effect::Refuse(failure) => self.to_source(0, Message::Abort(failure.into())),
-                target::Effect::Ack { round } => self.to_source(0, Message::RoundAck(RoundAck { round })),
+                target::Effect::Refuse(failure) => self.tell_source(0, Message::Abort(failure.into())),
+                target::Effect::Ack { round } => self.tell_source(0, Message::RoundAck(RoundAck { round })),
                 target::Effect::Settle => (),
                 target::Effect::Apply { sections, verify_full } => self.apply(sections, verify_full),
-                target::Effect::SayReady(digest) => self.to_source(0, Message::Ready(Ready { digest: Some(digest) })),
+                target::Effect::SayReady(digest) => self.tell_source(0, Message::Ready(Ready { digest: Some(digest) })),
                 target::Effect::AbortSource(failure) => {
-                    self.to_source(0, Message::Abort(failure.into()));
+                    self.tell_source(0, Message::Abort(failure.into()));
                     self.close();
                 }
             }

@@ -8,6 +8,7 @@
 //! It refuses to know lanes as connections, threads, clocks and the runner; [`super::link`] does what it says.
 
 use std::collections::BTreeSet;
+use std::ops::ControlFlow;
 
 use proto::status::Code;
 use proto::v1::{MachineDigest, PhaseReport, RoundReport, Section, TransferPolicy};
@@ -253,6 +254,8 @@ pub struct HandedOver {
     pub target: MachineDigest,
     /// Microseconds that the guest has stood still.
     pub stopped_us: u64,
+    /// It still does: this is not a checkpoint.
+    pub guest_stands: bool,
     /// All pages with an older stamp are at the target.
     pub mark: u32,
 }
@@ -293,8 +296,7 @@ impl Source {
             Self::Connecting(_) | Self::Precopy(_) | Self::Failed(_) => false,
             Self::Stopping(_) => true,
             Self::LastPages(LastPages { pause, .. }) | Self::Comparing(Comparing { pause, .. }) => pause.lasts(),
-            // A checkpoint's guest was let go before.
-            Self::HandedOver(_) => true,
+            Self::HandedOver(state) => state.guest_stands,
         }
     }
 }
@@ -338,11 +340,11 @@ fn fail(failure: Failure, holds_guest: bool, tell_target: bool) -> Step {
 }
 
 /// Ends for the inputs that end every state alike; gives back the others.
-fn end(input: Input, holds_guest: bool) -> Result<Input, Step> {
+fn end(input: Input, holds_guest: bool) -> ControlFlow<Step, Input> {
     match input {
-        Input::Aborted(failure) => Err(fail(failure, holds_guest, false)),
-        Input::Lost(failure) | Input::Cancel(failure) => Err(fail(failure, holds_guest, true)),
-        other => Ok(other),
+        Input::Aborted(failure) => ControlFlow::Break(fail(failure, holds_guest, false)),
+        Input::Lost(failure) | Input::Cancel(failure) => ControlFlow::Break(fail(failure, holds_guest, true)),
+        other => ControlFlow::Continue(other),
     }
 }
 
@@ -394,8 +396,8 @@ impl Flight {
 impl Connecting {
     fn step(mut self, input: Input, now_us: u64) -> Step {
         let input = match end(input, false) {
-            Ok(input) => input,
-            Err(step) => return step,
+            ControlFlow::Continue(input) => input,
+            ControlFlow::Break(step) => return step,
         };
         match input {
             Input::Replied { lane, protocol } if PROTOCOL.contains(&protocol) && lane < self.plan.lanes => {
@@ -437,8 +439,8 @@ impl Connecting {
 impl Precopy {
     fn step(mut self, input: Input, now_us: u64) -> Step {
         let input = match end(input, false) {
-            Ok(input) => input,
-            Err(step) => return step,
+            ControlFlow::Continue(input) => input,
+            ControlFlow::Break(step) => return step,
         };
         match (input, self.step) {
             (Input::Epoch(epoch), PrecopyStep::Advancing) => {
@@ -522,8 +524,8 @@ impl Stopping {
 
     fn step(mut self, input: Input, now_us: u64) -> Step {
         let input = match end(input, true) {
-            Ok(input) => input,
-            Err(step) => return step,
+            ControlFlow::Continue(input) => input,
+            ControlFlow::Break(step) => return step,
         };
         match (input, self.step) {
             (Input::Stopped, StoppingStep::Pausing) => {
@@ -561,8 +563,8 @@ impl LastPages {
     fn step(mut self, input: Input, now_us: u64) -> Step {
         let holds_guest = self.pause.lasts();
         let input = match end(input, holds_guest) {
-            Ok(input) => input,
-            Err(step) => return step,
+            ControlFlow::Continue(input) => input,
+            ControlFlow::Break(step) => return step,
         };
         let mut effects = Vec::new();
         let landed = match input {
@@ -604,8 +606,8 @@ impl Comparing {
     fn step(mut self, input: Input, now_us: u64) -> Step {
         let holds_guest = self.pause.lasts();
         let input = match end(input, holds_guest) {
-            Ok(input) => input,
-            Err(step) => return step,
+            ControlFlow::Continue(input) => input,
+            ControlFlow::Break(step) => return step,
         };
         match (input, self.step) {
             (Input::Digested(digest), ComparingStep::Digesting { sections }) => {
@@ -626,12 +628,156 @@ impl Comparing {
                 }
                 let effects = vec![phase("digest", self.began_us, now_us)];
                 let stopped_us = self.pause.us(now_us);
-                let state = HandedOver { source, target, stopped_us, mark: self.mark };
+                let state = HandedOver { source, target, stopped_us, guest_stands: holds_guest, mark: self.mark };
                 Step { state: Source::HandedOver(state), effects }
             }
             (other, ComparingStep::Digesting { .. } | ComparingStep::Waiting { .. }) => {
                 fail(other.misplaced("comparing digests"), holds_guest, true)
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::ids::Digest;
+    use vmcb_engine::snapshot::machine_digest;
+
+    use super::*;
+
+    fn digest(ram: u8) -> MachineDigest {
+        machine_digest(Digest([ram; 32]), Digest([2; 32]), &[])
+    }
+
+    fn source(checkpoint: bool) -> Source {
+        let policy = TransferPolicy { downtime_ms_max: 10, rounds_max: 2, ..Default::default() };
+        Source::new(Plan { lanes: 2, policy, checkpoint, mark: 3 }, 0)
+    }
+
+    /// Every input of a transfer that ends well, in order.
+    fn script() -> Vec<Input> {
+        let sent = Input::RoundSent(RoundTotals { pages: 512, zero_pages: 0, bytes: 2 << 20 });
+        vec![
+            Input::Replied { lane: 1, protocol: 1 },
+            Input::Replied { lane: 0, protocol: 1 },
+            Input::Epoch(7),
+            sent.clone(),
+            Input::Acked { round: 1 },
+            Input::Left { bytes: 1 << 30 },
+            Input::Epoch(8),
+            // The acknowledgement may be noticed first.
+            Input::Acked { round: 2 },
+            sent.clone(),
+            Input::Left { bytes: 4096 },
+            Input::Stopped,
+            Input::Captured(vec![]),
+            Input::Epoch(9),
+            sent,
+            Input::Acked { round: 3 },
+            Input::Digested(digest(1)),
+            Input::Ready(digest(1)),
+        ]
+    }
+
+    fn play(checkpoint: bool, inputs: &[Input]) -> (Source, Vec<Effect>) {
+        let mut all = Vec::new();
+        let mut state = source(checkpoint);
+        for (at, input) in (0..).zip(inputs) {
+            let step = state.step(input.clone(), at * 1000);
+            state = step.state;
+            all.extend(step.effects);
+        }
+        (state, all)
+    }
+
+    fn marks(effects: &[Effect]) -> Vec<(u32, u32, bool)> {
+        effects
+            .iter()
+            .filter_map(|effect| match effect {
+                Effect::SendRound { round, since, last } => Some((*round, *since, *last)),
+                _ => None,
+            })
+            .collect()
+    }
+
+    fn count(effects: &[Effect], wanted: &Effect) -> usize {
+        effects.iter().filter(|effect| *effect == wanted).count()
+    }
+
+    #[test]
+    fn each_round_begins_at_the_epoch_that_the_one_before_closed() {
+        let (state, effects) = play(false, &script());
+        assert_eq!(marks(&effects), [(1, 3, false), (2, 7, false), (3, 8, true)]);
+        assert!(matches!(state, Source::HandedOver(HandedOver { mark: 9, stopped_us: 7000, .. })), "{state:?}");
+        assert_eq!((count(&effects, &Effect::Stop), count(&effects, &Effect::Resume)), (1, 0));
+    }
+
+    #[test]
+    fn a_checkpoints_guest_goes_on_as_soon_as_its_last_pages_are_read() {
+        let inputs = script();
+        let (_, effects) = play(true, &inputs[..14]);
+        assert_eq!(count(&effects, &Effect::Resume), 1);
+        let (state, effects) = play(true, &inputs);
+        assert_eq!(count(&effects, &Effect::Resume), 1);
+        assert!(matches!(state, Source::HandedOver(HandedOver { stopped_us: 4000, .. })), "{state:?}");
+    }
+
+    #[test]
+    fn a_failure_at_any_step_lets_the_guest_go_exactly_if_it_stands() {
+        let failure = || Failure::new(Code::Unreachable, "x");
+        for checkpoint in [false, true] {
+            for steps in 0..script().len() {
+                for bad in [Input::Lost(failure()), Input::Aborted(failure()), Input::Cancel(failure())] {
+                    let (before, effects) = play(checkpoint, &script()[..steps]);
+                    let stands = count(&effects, &Effect::Stop) > count(&effects, &Effect::Resume);
+                    assert_eq!(before.holds_guest(), stands, "after {steps} steps");
+                    let Step { state, effects } = before.step(bad.clone(), 99);
+                    assert!(matches!(&state, Source::Failed(failed) if failed.failure == failure()), "{state:?}");
+                    assert_eq!(count(&effects, &Effect::Resume), usize::from(stands), "after {steps} steps: {bad:?}");
+                    let tells = !matches!(bad, Input::Aborted(_));
+                    assert_eq!(count(&effects, &Effect::AbortTarget(failure())), usize::from(tells));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn any_input_out_of_order_ends_the_transfer_and_never_panics() {
+        for steps in 0..script().len() {
+            for (at, input) in script().into_iter().enumerate() {
+                let (before, _) = play(false, &script()[..steps]);
+                let stands = before.holds_guest();
+                let Step { state, effects } = before.step(input.clone(), 99);
+                match state {
+                    Source::Failed(_) => assert_eq!(count(&effects, &Effect::Resume), usize::from(stands)),
+                    Source::HandedOver(_) => assert_eq!(at, script().len() - 1),
+                    _ => (),
+                }
+            }
+        }
+        let (state, _) = play(false, &[script()[0].clone(), Input::Acked { round: 1 }]);
+        assert!(matches!(&state, Source::Failed(f) if f.failure.code == Code::Protocol), "{state:?}");
+        let (state, _) = play(false, &[Input::Replied { lane: 0, protocol: 9 }]);
+        assert!(matches!(&state, Source::Failed(f) if f.failure.reason.contains("protocol 9")), "{state:?}");
+    }
+
+    #[test]
+    fn a_target_with_another_digest_is_refused_by_part() {
+        let mut inputs = script();
+        inputs.pop();
+        inputs.push(Input::Ready(digest(4)));
+        let (state, effects) = play(false, &inputs);
+        assert!(
+            matches!(&state, Source::Failed(f) if f.failure.code == Code::Corrupt && f.failure.reason.contains("RAM"))
+        );
+        assert_eq!(count(&effects, &Effect::Resume), 1);
+    }
+
+    #[test]
+    fn what_has_ended_stays_as_it_is() {
+        let failure = Failure::new(Code::Cancelled, "late");
+        let (state, _) = play(false, &script());
+        let Step { state, effects } = state.step(Input::Cancel(failure), 99);
+        assert!(matches!(state, Source::HandedOver(_)) && effects.is_empty());
     }
 }

@@ -60,7 +60,7 @@ pub enum Output {
         /// Connection that asked.
         connection: u64,
         /// The answer.
-        reply: RunnerReply,
+        reply: Box<RunnerReply>,
     },
     /// The console said this.
     Console(Vec<u8>),
@@ -402,7 +402,8 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
                     Reply::State(_) => Reply::State(self.state()),
                     other => other,
                 };
-                self.outbox.send(Output::Reply { connection, reply: RunnerReply { id, reply: Some(reply) } })?;
+                let reply = Box::new(RunnerReply { id, reply: Some(reply) });
+                self.outbox.send(Output::Reply { connection, reply })?;
                 Ok(if shutdown { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
             }
         }

@@ -30,7 +30,7 @@ use self::guest::Guest;
 use self::open::{OpenError, Opened, TapCable};
 use self::sandbox::SandboxError;
 use self::serve::Ports;
-use crate::clock::HostClock;
+use crate::clock::{Clock, HostClock};
 
 /// How the process was called.
 #[derive(Clone, Debug)]
@@ -112,11 +112,19 @@ pub fn run<G: Guest>(
     let ports = Ports { listener: opened.listener, log: opened.log, taps: opened.taps, descriptors };
     let system = |step| move |source| RunnerError::System { step, source };
     let (server, outlet) = serve::join(ports, inputs).map_err(|e| system("eventfd")(e.into()))?;
+    let (started, running) = std::sync::mpsc::channel();
     let io = std::thread::Builder::new()
         .name("runner-io".to_owned())
-        .spawn(move || server.run())
+        .spawn(move || {
+            let _started = started.send(());
+            server.run();
+        })
         .map_err(system("start the I/O thread"))?;
     if options.sandbox {
+        // What happens once and needs calls of its own happens before the filter: the thread gets its name (prctl),
+        // the first look at the clock finds the vDSO (prctl PR_GET_AUXV).
+        let _thread_runs = running.recv();
+        let _found = HostClock.boottime_ns();
         sandbox::seal()?;
     }
     let mut driver = Driver::new(built.guest, HostClock, outlet, terms, images);

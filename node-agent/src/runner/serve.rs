@@ -213,7 +213,7 @@ impl Server {
     fn take_requests(&mut self) {
         let Some(connection) = &mut self.connection else { return };
         while connection.under_way < REQUESTS_MAX {
-            match connection.inbox.next::<RunnerRequest>() {
+            match connection.inbox.take::<RunnerRequest>() {
                 Ok(Some(request)) => {
                     connection.under_way += 1;
                     let input = Input::Request { connection: connection.number, request };

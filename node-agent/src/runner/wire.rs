@@ -37,7 +37,7 @@ impl Inbox {
     ///
     /// # Errors
     /// [`FrameError`]: the stream is beyond repair.
-    pub fn next<M: prost::Message + Default>(&mut self) -> Result<Option<M>, FrameError> {
+    pub fn take<M: prost::Message + Default>(&mut self) -> Result<Option<M>, FrameError> {
         let rest = &self.bytes[self.taken..];
         if rest.len() < HEADER_BYTES {
             return Ok(None);
@@ -101,7 +101,7 @@ mod tests {
             let (mut inbox, mut found) = (Inbox::default(), 0);
             for piece in two.chunks(step) {
                 inbox.push(piece);
-                while let Some(message) = inbox.next::<RunnerRequest>().unwrap() {
+                while let Some(message) = inbox.take::<RunnerRequest>().unwrap() {
                     assert_eq!(message, request);
                     found += 1;
                 }
@@ -114,7 +114,7 @@ mod tests {
     fn other_kinds_are_refused_from_the_header() {
         let mut inbox = Inbox::default();
         inbox.push(&frame::encode(Kind::Manifest, &[0; 100])[..HEADER_BYTES]);
-        assert!(matches!(inbox.next::<RunnerReply>(), Err(FrameError::Unexpected { .. })));
+        assert!(matches!(inbox.take::<RunnerReply>(), Err(FrameError::Unexpected { .. })));
     }
 
     proptest! {
@@ -122,7 +122,7 @@ mod tests {
         fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             let mut inbox = Inbox::default();
             inbox.push(&bytes);
-            let _ = inbox.next::<RunnerRequest>();
+            let _ = inbox.take::<RunnerRequest>();
         }
     }
 }

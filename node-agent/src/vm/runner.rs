@@ -270,10 +270,10 @@ impl Runner {
     /// Ends the process, by word and then by force.
     pub async fn end(&self) {
         let asked = self.call(Request::Shutdown(RunnerShutdown {})).await;
-        if let Some(process) = self.process.or_else(|| Process::of(&self.directory)) {
-            if asked.is_err() || !process.gone_within(EXIT_DEADLINE).await {
-                process.kill().await;
-            }
+        if let Some(process) = self.process.or_else(|| Process::of(&self.directory))
+            && (asked.is_err() || !process.gone_within(EXIT_DEADLINE).await)
+        {
+            process.kill().await;
         }
     }
 
@@ -333,7 +333,7 @@ async fn attach(stream: &mut UnixStream) -> Result<(Attached, Inbox), Failure> {
             return Err(Failure::new(Code::Unreachable, "the runner closed the connection"));
         }
         inbox.push(&bytes[..received]);
-        let reply: Option<RunnerReply> = inbox.next().map_err(|error| Failure::new(Code::Protocol, error))?;
+        let reply: Option<RunnerReply> = inbox.take().map_err(|error| Failure::new(Code::Protocol, error))?;
         match reply.and_then(|reply| reply.reply) {
             None => {}
             Some(Reply::Attached(attached)) => {
@@ -398,7 +398,7 @@ impl Conversation {
     }
 
     fn take_replies(&mut self) -> Result<(), Failure> {
-        while let Some(reply) = self.inbox.next::<RunnerReply>().map_err(|e| Failure::new(Code::Protocol, e))? {
+        while let Some(reply) = self.inbox.take::<RunnerReply>().map_err(|e| Failure::new(Code::Protocol, e))? {
             match (reply.id, reply.reply) {
                 (0, Some(Reply::Console(output))) => drop(self.console.send(output)),
                 (0, Some(Reply::Changed(state))) => drop(self.events.send(Event::Changed(state))),

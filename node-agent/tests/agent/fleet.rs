@@ -27,7 +27,7 @@ pub const LEASE_MS: u32 = 1000;
 const PATIENCE: Duration = Duration::from_secs(20);
 static FLEETS: AtomicU32 = AtomicU32::new(0);
 
-/// What the controller says by heartbeat. Unless told otherwise it holds whatever is reported.
+/// What the controller says by heartbeat. Unless told otherwise it holds whatever is reported, but a hand-over waits.
 #[derive(Default)]
 pub struct Words {
     pub verdicts: Mutex<BTreeMap<String, Verdict>>,
@@ -44,16 +44,18 @@ impl Fleet for FleetService {
         }
         let verdicts = self.0.verdicts.lock().unwrap();
         let host = request.into_inner().host.unwrap();
-        let vms = host.vms.iter().map(|vm| VmVerdict {
-            vm: vm.name.clone(),
-            verdict: verdicts.get(&vm.name).copied().unwrap_or(Verdict::Hold).into(),
-            generation: vm.generation,
+        let vms = host.vms.iter().map(|vm| {
+            let usual = if vm.state() == VmState::HandedOver { Verdict::Wait } else { Verdict::Hold };
+            let verdict = verdicts.get(&vm.name).copied().unwrap_or(usual).into();
+            VmVerdict { vm: vm.name.clone(), verdict, generation: vm.generation }
         });
         Ok(Response::new(HeartbeatReply { lease_ms: LEASE_MS, vms: vms.collect() }))
     }
 }
 
 pub struct TestFleet {
+    /// What agents start for a guest, and whether it jails itself.
+    pub runner: (PathBuf, bool),
     pub root: PathBuf,
     pub words: Arc<Words>,
     controller: String,
@@ -90,7 +92,7 @@ impl TestFleet {
         });
         let service = FleetServer::new(FleetService(Arc::clone(&words)));
         tokio::spawn(Server::builder().add_service(service).serve_with_incoming(ReceiverStream::new(incoming)));
-        TestFleet { root, words, controller }
+        TestFleet { runner: (crate::counter::program(&root), false), root, words, controller }
     }
 
     pub fn config(&self, name: &str) -> Config {
@@ -100,12 +102,12 @@ impl TestFleet {
             address: String::new(),
             controller: self.controller.clone(),
             state_dir: self.root.join(name),
-            runner: crate::counter::program(&self.root),
+            runner: self.runner.0.clone(),
             tls: files(&self.root, &format!("host/{name}")),
             metrics: None,
             log_format: LogFormat::Text,
             engine: Engine::Auto,
-            sandbox: false,
+            sandbox: self.runner.1,
         }
         .check()
         .unwrap()
@@ -148,6 +150,20 @@ impl TestFleet {
             }),
             on_isolation: 0,
         }
+    }
+}
+
+impl Drop for TestFleet {
+    /// Guests outlive their agents, but not their test.
+    fn drop(&mut self) {
+        for host in ["hostA", "hostB"] {
+            let vms = std::fs::read_dir(self.root.join(host).join("vms")).into_iter().flatten().flatten();
+            for process in vms.filter_map(|vm| node_agent::vm::runner::Process::of(&vm.path())) {
+                let pid = rustix::process::Pid::from_raw(process.pid as i32).unwrap();
+                let _ended = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        }
+        let _gone = std::fs::remove_dir_all(&self.root);
     }
 }
 

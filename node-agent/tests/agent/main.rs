@@ -4,4 +4,5 @@
 mod counter;
 mod fleet;
 mod lifecycle;
+mod machine;
 mod moves;

@@ -63,7 +63,7 @@ fn of(ticket: &Ticket) -> OperationRef {
     OperationRef { operation: ticket.operation.clone(), vm: "vm1".into(), reason: "test".into() }
 }
 
-async fn migrate(source: &mut Host, target: &mut Host, generation: u64) {
+pub async fn migrate(source: &mut Host, target: &mut Host, generation: u64) {
     let ticket = ticket(source, target, generation, &format!("move-{generation}"));
     prepare(source, target, &ticket).await;
     let Event::HandedOver(handed) = send(source, target, &ticket).await else { panic!("no hand-over") };

@@ -120,7 +120,7 @@ fn write_page_tables(memory: &GuestMemory) -> Result<(), BootError> {
     let directories = PAGE_TABLES + 0x2000;
     memory.write(PAGE_TABLES, &(pointers | PRESENT_WRITABLE).to_le_bytes())?;
     for n in 0..4 {
-        memory.write(pointers + 8 * n, &(directories + 0x1000 * n | PRESENT_WRITABLE).to_le_bytes())?;
+        memory.write(pointers + 8 * n, &((directories + 0x1000 * n) | PRESENT_WRITABLE).to_le_bytes())?;
     }
     for n in 0..4 * 512 {
         memory.write(directories + 8 * n, &(n << 21 | LARGE | PRESENT_WRITABLE).to_le_bytes())?;

@@ -133,8 +133,8 @@ mod saved {
         pub fn restore(&self, saved: &KvmClockV1) -> Result<KvmClock, Unfit> {
             let count = saved.cpus.len();
             Unfit::check(count == self.cpus.len(), "cpus", count, "one for every vCPU")?;
-            Unfit::check(saved.wall_version % 2 == 0, "wall_version", saved.wall_version, "even")?;
-            let odd = saved.cpus.iter().any(|cpu| cpu.version % 2 != 0);
+            Unfit::check(saved.wall_version.is_multiple_of(2), "wall_version", saved.wall_version, "even")?;
+            let odd = saved.cpus.iter().any(|cpu| !cpu.version.is_multiple_of(2));
             Unfit::check(!odd, "cpus.version", &saved.cpus, "even")?;
             let cpus = saved.cpus.iter().map(|cpu| Cpu { system_time: cpu.system_time, version: cpu.version });
             Ok(KvmClock {

@@ -128,6 +128,13 @@ impl StampTable {
         std::mem::take(&mut *self.written_code.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Tells every processor that decoded code of this page was written: it is in the next
+    /// [`StampTable::take_written_code`].
+    pub fn report_written_code(&self, page: u64) {
+        self.written_code.lock().unwrap_or_else(PoisonError::into_inner).push(page);
+        self.code_written.store(true, Ordering::Release);
+    }
+
     fn mark_range(&self, offset: u64, bytes: u64) {
         if bytes == 0 {
             return;
@@ -135,8 +142,7 @@ impl StampTable {
         for page in offset / PAGE_BYTES..=(offset + bytes - 1) / PAGE_BYTES {
             self.mark(page);
             if self.code_lines(page) != 0 {
-                self.written_code.lock().unwrap_or_else(PoisonError::into_inner).push(page);
-                self.code_written.store(true, Ordering::Release);
+                self.report_written_code(page);
             }
         }
     }

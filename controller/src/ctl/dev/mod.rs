@@ -10,7 +10,7 @@
 //! `down` ends agents, then guests, then the controller, each only if it is still the process that was started.
 //! Knows daemons as programs with a configuration file, not what is in them.
 
-mod certificates;
+pub(super) mod certificates;
 mod layout;
 mod process;
 

@@ -19,6 +19,8 @@ mod speed;
 mod tests;
 mod workers;
 
+use std::time::Duration;
+
 use proto::status::Code;
 use proto::v1::{Chunk, Hello};
 use tokio_stream::{Stream, StreamExt};
@@ -34,12 +36,20 @@ pub use send::send;
 const STREAM_WINDOW_BYTES: u32 = 16 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
 
+/// A connection that says nothing for so long is asked, and given up when it does not answer: a silent network must not
+/// keep a guest standing.
+const SILENCE: Duration = Duration::from_secs(3);
+const ANSWER: Duration = Duration::from_secs(10);
+
 /// Settings of a channel that carries a lane.
 pub fn tune_endpoint(endpoint: Endpoint) -> Endpoint {
     endpoint
         .tcp_nodelay(true)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .http2_keep_alive_interval(SILENCE)
+        .keep_alive_timeout(ANSWER)
+        .keep_alive_while_idle(true)
 }
 
 /// Settings of a server that serves lanes. `TCP_NODELAY` must be set on accepted sockets by who accepts them.
@@ -49,6 +59,8 @@ pub fn tune_server<L>(server: Server<L>) -> Server<L> {
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_frame_size(1 << 20)
+        .http2_keepalive_interval(Some(SILENCE))
+        .http2_keepalive_timeout(Some(ANSWER))
 }
 
 /// Reads the first message of a lane, so that the `Lanes` service can find the receiver of `hello.operation`.

@@ -224,22 +224,22 @@ impl Shared {
 
     fn say_hello(&self, hello: Hello, queue: &ReplyQueue) -> Result<(), Failure> {
         let mut target = lock(&self.target);
-        for effect in self.advance(&mut target, Input::Hello(hello)) {
-            match effect {
-                Effect::Accept { lane, protocol } => {
-                    let _ = queue.send(Ok(chunk(Message::HelloReply(HelloReply { protocol }))));
-                    lock(&self.replies).insert(lane, queue.clone());
-                    return Ok(());
-                }
-                Effect::Refuse(failure) => return Err(failure),
+        match self.advance(&mut target, Input::Hello(hello)).pop() {
+            Some(Effect::Accept { lane, protocol }) => {
+                let _ = queue.send(Ok(chunk(Message::HelloReply(HelloReply { protocol }))));
+                lock(&self.replies).insert(lane, queue.clone());
+                Ok(())
+            }
+            Some(Effect::Refuse(failure)) => Err(failure),
+            None
+            | Some(
                 Effect::Ack { .. }
                 | Effect::Settle
                 | Effect::Apply { .. }
                 | Effect::SayReady(_)
-                | Effect::AbortSource(_) => unreachable!("a hello is accepted or refused, nothing else"),
-            }
+                | Effect::AbortSource(_),
+            ) => unreachable!("a hello is accepted or refused, nothing else"),
         }
-        Err(Failure::new(Code::Internal, "a hello was neither accepted nor refused"))
     }
 
     /// The thread of a lane: what has arrived before its end counts first.

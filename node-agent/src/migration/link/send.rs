@@ -32,6 +32,8 @@ const QUEUE_FRAMES: usize = 3;
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 /// How long an `Abort` may take to leave before the lanes are cut.
 const FAREWELL: Duration = Duration::from_secs(2);
+/// How long a lane's listener may take to say why the lane has ended.
+const GIVE_WAY: Duration = Duration::from_millis(500);
 
 /// Sends a VM over one lane a channel. Returns when both digests agree: the guest is stopped (a checkpoint's guest runs)
 /// and the caller tells the controller so. `events` gets progress, rounds and phases; the last event (`handed_over` or
@@ -226,7 +228,10 @@ impl<V: SourceVm> Driver<V> {
             Effect::Digest { sections, verify_full } => {
                 Some(self.digest(sections, verify_full).await.map_or_else(Input::Lost, Input::Digested))
             }
-            Effect::SendState { sections, digest, verify_full } => self.send_state(sections, digest, verify_full).await,
+            Effect::SendState { sections, digest, verify_full } => {
+                self.send_state(sections, digest, verify_full).await;
+                None
+            }
             Effect::AbortTarget(failure) => {
                 self.outgoing.over.store(true, Ordering::Relaxed);
                 if let Some(lane) = self.lanes.first() {
@@ -252,6 +257,9 @@ impl<V: SourceVm> Driver<V> {
         let (outgoing, lanes, inputs) = (Arc::clone(&self.outgoing), self.lanes.clone(), self.to_inputs.clone());
         self.round = Some(tokio::spawn(async move {
             let input = outgoing.send(round, lanes).await.map_or_else(Input::Lost, Input::RoundSent);
+            if matches!(&input, Input::Lost(failure) if failure.code == Code::Unreachable) {
+                give_way().await;
+            }
             let _ = inputs.send(input);
         }));
     }
@@ -269,15 +277,16 @@ impl<V: SourceVm> Driver<V> {
         Ok(machine_digest(*ram, state_digest(&sections), disks))
     }
 
-    async fn send_state(&self, sections: Vec<Section>, digest: v1::MachineDigest, verify_full: bool) -> Option<Input> {
+    async fn send_state(&self, sections: Vec<Section>, digest: v1::MachineDigest, verify_full: bool) {
         let end = StateEnd { sections: sections.len() as u32, digest: Some(digest), verify_full };
         let messages = sections.into_iter().map(Message::Section).chain([Message::StateEnd(end)]);
         for message in messages {
             if self.lanes[0].send(chunk(message)).await.is_err() {
-                return Some(Input::Lost(Failure::new(Code::Unreachable, "lane 0 was lost")));
+                give_way().await;
+                let _ = self.to_inputs.send(Input::Lost(Failure::new(Code::Unreachable, "lane 0 was lost")));
+                return;
             }
         }
-        None
     }
 
     fn tell(&self, event: Event) {
@@ -343,6 +352,11 @@ impl<V: SourceVm> Driver<V> {
         };
         Sent { handed_over, base: Base { checkpoint, mark: state.mark, digests } }
     }
+}
+
+/// A lane whose queue has gone away has a listener that knows why; its word goes first.
+async fn give_way() {
+    tokio::time::sleep(GIVE_WAY).await;
 }
 
 fn cancelled() -> Input {

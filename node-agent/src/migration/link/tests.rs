@@ -62,7 +62,7 @@ impl Guest {
     fn act(&self, page: u64, value: u64) {
         let _cpu = self.cpu.lock().unwrap();
         if self.running.load(Ordering::SeqCst) {
-            let bytes = if value % 5 == 0 { [0; 4096] } else { noise(value) };
+            let bytes = if value.is_multiple_of(5) { [0; 4096] } else { noise(value) };
             self.ram.write(page % self.ram.pages, &bytes, self.epoch.load(Ordering::SeqCst));
             self.disk.write(value % 64, &noise(value), self.epoch.load(Ordering::SeqCst));
             self.steps.fetch_add(1, Ordering::SeqCst);

@@ -151,3 +151,90 @@ fn hostile_sections_are_refused_by_name_and_field() {
     let text = refused("device/ioapic", prost::Message::encode_to_vec(&ioapic));
     assert_eq!(text, "section \"device/ioapic\": saved field lines is 1: as the devices drive them");
 }
+
+/// One access of a hostile guest, or of the world.
+fn poke(bus: &mut Bus, tsc: u64, what: u8, place: u16, value: u64) {
+    let size = 1 << (value % 4);
+    let windows = [LAPIC_BASE, IOAPIC_BASE, VIRTIO_BASE, VIRTIO_BASE + 0x1000, VIRTIO_BASE + 0x2000, 0xffff_f000];
+    let gpa = windows[usize::from(place) % windows.len()] + u64::from(place >> 3 & 0x1ff) * 4;
+    let port = [0x70u16, 0x71, 0x3f8, 0x600, 0xfffe][usize::from(place) % 5].wrapping_add(place >> 8 & 7);
+    let msr = [0x1b, 0x6e0, 0x4b56_4d00, 0x4b56_4d01, 0x800 + u32::from(place >> 3 & 0x3f)][usize::from(place) % 5];
+    match what % 10 {
+        0 => {
+            let _ = bus.io_read(tsc, port, size.min(4));
+        }
+        1 => bus.io_write(tsc, port, size.min(4), value as u32),
+        2 => {
+            let _ = bus.mmio_read(tsc, gpa, size);
+        }
+        3 | 4 => bus.mmio_write(tsc, gpa, 4, value >> 8),
+        5 => {
+            let _ = bus.msr_read(tsc, 0, msr);
+        }
+        6 => {
+            let _ = bus.msr_write(tsc, 0, msr, value);
+        }
+        7 => {
+            let _ = bus.console_input(&value.to_le_bytes());
+        }
+        8 => {
+            let _ = bus.net_input(0, &value.to_le_bytes());
+        }
+        _ => {
+            bus.tick(tsc);
+            let _ = bus.take_request(0);
+            if let Some(vector) = bus.pending_interrupt(0) {
+                bus.acknowledge(0, vector);
+            }
+        }
+    }
+}
+
+fn restore(bus: &mut Bus, sections: &[proto::v1::Section]) -> Result<(), RestoreError> {
+    bus.restore(&mut |name: &str| {
+        Ok(sections.iter().find(|section| section.name == name).map_or(Vec::new(), |section| section.body.clone()))
+    })
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_history_panics_and_any_survives_saving(
+        steps in proptest::collection::vec(proptest::prelude::any::<(u8, u16, u64)>(), 0..200),
+    ) {
+        let mut source = bus(1);
+        for (n, (what, place, value)) in steps.into_iter().enumerate() {
+            poke(&mut source, 1000 * n as u64, what, place, value);
+        }
+        let sections = source.save();
+        let mut target = bus(1);
+        proptest::prop_assert_eq!(restore(&mut target, &sections), Ok(()));
+        proptest::prop_assert_eq!(target.save(), sections);
+    }
+
+    #[test]
+    fn no_saved_bytes_panic_now_or_later(
+        changes in proptest::collection::vec(proptest::prelude::any::<(u16, u16, u8)>(), 1..6),
+        steps in proptest::collection::vec(proptest::prelude::any::<(u8, u16, u64)>(), 0..60),
+    ) {
+        let mut source = bus(1);
+        enable_lapic(&mut source, 0);
+        source.io_write(0, 0x3f9, 1, 7);
+        let mut sections = source.save();
+        for (which, at, byte) in changes {
+            let count = sections.len();
+            let body = &mut sections[usize::from(which) % count].body;
+            if body.is_empty() || byte % 7 == 0 {
+                body.push(byte);
+            } else {
+                let at = usize::from(at) % body.len();
+                body[at] = byte;
+            }
+        }
+        let mut target = bus(1);
+        if restore(&mut target, &sections).is_ok() {
+            for (n, (what, place, value)) in steps.into_iter().enumerate() {
+                poke(&mut target, 1000 * n as u64, what, place, value);
+            }
+        }
+    }
+}

@@ -138,7 +138,7 @@ impl<D: Device> Mmio<D> {
             self.device.read_config((offset - CONFIG) as usize, &mut bytes[..usize::from(size.min(8))]);
             return u64::from_le_bytes(bytes);
         }
-        if size != 4 || offset % 4 != 0 {
+        if size != 4 || !offset.is_multiple_of(4) {
             return 0;
         }
         let features = self.features();
@@ -164,7 +164,7 @@ impl<D: Device> Mmio<D> {
 
     /// Writes `size` bytes at an offset of the window.
     pub fn write(&mut self, memory: &GuestMemory, offset: u64, size: u8, value: u64) {
-        if size != 4 || offset % 4 != 0 || offset >= CONFIG {
+        if size != 4 || !offset.is_multiple_of(4) || offset >= CONFIG {
             return;
         }
         let value = value as u32;

@@ -147,7 +147,9 @@ mod tests {
 
     const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
 
-    struct Recorder(Rc<RefCell<Vec<Vec<u8>>>>);
+    type Sent = Rc<RefCell<Vec<Vec<u8>>>>;
+
+    struct Recorder(Sent);
 
     impl crate::device::net::Link for Recorder {
         fn send(&mut self, packet: &[u8]) {
@@ -155,8 +157,8 @@ mod tests {
         }
     }
 
-    fn card() -> (Mmio<Net>, Rc<RefCell<Vec<Vec<u8>>>>) {
-        let sent = Rc::default();
+    fn card() -> (Mmio<Net>, Sent) {
+        let sent = Sent::default();
         (Mmio::new(Net::new(MAC, Some(Box::new(Recorder(Rc::clone(&sent)))))), sent)
     }
 

@@ -327,9 +327,12 @@ mod tests {
     #[test]
     fn queues_outside_ram_are_refused() {
         let memory = GuestMemory::create(16 << 20).unwrap();
-        for (descriptors, available, used) in
-            [(0x1_0000, 0x2_0000, u64::MAX & !3), (15, 0x2_0000, 0x3_0000), (0x100_0000, 0x2_0000, 0x3_0000), (0, 0, 0)]
-        {
+        for (descriptors, available, used) in [
+            (0x1_0000, 0x2_0000, 0xffff_ffff_ffff_fffc),
+            (15, 0x2_0000, 0x3_0000),
+            (0x100_0000, 0x2_0000, 0x3_0000),
+            (0, 0, 0),
+        ] {
             let mut queue = Queue { descriptors, available, used, ..Queue::new(16) };
             assert!(queue.enable(&memory).is_err());
         }

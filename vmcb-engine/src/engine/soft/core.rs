@@ -216,6 +216,10 @@ pub struct Core {
     pub arena: super::svm::physical::Arena,
     /// Control bits that exist: what MOV to CR4 and VMRUN's checks go by.
     pub limits: crate::vmcb::check::Limits,
+    /// Other processors run code out of the same RAM: they are told of what this one decodes and overwrites.
+    pub shares_memory: bool,
+    /// Pages in which this processor was the first to decode code, since somebody asked.
+    pub new_code_pages: Vec<u64>,
     /// Software on this processor whose guest is loaded.
     pub hosted: Option<Box<super::svm::leave::Hosted>>,
     /// Retired instructions at which the running `run_until` stops: retired now = `stop_at - budget` between blocks.

@@ -4,7 +4,7 @@
 //! as long as that, outside the cache.
 
 use super::block::OPS_MAX;
-use super::core::{Core, RIP_BASE, rflags};
+use super::core::{CS, Core, RIP_BASE, rflags};
 use super::decode;
 use super::op::Flow;
 
@@ -67,7 +67,29 @@ impl Core {
         }
     }
 
+    /// True where a block could reach beyond the limit of CS: blocks know pages, not segments.
+    #[inline(always)]
+    fn is_near_code_end(&self) -> bool {
+        !self.mode.long && self.rip.saturating_add(0x1000) > u64::from(self.segments[CS].limit)
+    }
+
+    /// One instruction, decoded anew, so that no byte of it lies beyond the limit of CS.
+    #[cold]
+    #[inline(never)]
+    fn run_near_code_end(&mut self) -> Flow {
+        let decoded = match self.translate_code(self.rip).and_then(|fetched| decode::block(self, fetched, 1)) {
+            Ok(decoded) => decoded,
+            Err(stop) => return self.fetch_stopped(stop),
+        };
+        let count = decoded.block.count;
+        let ops = self.blocks.hold(decoded.block);
+        self.enter(ops, count)
+    }
+
     fn run_block(&mut self, limit: usize) -> Flow {
+        if self.is_near_code_end() {
+            return self.run_near_code_end();
+        }
         let mode = self.mode.key();
         if let Some((ops, count)) = self.blocks.jump(self.rip, self.tlb.map_epoch, mode)
             && count as usize <= limit
@@ -126,6 +148,9 @@ impl Core {
         };
         let count = decoded.block.count;
         for (page, lines) in [(decoded.block.page, decoded.block.lines)].into_iter().chain(decoded.second) {
+            if self.shares_memory && self.memory.stamps().code_lines(page) == 0 {
+                self.new_code_pages.push(page);
+            }
             self.memory.stamps().add_code_lines(page, lines);
             self.tlb.protect_code(page);
         }

@@ -218,6 +218,10 @@ impl Core {
             return false;
         }
         let left = self.blocks.invalidate(page, lines);
+        if self.shares_memory {
+            // Other processors may have decoded the same lines.
+            self.memory.stamps().report_written_code(page);
+        }
         self.memory.stamps().clear_code_lines(page);
         self.memory.stamps().add_code_lines(page, left);
         left == 0
@@ -251,6 +255,11 @@ impl Core {
             // Code outside of RAM reads as all ones: an undefined opcode.
             Target::Device(_) => self.undefined(),
         }
+    }
+
+    /// True if the byte at RIP + `offset` lies beyond the limit of CS. 64-bit mode has no limits (APM2 4.12.1).
+    pub fn is_beyond_code(&self, offset: usize) -> bool {
+        !self.mode.long && self.rip + offset as u64 > u64::from(self.segments[CS].limit)
     }
 
     /// True if this translation must not be cached: its use depends on more than the TLB's two sets.
@@ -457,11 +466,11 @@ impl Core {
         Ok(())
     }
 
-    /// Somebody other than this processor may have written to decoded code: devices, the host.
-    pub fn drop_written_code(&mut self) {
-        for page in self.memory.stamps().take_written_code() {
-            self.blocks.invalidate(page, u64::MAX);
-            self.memory.stamps().clear_code_lines(page);
+    /// Somebody other than this processor wrote to decoded code of these pages: devices, the host, other processors. The
+    /// caller clears the pages' lines when every processor knows.
+    pub fn drop_code(&mut self, pages: &[u64]) {
+        for page in pages {
+            self.blocks.invalidate(*page, u64::MAX);
         }
     }
 

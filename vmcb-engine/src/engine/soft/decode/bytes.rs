@@ -53,6 +53,9 @@ impl<'a> Cursor<'a> {
         if self.taken == BYTES_MAX {
             return Err(Trouble::TooLong);
         }
+        if self.first && self.core.is_beyond_code(self.taken) {
+            return self.core.general_protection().map_err(Trouble::Fetch);
+        }
         let host = if self.taken < self.in_page {
             self.host.wrapping_add(self.taken)
         } else {

@@ -58,18 +58,18 @@ impl Vcpu {
 impl SoftEngine {
     /// The instruction that exited is done and has retired.
     fn retire(&mut self) {
-        let next_rip = self.vcpus[0].vmcb.control.nrip;
+        let next_rip = self.vcpus[self.current].vmcb.control.nrip;
         self.retire_to(next_rip);
     }
 
     fn retire_to(&mut self, next_rip: u64) {
-        self.vcpus[0].complete(next_rip);
+        self.vcpus[self.current].complete(next_rip);
         self.clock.retired += 1;
     }
 
-    /// Handles the exit of the first vCPU.
+    /// Handles the exit of the current vCPU.
     pub(super) fn handle(&mut self, platform: &mut dyn Platform, code: ExitCode) -> Result<(), Exit> {
-        let vcpu = &mut self.vcpus[0];
+        let vcpu = &mut self.vcpus[self.current];
         vcpu.keep_interrupted_event();
         match code {
             ExitCode::INTR | ExitCode::VINTR => {}
@@ -111,13 +111,13 @@ impl SoftEngine {
     }
 
     fn why_invalid(&self) -> String {
-        let vcpu = &self.vcpus[0];
+        let vcpu = &self.vcpus[self.current];
         let reasons: Vec<String> = violations(&vcpu.vmcb, vcpu.core.limits).iter().map(ToString::to_string).collect();
         format!("VMRUN refuses the VMCB: {}", reasons.join("; "))
     }
 
     fn port_access(&mut self, platform: &mut dyn Platform) -> Result<(), Exit> {
-        let control = &self.vcpus[0].vmcb.control;
+        let control = &self.vcpus[self.current].vmcb.control;
         let next_rip = control.exitinfo2;
         let Some(io) = IoInfo::decode(control.exitinfo1) else {
             return Err(Exit::Failed(format!("IOIO with EXITINFO1 {:#x}", control.exitinfo1)));
@@ -126,7 +126,7 @@ impl SoftEngine {
             return self.emulate(platform);
         }
         let tsc = self.clock.tsc();
-        let rax = &mut self.vcpus[0].vmcb.save.rax;
+        let rax = &mut self.vcpus[self.current].vmcb.save.rax;
         if io.input {
             let value = u64::from(platform.io_read(tsc, io.port, io.size));
             *rax = match io.size {
@@ -144,7 +144,7 @@ impl SoftEngine {
 
     /// A data access beyond RAM is a device's. Code, page tables, and stacks of events are not there.
     fn nested_fault(&mut self, platform: &mut dyn Platform) -> Result<(), Exit> {
-        let control = &self.vcpus[0].vmcb.control;
+        let control = &self.vcpus[self.current].vmcb.control;
         let (info, gpa) = (control.exitinfo1, control.exitinfo2);
         let what = if npf::GUEST_TABLE.is_set(info) {
             "has a page table"
@@ -157,14 +157,14 @@ impl SoftEngine {
         };
         Err(Exit::Failed(format!(
             "the guest {what} at {gpa:#x}, which is not RAM (RIP {:#x})",
-            self.vcpus[0].vmcb.save.rip
+            self.vcpus[self.current].vmcb.save.rip
         )))
     }
 
     /// Runs the instruction that exited with devices answering.
     fn emulate(&mut self, platform: &mut dyn Platform) -> Result<(), Exit> {
         let (host_tsc, tsc) = (self.host_tsc(), self.clock.tsc());
-        let vcpu = &mut self.vcpus[0];
+        let vcpu = &mut self.vcpus[self.current];
         vcpu.core.set_retired(self.clock.retired);
         let exit = vcpu.core.vmrun_emulating(&mut vcpu.vmcb, host_tsc, platform, tsc);
         vcpu.vmcb.control.tlb_control = tlb_control::NONE;
@@ -173,7 +173,7 @@ impl SoftEngine {
             None => Ok(()),
             // What still exits (a page table or code beyond RAM, shutdown) cannot be emulated again.
             Some(ExitCode::NPF) => {
-                let rip = self.vcpus[0].vmcb.save.rip;
+                let rip = self.vcpus[self.current].vmcb.save.rip;
                 Err(Exit::Failed(format!("the instruction at {rip:#x} cannot be emulated")))
             }
             Some(code) => self.handle(platform, code),
@@ -181,7 +181,7 @@ impl SoftEngine {
     }
 
     fn identify(&mut self) {
-        let vcpu = &mut self.vcpus[0];
+        let vcpu = &mut self.vcpus[self.current];
         let (leaf, subleaf) = (vcpu.vmcb.save.rax as u32, vcpu.core.gprs[RCX] as u32);
         let answer = self.model.cpuid(leaf, subleaf, &vcpu.topology);
         vcpu.vmcb.save.rax = answer[0].into();
@@ -193,7 +193,7 @@ impl SoftEngine {
 
     fn msr_access(&mut self, platform: &mut dyn Platform) {
         let tsc = self.clock.tsc();
-        let vcpu = &mut self.vcpus[0];
+        let vcpu = &mut self.vcpus[self.current];
         let msr = vcpu.core.gprs[RCX] as u32;
         let write = vcpu.vmcb.control.exitinfo1 & 1 != 0;
         let done = if write {
@@ -212,13 +212,13 @@ impl SoftEngine {
     }
 
     fn write_priority(&mut self, platform: &mut dyn Platform) {
-        let vcpu = &mut self.vcpus[0];
+        let vcpu = &mut self.vcpus[self.current];
         let value = vcpu.register((vcpu.vmcb.control.exitinfo1 & 15) as usize);
         if value > 15 {
             vcpu.inject(13, Some(0));
             return;
         }
-        platform.set_cr8(0, value as u8);
+        platform.set_cr8(self.current, value as u8);
         V_TPR.put(&mut vcpu.vmcb.control.vintr, value);
         self.retire();
     }

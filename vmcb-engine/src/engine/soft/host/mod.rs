@@ -6,15 +6,19 @@
 //! | `exits` | what the host does with each #VMEXIT |
 //! | `msr` | MSRs that the host keeps for the guest |
 //! | `state` | between `CpuState` and processor plus VMCB |
+//! | `wake` | interrupts, INIT, start-up, NMI: what starts and stops a vCPU |
 //!
 //! The loop stops at `until`, at the platform's next deadline, and at exits; only there does the outside world reach the
-//! guest. It looks at interrupts again after each stop, so where it stops is never visible to the guest. One vCPU runs;
-//! further ones wait for an INIT that nobody can send yet.
+//! guest. It looks at interrupts again after each stop, so where it stops is never visible to the guest.
+//!
+//! vCPUs take turns on one global count of instructions. Which one runs is a function of that count and of who is awake:
+//! the vCPU whose turn of [`TURN`] instructions it is, or the next one awake. Nothing of the schedule is state.
 
 mod exits;
 mod msr;
 mod npt;
 mod state;
+mod wake;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,9 +29,8 @@ use crate::capability::{CpuModel, Topology};
 use crate::cpu::{CpuState, RunState};
 use crate::engine::{Clock, Engine, Exit, LoadError, Platform};
 use crate::memory::GuestMemory;
-use crate::vmcb::control::{V_IGN_TPR, V_INTR_MASKING, V_INTR_PRIO, V_INTR_VECTOR, V_IRQ, V_TPR};
-use crate::vmcb::registers::rflags;
-use crate::vmcb::{Event, Intercept, Vmcb, tlb_control};
+use crate::vmcb::control::V_INTR_MASKING;
+use crate::vmcb::{Intercept, Vmcb, tlb_control};
 
 /// What a software engine is built for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -55,9 +58,15 @@ struct Vcpu {
     shut_down: bool,
 }
 
+/// Instructions of a vCPU's turn.
+pub const TURN: u64 = 5000;
+
 /// The software engine.
 pub struct SoftEngine {
     vcpus: Vec<Vcpu>,
+    memory: Arc<GuestMemory>,
+    /// The vCPU that runs, or ran last.
+    current: usize,
     model: CpuModel,
     clock: Clock,
 }
@@ -99,6 +108,7 @@ impl Vcpu {
         let mut core = Core::new(Arc::clone(memory));
         core.limits = config.model.limits();
         core.tsc_per_instruction = config.tsc_per_instruction.into();
+        core.shares_memory = config.vcpus > 1;
         let mut vmcb = Vmcb::boxed();
         let control = &mut vmcb.control;
         for which in INTERCEPTS {
@@ -123,50 +133,6 @@ impl Vcpu {
         vcpu.load(&config.model.power_up(&topology)).expect("the model's power-up state is legal");
         vcpu
     }
-
-    fn halted(&self) -> bool {
-        self.run_state != RunState::Runnable
-    }
-
-    /// Injects what waits, if the guest can take it now; else asks to be told when it can. False: the guest sleeps on.
-    fn offer_interrupts(&mut self, platform: &mut dyn Platform, index: usize) -> bool {
-        let pending = platform.pending_interrupt(index);
-        V_TPR.put(&mut self.vmcb.control.vintr, u64::from(platform.cr8(index) & 15));
-        let takes_nmi = self.nmi_pending && !self.core.events.nmi_masked;
-        let enabled = self.vmcb.save.rflags & rflags::IF != 0;
-        if self.run_state == RunState::Halted && (takes_nmi || (pending.is_some() && enabled)) {
-            self.run_state = RunState::Runnable;
-        }
-        if self.halted() {
-            return false;
-        }
-        let control = &mut self.vmcb.control;
-        let free = !control.injected_event().valid() && !control.in_interrupt_shadow();
-        let mut waits = pending.is_some();
-        if takes_nmi && free {
-            control.eventinj = Event::nmi().0;
-            self.nmi_pending = false;
-        } else if let Some(vector) = pending
-            && free
-            && enabled
-        {
-            platform.acknowledge(index, vector);
-            control.eventinj = Event::interrupt(vector).0;
-            waits = platform.pending_interrupt(index).is_some();
-        }
-        self.request_window(waits);
-        true
-    }
-
-    /// A virtual interrupt that is never delivered: its intercept says when one could be (APM2 15.21.5).
-    fn request_window(&mut self, wanted: bool) {
-        let control = &mut self.vmcb.control;
-        V_IRQ.put(&mut control.vintr, u64::from(wanted));
-        V_IGN_TPR.put(&mut control.vintr, u64::from(wanted));
-        V_INTR_PRIO.put(&mut control.vintr, 0);
-        V_INTR_VECTOR.put(&mut control.vintr, 0);
-        control.set_intercept(Intercept::VINTR, wanted);
-    }
 }
 
 impl SoftEngine {
@@ -174,17 +140,55 @@ impl SoftEngine {
     pub fn new(memory: Arc<GuestMemory>, config: &SoftConfig) -> Self {
         let vcpus = (0..config.vcpus.max(1)).map(|vcpu| Vcpu::new(&memory, config, vcpu)).collect();
         let clock = Clock { retired: 0, skipped_tsc: 0, tsc_per_instruction: config.tsc_per_instruction };
-        Self { vcpus, model: config.model, clock }
+        Self { vcpus, memory, current: 0, model: config.model, clock }
+    }
+
+    /// The vCPU that runs now, woken if it must be; `None` if all sleep.
+    fn choose(&mut self, platform: &mut dyn Platform) -> Option<usize> {
+        let count = self.vcpus.len();
+        let turn = (self.clock.retired / TURN) as usize % count;
+        (turn..turn + count).map(|index| index % count).find(|index| self.vcpus[*index].awake(platform))
+    }
+
+    /// Makes `index` the vCPU that runs: it learns where others have decoded code since it ran.
+    fn switch_to(&mut self, platform: &mut dyn Platform, index: usize) {
+        if index == self.current {
+            return;
+        }
+        let pages = std::mem::take(&mut self.vcpus[self.current].core.new_code_pages);
+        for vcpu in &mut self.vcpus {
+            pages.iter().for_each(|page| vcpu.core.tlb.protect_code(*page));
+        }
+        self.current = index;
+        platform.executing(index);
+    }
+
+    /// Devices, the host, or another processor wrote to code that was decoded.
+    fn drop_written_code(&mut self) {
+        let written = self.memory.stamps().take_written_code();
+        for vcpu in &mut self.vcpus {
+            vcpu.core.drop_code(&written);
+        }
+        written.iter().for_each(|page| self.memory.stamps().clear_code_lines(*page));
+    }
+
+    /// Where the chosen vCPU must stop at the latest.
+    fn stop_point(&self, platform: &dyn Platform, until_retired: u64) -> u64 {
+        let retired = self.clock.retired;
+        // A deadline that has passed and was not moved by `tick` must not stop the guest for ever.
+        let deadline = platform.next_deadline().map_or(u64::MAX, |deadline| self.clock.retired_at(deadline));
+        let turn = if self.vcpus.len() > 1 { (retired / TURN + 1) * TURN } else { u64::MAX };
+        until_retired.min(deadline.max(retired + 1)).min(turn)
     }
 
     fn host_tsc(&self) -> HostTsc {
         HostTsc(self.clock.skipped_tsc)
     }
 
-    /// Runs the first vCPU to `stop_at` or to its next exit, and handles that.
+    /// Runs the current vCPU to `stop_at` or to its next exit, and handles that.
     fn enter(&mut self, platform: &mut dyn Platform, stop_at: u64) -> Result<(), Exit> {
         let tsc = self.host_tsc();
-        let vcpu = &mut self.vcpus[0];
+        let vcpu = &mut self.vcpus[self.current];
         vcpu.core.set_retired(self.clock.retired);
         let code = vcpu.core.vmrun(&mut vcpu.vmcb, tsc, stop_at);
         vcpu.vmcb.control.tlb_control = tlb_control::NONE;
@@ -203,20 +207,18 @@ impl Engine for SoftEngine {
             if platform.next_deadline().is_some_and(|deadline| deadline <= tsc) {
                 platform.tick(tsc);
             }
-            let vcpu = &mut self.vcpus[0];
-            vcpu.core.drop_written_code();
-            if vcpu.shut_down {
+            self.drop_written_code();
+            self.take_requests(platform);
+            if self.vcpus.iter().any(|vcpu| vcpu.shut_down) {
                 return Exit::Shutdown;
             }
             if self.clock.retired >= until_retired {
                 return Exit::Reached;
             }
-            if !vcpu.offer_interrupts(platform, 0) {
-                return Exit::Halted;
-            }
-            // A deadline that has passed and was not moved by `tick` must not stop the guest for ever.
-            let deadline = platform.next_deadline().map_or(u64::MAX, |deadline| self.clock.retired_at(deadline));
-            let stop_at = until_retired.min(deadline.max(self.clock.retired + 1));
+            let Some(index) = self.choose(platform) else { return Exit::Halted };
+            self.switch_to(platform, index);
+            self.vcpus[index].offer_interrupts(platform);
+            let stop_at = self.stop_point(platform, until_retired);
             if let Err(exit) = self.enter(platform, stop_at) {
                 return exit;
             }

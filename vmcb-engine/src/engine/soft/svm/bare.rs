@@ -54,6 +54,8 @@ impl Core {
             nested: Default::default(),
             arena: Default::default(),
             limits: super::enter::LIMITS,
+            shares_memory: false,
+            new_code_pages: Vec::new(),
             hosted: None,
             stop_at: 0,
             tsc_per_instruction: 1,

@@ -119,6 +119,8 @@ impl Core {
     /// Writes a VMCB into RAM; decoded code that lies there ends.
     pub(crate) fn write_hosted(&mut self, address: u64, vmcb: &Vmcb) {
         self.memory.write(address, vmcb.as_page()).expect("the page was checked to be RAM");
-        self.drop_written_code();
+        let written = self.memory.stamps().take_written_code();
+        self.drop_code(&written);
+        written.iter().for_each(|page| self.memory.stamps().clear_code_lines(*page));
     }
 }

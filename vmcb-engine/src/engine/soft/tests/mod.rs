@@ -7,6 +7,7 @@ mod delivery;
 mod exact;
 mod host;
 mod paging;
+mod several;
 mod vm;
 
 use std::collections::BTreeMap;
@@ -19,7 +20,7 @@ use super::run::Ended;
 use super::{SoftConfig, SoftEngine};
 use crate::capability::{CpuModel, Topology};
 use crate::cpu::CpuState;
-use crate::engine::{Engine, Exit, LoadError, Platform};
+use crate::engine::{Engine, Exit, LoadError, Platform, Request};
 use crate::memory::GuestMemory;
 use crate::vmcb::registers::{cr0, cr4, efer};
 use crate::vmcb::{ExitCode, Segment};
@@ -194,7 +195,12 @@ pub struct World {
     pub pending: Vec<u8>,
     pub tpr: u8,
     pub stopped: bool,
+    /// What a write of `vcpu << 8 | vector` to the start register asks for: see `io_write`.
+    pub requests: Vec<(usize, Request)>,
 }
+
+/// OUT of a page to this port sends INIT and start-up to the second vCPU; of 0, an NMI.
+pub const START_PORT: u16 = 0x77;
 
 impl World {
     fn next_alarm(&self) -> Option<(u64, u8)> {
@@ -210,6 +216,11 @@ impl Platform for World {
     fn io_write(&mut self, tsc: u64, port: u16, size: u8, value: u32) {
         self.log.push(format!("{tsc}: out {port:#x} {size} {value:#x}"));
         self.stopped |= port == 0xdead;
+        match (port, value as u8) {
+            (START_PORT, 0) => self.requests.push((1, Request::Nmi)),
+            (START_PORT, page) => self.requests.extend([(1, Request::Init), (1, Request::Startup(page))]),
+            _ => {}
+        }
     }
     fn mmio_read(&mut self, tsc: u64, gpa: u64, size: u8) -> u64 {
         self.log.push(format!("{tsc}: load {gpa:#x} {size}"));
@@ -239,7 +250,10 @@ impl Platform for World {
     fn next_deadline(&self) -> Option<u64> {
         self.next_alarm().map(|(at, _)| at)
     }
-    fn pending_interrupt(&mut self, _: usize) -> Option<u8> {
+    fn pending_interrupt(&mut self, vcpu: usize) -> Option<u8> {
+        if vcpu != 0 {
+            return None;
+        }
         self.pending.iter().copied().filter(|vector| vector >> 4 > self.tpr).max()
     }
     fn acknowledge(&mut self, _: usize, vector: u8) {
@@ -252,6 +266,10 @@ impl Platform for World {
     }
     fn set_cr8(&mut self, _: usize, value: u8) {
         self.tpr = value;
+    }
+    fn take_request(&mut self, vcpu: usize) -> Option<Request> {
+        let at = self.requests.iter().position(|(to, _)| *to == vcpu)?;
+        Some(self.requests.remove(at).1)
     }
     fn stopped(&self) -> bool {
         self.stopped
@@ -267,8 +285,13 @@ pub struct Guest {
 
 impl Guest {
     pub fn new(program: impl FnOnce(&mut CodeAssembler)) -> Self {
+        Self::with_vcpus(1, program)
+    }
+
+    /// The first of several vCPUs runs the program; the others wait for INIT.
+    pub fn with_vcpus(vcpus: u32, program: impl FnOnce(&mut CodeAssembler)) -> Self {
         let memory = ram();
-        let config = SoftConfig { vcpus: 1, model: CpuModel::SoftV1, tsc_hz: 1_000_000_000, tsc_per_instruction: 1 };
+        let config = SoftConfig { vcpus, model: CpuModel::SoftV1, tsc_hz: 1_000_000_000, tsc_per_instruction: 1 };
         let mut engine = SoftEngine::new(Arc::clone(&memory), &config);
         let state = long_state(&memory, CODE);
         memory.write(CODE, &assemble(64, CODE, program)).unwrap();

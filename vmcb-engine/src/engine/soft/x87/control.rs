@@ -167,7 +167,7 @@ pub fn absolute(core: &mut Core, op: &Op) -> Step {
 }
 
 fn is_short(core: &Core, op: &Op) -> bool {
-    op.has(form::OPERAND_SIZE) != !(core.mode.long || core.mode.big)
+    op.has(form::OPERAND_SIZE) == (core.mode.long || core.mode.big)
 }
 
 /// The full tag word: 0 valid, 1 zero, 2 special, 3 empty.
