@@ -73,8 +73,8 @@ fn cuts_of_two_vcpus_are_invisible() {
         }
         assert_eq!(cut.engine.clock(), whole.engine.clock(), "step {step}");
         assert_eq!(get(&cut.memory, COUNTER), get(&whole.memory, COUNTER), "step {step}");
-        for vcpu in 0..2 {
-            assert_eq!(cut.engine.store(vcpu as usize).compare(&states[vcpu]), [], "step {step}");
+        for (vcpu, state) in states.iter().enumerate() {
+            assert_eq!(cut.engine.store(vcpu).compare(state), [], "step {step}");
         }
     }
 }
