@@ -56,7 +56,7 @@ pub struct Blocks {
     slots: Box<[Option<Box<Block>>]>,
     jumps: Box<[Jump]>,
     pages: BTreeMap<u64, Vec<u32>>,
-    dead: Vec<Box<Block>>,
+    dead: Vec<Block>,
     held: Option<Box<Block>>,
     /// Blocks that died so far.
     buried: u32,
@@ -79,6 +79,12 @@ fn slot_of(gpa: u64, mode: u32) -> usize {
 #[inline(always)]
 fn jump_of(rip: u64) -> usize {
     (rip ^ rip >> 12) as usize & (JUMPS - 1)
+}
+
+impl Default for Blocks {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Blocks {
@@ -138,7 +144,7 @@ impl Blocks {
             if let Some(slots) = self.pages.get_mut(&block.page) {
                 slots.retain(|other| *other != slot);
             }
-            self.dead.push(block);
+            self.dead.push(*block);
         }
     }
 
