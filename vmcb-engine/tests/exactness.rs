@@ -49,11 +49,11 @@ fn program(random: &mut Random) -> Vec<u8> {
     let mut code = Vec::new();
     while code.len() < 5000 {
         let mut bytes = Vec::new();
-        if random.next() % 4 == 0 {
+        if random.next().is_multiple_of(4) {
             bytes.push([0x66, 0xf3, 0xf2, 0x67][random.next() as usize & 3]);
         }
         bytes.push(0x40 | random.next() as u8 & 0xb);
-        if random.next() % 3 == 0 {
+        if random.next().is_multiple_of(3) {
             bytes.push(0x0f);
         }
         bytes.push(random.next() as u8);
@@ -64,7 +64,7 @@ fn program(random: &mut Random) -> Vec<u8> {
             && !decoded.is_save_restore_instruction()
             && matches!(decoded.flow_control(), FlowControl::Next | FlowControl::ConditionalBranch)
             && (decoded.flow_control() == FlowControl::Next || (decoded.is_jcc_short() && bytes[0] != 0x66))
-            && decoded.is_stack_instruction() == (random.next() % 4 == 0)
+            && decoded.is_stack_instruction() == (random.next().is_multiple_of(4))
             && decoded.op0_register().full_register() != iced_x86::Register::RBX
             && !decoded.op0_register().is_segment_register();
         if harmless {
@@ -118,7 +118,7 @@ fn a_run_in_pieces_equals_the_whole() {
         run_to(&mut whole, total);
         let (mut pieces, pieces_memory) = start();
         while pieces.retired() < total {
-            let step = 1 + random.next() % if random.next() % 2 == 0 { 7 } else { 500 };
+            let step = 1 + random.next() % if random.next().is_multiple_of(2) { 7 } else { 500 };
             let until = (pieces.retired() + step).min(total);
             run_to(&mut pieces, until);
             assert_eq!(pieces.retired(), until, "stops exactly where asked");
