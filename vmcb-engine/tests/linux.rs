@@ -16,9 +16,9 @@ use vmcb_engine::memory::{GuestMemory, sized_memfd};
 const INSTRUCTIONS_MAX: u64 = 6_000_000_000;
 const SLICE: u64 = 20_000_000;
 
-fn config() -> MachineConfig {
+fn config(vcpus: u32) -> MachineConfig {
     MachineConfig {
-        vcpus: 1,
+        vcpus,
         memory_bytes: 512 << 20,
         cpu_model: "soft-v1".into(),
         engine: "soft".into(),
@@ -73,8 +73,8 @@ impl Link for Echo {
     }
 }
 
-fn build() -> (Machine, Wire) {
-    let config = config();
+fn build(vcpus: u32) -> (Machine, Wire) {
+    let config = config(vcpus);
     let disk = DiskImage::from_fd(sized_memfd("test-disk", 1 << 20).unwrap(), false).unwrap();
     let memory = GuestMemory::create(config.memory_bytes).unwrap();
     let wire = Wire::default();
@@ -110,7 +110,7 @@ fn run((machine, wire): &mut (Machine, Wire), until: u64, console: &mut Vec<u8>)
 #[test]
 fn linux_boots_until_it_misses_its_root() {
     let Some(kernel) = named("GODWIT_TEST_KERNEL") else { return };
-    let mut machine = build();
+    let mut machine = build(1);
     machine.0.boot(&std::fs::read(kernel).unwrap(), None).unwrap();
     let mut console = Vec::new();
     assert_eq!(run(&mut machine, INSTRUCTIONS_MAX, &mut console), Outcome::TripleFault);
@@ -119,13 +119,24 @@ fn linux_boots_until_it_misses_its_root() {
 }
 
 #[test]
+fn linux_brings_up_a_second_processor() {
+    let Some(kernel) = named("GODWIT_TEST_KERNEL") else { return };
+    let mut machine = build(2);
+    machine.0.boot(&std::fs::read(kernel).unwrap(), None).unwrap();
+    let mut console = Vec::new();
+    assert_eq!(run(&mut machine, INSTRUCTIONS_MAX, &mut console), Outcome::TripleFault);
+    let text = String::from_utf8_lossy(&console);
+    assert!(text.contains("smp: Brought up 1 node, 2 CPUs") && text.contains("Unable to mount root fs"));
+}
+
+#[test]
 fn linux_is_moved_while_it_boots_and_notices_nothing() {
     let (Some(kernel), Some(initrd)) = (named("GODWIT_TEST_KERNEL"), named("GODWIT_TEST_INITRD")) else { return };
-    let mut source = build();
+    let mut source = build(1);
     source.0.boot(&std::fs::read(kernel).unwrap(), Some(&std::fs::read(initrd).unwrap())).unwrap();
     let mut console = Vec::new();
     assert_eq!(run(&mut source, 700_000_123, &mut console), Outcome::Reached);
-    let mut target = build();
+    let mut target = build(1);
     copy_pages(&source.0, &target.0);
     target.0.apply(&source.0.capture().unwrap()).unwrap();
     assert_eq!(target.0.digest().unwrap(), source.0.digest().unwrap());

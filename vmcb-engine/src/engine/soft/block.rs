@@ -56,8 +56,7 @@ pub struct Blocks {
     slots: Box<[Option<Box<Block>>]>,
     jumps: Box<[Jump]>,
     pages: BTreeMap<u64, Vec<u32>>,
-    #[allow(clippy::vec_box, reason = "the running block must not move when it dies")]
-    dead: Vec<Box<Block>>,
+    dead: Vec<Block>,
     held: Option<Box<Block>>,
     /// Blocks that died so far.
     buried: u32,
@@ -145,7 +144,7 @@ impl Blocks {
             if let Some(slots) = self.pages.get_mut(&block.page) {
                 slots.retain(|other| *other != slot);
             }
-            self.dead.push(block);
+            self.dead.push(*block);
         }
     }
 

@@ -60,6 +60,11 @@ struct Delivery {
 }
 
 impl Events {
+    /// The state was taken or set: a run from here begins to count deliveries anew.
+    pub fn forget_deliveries(&mut self) {
+        self.deliveries = 0;
+    }
+
     /// A guest is entered: nothing of the one before holds.
     pub fn begin_guest(&mut self) {
         (self.trap, self.shadow, self.software) = (false, false, None);
@@ -344,14 +349,13 @@ impl Core {
         if !is_canonical(target, 48) {
             return self.delivery_fault(delivery, 13, 0);
         }
-        let mut frame = vec_frame(delivery.event.error());
         let flags = self.pushed_flags(delivery);
         let selectors = (u64::from(self.segments[SS].selector), u64::from(self.segments[CS].selector));
-        frame.extend([delivery.return_rip, selectors.1, flags, self.gprs[RSP], selectors.0]);
+        let words = [delivery.return_rip, selectors.1, flags, self.gprs[RSP], selectors.0];
+        let frame = Frame::new(delivery.event.error(), &words, 8);
         let top = stack & !0xf;
-        let bottom = top.wrapping_sub(frame.len() as u64 * 8);
-        let bytes: Vec<u8> = frame.iter().flat_map(|word| word.to_le_bytes()).collect();
-        let write = |core: &mut Core| core.write_linear(bottom, &bytes);
+        let bottom = top.wrapping_sub(frame.length as u64);
+        let write = |core: &mut Core| core.write_linear(bottom, frame.bytes());
         let pushed = if cpl < 3 { self.as_supervisor(write) } else { write(self) };
         if let Err(stop) = pushed {
             if stop == Stop::Fault {
@@ -403,18 +407,14 @@ impl Core {
         let old = (u64::from(self.segments[SS].selector), self.gprs[RSP]);
         let (stack, pointer) =
             if cpl < self.cpl { self.legacy_stack(cpl)? } else { (self.segments[SS], self.gprs[RSP]) };
-        let mut frame = vec_frame(delivery.event.error());
         let code_selector = u64::from(self.segments[CS].selector);
-        frame.extend([delivery.return_rip, code_selector, self.pushed_flags(delivery)]);
-        if cpl < self.cpl {
-            frame.extend([old.1, old.0]);
-        }
-        let width = if wide { 4 } else { 2 };
-        let bytes: Vec<u8> = frame.iter().flat_map(|word| word.to_le_bytes().into_iter().take(width)).collect();
+        let words = [delivery.return_rip, code_selector, self.pushed_flags(delivery), old.1, old.0];
+        let count = if cpl < self.cpl { 5 } else { 3 };
+        let frame = Frame::new(delivery.event.error(), &words[..count], if wide { 4 } else { 2 });
         let mask = if stack.big() { 0xffff_ffff } else { 0xffff };
-        let bottom = pointer.wrapping_sub(bytes.len() as u64) & mask;
+        let bottom = pointer.wrapping_sub(frame.length as u64) & mask;
         let linear = stack.base.wrapping_add(bottom) & 0xffff_ffff;
-        let write = |core: &mut Core| core.write_linear(linear, &bytes);
+        let write = |core: &mut Core| core.write_linear(linear, frame.bytes());
         if cpl < 3 {
             self.as_supervisor(write)?
         } else {
@@ -495,10 +495,25 @@ impl Core {
     }
 }
 
-fn vec_frame(error: Option<u32>) -> Vec<u64> {
-    let mut frame = Vec::with_capacity(6);
-    frame.extend(error.map(u64::from));
-    frame
+/// What a delivery pushes, lowest address first.
+struct Frame {
+    bytes: [u8; 48],
+    length: usize,
+}
+
+impl Frame {
+    fn new(error: Option<u32>, words: &[u64], width: usize) -> Self {
+        let mut frame = Self { bytes: [0; 48], length: 0 };
+        for word in error.map(u64::from).iter().chain(words) {
+            frame.bytes[frame.length..frame.length + width].copy_from_slice(&word.to_le_bytes()[..width]);
+            frame.length += width;
+        }
+        frame
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.length]
+    }
 }
 
 impl Delivery {

@@ -3,6 +3,10 @@
 //! Every instruction's meaning is a plain function `fn(&mut Core, &Op) -> Step`. [`straight`] and [`last`] wrap
 //! such a function into a [`Handler`]: run it, then call the handler of the next operation in tail position. In
 //! optimised builds LLVM turns that call into a jump; where it does not, the stack grows by at most one block.
+#![allow(
+    clippy::not_unsafe_ptr_arg_deref,
+    reason = "handlers are called by the loop and by each other only, with operations of a live block"
+)]
 #![allow(unsafe_code, reason = "dispatch: operations of a block lie one after the other and end with one that returns")]
 
 use std::cell::Cell;

@@ -203,7 +203,7 @@ fn operands(cursor: &mut Cursor<'_>, insn: &mut Insn, entry: &Entry, prefixes: P
     if entry.flags & flag::MODRM == 0 {
         return Ok(());
     }
-    let reg = insn.modrm >> 3 & 7 | (rex & 4) << 1;
+    let reg = (insn.modrm >> 3 & 7) | (rex & 4) << 1;
     insn.op.reg = if bytes { byte_register(reg, rex) } else { reg };
     if insn.is_memory() {
         return if insn.op.address_size == 2 {

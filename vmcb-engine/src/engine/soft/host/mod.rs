@@ -178,7 +178,9 @@ impl SoftEngine {
         // A deadline that has passed and was not moved by `tick` must not stop the guest for ever.
         let deadline = platform.next_deadline().map_or(u64::MAX, |deadline| self.clock.retired_at(deadline));
         let turn = if self.vcpus.len() > 1 { (retired / TURN + 1) * TURN } else { u64::MAX };
-        until_retired.min(deadline.max(retired + 1)).min(turn)
+        // Nothing exits when the guest becomes able to take an NMI, so that is looked at after every instruction.
+        let nmi = if self.vcpus[self.current].nmi_pending { retired + 1 } else { u64::MAX };
+        until_retired.min(deadline.max(retired + 1)).min(turn).min(nmi)
     }
 
     fn host_tsc(&self) -> HostTsc {

@@ -68,5 +68,6 @@ impl Vcpu {
     fn forget(&mut self) {
         self.core.tlb.flush();
         self.core.nested.flush();
+        self.core.events.forget_deliveries();
     }
 }

@@ -186,9 +186,8 @@ fn double<W: Width, const RIGHT: bool>(left: W, right: W, count: u32) -> (W, Fla
         (left << bits | right) >> (bits - count)
     };
     let result = W::cut(shifted as u64);
-    let beyond = count > bits;
-    let cf = !beyond && shifted >> bits & 1 != 0;
-    (result, Flags::parts(result.signed(), cf, !beyond && cf != top(result), true))
+    let cf = count <= bits && shifted >> bits & 1 != 0;
+    (result, Flags::parts(result.signed(), cf, count < bits && cf != top(result), true))
 }
 
 fn double_shift<W: Width, P: Place, const RIGHT: bool, const CL: bool>(core: &mut Core, op: &Op) -> Step {

@@ -58,15 +58,20 @@ fn from_general(
     })
 }
 
-/// CVTPI2PS, CVTPI2PD: two integers of an MMX register or memory. CVTPI2PD from memory is no MMX access.
+/// CVTPI2PS, CVTPI2PD: two integers of an MMX register or memory. From memory neither is an MMX access
+/// (AMD family 19h).
 fn from_mmx(double: bool) -> Option<Row> {
     fn single_form(core: &mut Core, op: &Op) -> Step {
         sse_ready(core)?;
-        mmx_ready(core)?;
+        if !op.is_memory() {
+            mmx_ready(core)?;
+        }
         let source = source_mmx(core, op)?;
         let (result, raised) = n::cvtdq2ps(0, source.into(), core.fpu.mxcsr);
         accrue(core, raised)?;
-        enter_mmx(core);
+        if !op.is_memory() {
+            enter_mmx(core);
+        }
         let kept = xmm_reg(core, op) >> 64 << 64;
         set_xmm_reg(core, op, kept | u128::from(result as u64));
         Ok(())

@@ -232,8 +232,12 @@ fn masked_address(core: &Core, op: &Op) -> u64 {
 
 fn store_masked(core: &mut Core, linear: u64, value: u128, mask: u128, bytes: u64) -> Step {
     let chosen = |i: &u64| mask >> (8 * i + 7) & 1 != 0;
-    for i in (0..bytes).filter(chosen) {
-        core.probe_write(linear.wrapping_add(i), 1)?;
+    // Of each page that a byte goes to, the first byte of the operand is what a fault tells of.
+    let room = 0x1000 - (linear & 0xfff);
+    for (first, end) in [(0, room.min(bytes)), (room, bytes)] {
+        if (first..end).any(|i| chosen(&i)) {
+            core.probe_write(linear.wrapping_add(first), 1)?;
+        }
     }
     for i in (0..bytes).filter(chosen) {
         core.store(linear.wrapping_add(i), (value >> (8 * i)) as u8)?;
@@ -251,9 +255,8 @@ fn mmx_mask_store(core: &mut Core, op: &Op) -> Step {
     mmx_ready(core)?;
     let registers = &core.fpu.registers;
     let (value, mask) = (registers[usize::from(op.reg & 7)].0, registers[usize::from(op.rm & 7)].0);
-    store_masked(core, masked_address(core, op), value.into(), mask.into(), 8)?;
     enter_mmx(core);
-    Ok(())
+    store_masked(core, masked_address(core, op), value.into(), mask.into(), 8)
 }
 
 fn duplicate(f: impl Fn(u128, u128) -> u128 + Copy + 'static) -> Option<Row> {
@@ -274,6 +277,7 @@ fn duplicate_double(core: &mut Core, op: &Op) -> Step {
 
 fn empty_mmx(core: &mut Core, _: &Op) -> Step {
     mmx_ready(core)?;
+    super::operand::enter_mmx(core);
     core.fpu.tags = 0;
     Ok(())
 }

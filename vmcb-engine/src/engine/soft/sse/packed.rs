@@ -35,6 +35,17 @@ fn mmx(f: impl Binary) -> Option<Row> {
     })
 }
 
+/// `mm, mm/m32`: as [`mmx`], with only the four bytes in memory that are used.
+fn mmx_low(f: impl Binary) -> Option<Row> {
+    row(move |core: &mut Core, op: &Op| -> Step {
+        mmx_ready(core)?;
+        let source = if op.is_memory() { core.load::<u32>(op.linear(core))?.into() } else { source_mmx(core, op)? };
+        let destination = core.fpu.registers[usize::from(op.reg & 7)].0;
+        set_mmx(core, op.reg, f(destination.into(), source.into()) as u64);
+        Ok(())
+    })
+}
+
 /// `mm, mm/m64`: the SSE function of (source : destination) with itself.
 fn mmx_joined(f: impl Binary) -> Option<Row> {
     mmx(move |d, s| {
@@ -55,6 +66,11 @@ fn both(selector: Selector, f: impl Binary) -> Option<Row> {
         0 => mmx(f),
         _ => None,
     }
+}
+
+/// Both, of the low halves of the operands.
+fn both_low(selector: Selector, f: impl Binary) -> Option<Row> {
+    if selector.prefix == 0 { mmx_low(f) } else { both(selector, f) }
 }
 
 /// Both, gathering.
@@ -89,9 +105,9 @@ fn two_byte(s: Selector) -> Option<Row> {
         0x14 if s.prefix == 0x66 => sse(n::unpcklpd),
         0x15 if s.prefix == 0 => sse(n::unpckhps),
         0x15 if s.prefix == 0x66 => sse(n::unpckhpd),
-        0x60 => both(s, n::punpcklbw),
-        0x61 => both(s, n::punpcklwd),
-        0x62 => both(s, n::punpckldq),
+        0x60 => both_low(s, n::punpcklbw),
+        0x61 => both_low(s, n::punpcklwd),
+        0x62 => both_low(s, n::punpckldq),
         0x63 => gathering(s, n::packsswb),
         0x64 => both(s, n::pcmpgtb),
         0x65 => both(s, n::pcmpgtw),

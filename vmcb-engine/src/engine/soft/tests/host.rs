@@ -246,3 +246,30 @@ fn illegal_states_are_not_loaded() {
     assert_eq!(guest.engine.load(1, &before), Err(LoadError::NoVcpu(1)));
     assert_eq!(guest.state(), before);
 }
+
+#[test]
+fn an_nmi_waits_for_the_iret_of_the_one_before() {
+    let mut guest = Guest::new(|a| {
+        let mut after = a.create_label();
+        a.nop().unwrap();
+        a.mov(rbx, rsp).unwrap();
+        a.push(i32::from(KERNEL_SS)).unwrap();
+        a.push(rbx).unwrap();
+        a.push(2).unwrap();
+        a.push(i32::from(KERNEL_CS)).unwrap();
+        a.lea(rax, ptr(after)).unwrap();
+        a.push(rax).unwrap();
+        a.iretq().unwrap();
+        a.set_label(&mut after).unwrap();
+        a.inc(ecx).unwrap();
+    });
+    handlers(&guest.memory, [2]);
+    let mut state = guest.state();
+    (state.nmi_pending, state.nmi_masked) = (true, true);
+    guest.engine.load(0, &state).unwrap();
+    assert_eq!(guest.run(1000), Exit::Halted);
+    let state = guest.state();
+    assert_eq!(state.rip, HANDLERS + 2 * 16 + 1);
+    assert_eq!(get(&guest.memory, state.gprs[4]), state.gprs[0], "right after IRET");
+    assert_eq!((state.nmi_pending, state.nmi_masked), (false, true));
+}

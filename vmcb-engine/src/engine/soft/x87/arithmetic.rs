@@ -114,14 +114,6 @@ pub fn of_two_popping(core: &mut Core, f: impl FnOnce(F80, F80, u16) -> (F80, u1
 
 /// ST(0) becomes the first result, the second is pushed: FXTRACT, FPTAN, FSINCOS. With C2 (out of range) nothing changes.
 pub fn two_results(core: &mut Core, f: impl FnOnce(F80, u16) -> ((F80, F80), u16), may_refuse: bool) {
-    if super::stack::get(core, 7).is_some() {
-        if accrue(core, status::IE | status::SF | status::C1, 0) {
-            set(core, 0, INDEFINITE);
-            super::stack::rotate(core, 7);
-            set(core, 0, INDEFINITE);
-        }
-        return;
-    }
     let Some(a) = get(core, 0) else {
         if underflow(core) {
             set(core, 0, INDEFINITE);
@@ -130,6 +122,14 @@ pub fn two_results(core: &mut Core, f: impl FnOnce(F80, u16) -> ((F80, F80), u16
         }
         return;
     };
+    if super::stack::get(core, 7).is_some() {
+        if accrue(core, status::IE | status::SF | status::C1, 0) {
+            set(core, 0, INDEFINITE);
+            super::stack::rotate(core, 7);
+            set(core, 0, INDEFINITE);
+        }
+        return;
+    }
     let ((low, high), host) = f(a, core.fpu.control);
     let conditions = if may_refuse { status::C2 } else { 0 };
     if accrue(core, host, conditions) && !(may_refuse && host & status::C2 != 0) {

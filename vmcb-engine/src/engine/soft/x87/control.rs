@@ -3,7 +3,7 @@
 use super::stack::{free, get, physical, ready, ready_no_wait, refresh_summary, rotate, set, status, underflow};
 use super::{arithmetic, native};
 use crate::engine::soft::core::{Core, RAX, Step};
-use crate::engine::soft::op::{Op, form};
+use crate::engine::soft::op::Op;
 
 /// FNINIT.
 pub fn initialise(core: &mut Core, _: &Op) -> Step {
@@ -65,7 +65,7 @@ pub fn free_register(core: &mut Core, op: &Op) -> Step {
     ready(core)?;
     free(core, op.rm & 7);
     if op.code as u8 == 0xdf {
-        rotate(core, 1);
+        super::stack::pop(core);
     }
     Ok(())
 }
@@ -166,8 +166,9 @@ pub fn absolute(core: &mut Core, op: &Op) -> Step {
     Ok(())
 }
 
-fn is_short(core: &Core, op: &Op) -> bool {
-    op.has(form::OPERAND_SIZE) == (core.mode.long || core.mode.big)
+/// The 14-byte environment: an operand size of 16 bits.
+fn is_short(op: &Op) -> bool {
+    op.size == 2
 }
 
 /// The full tag word: 0 valid, 1 zero, 2 special, 3 empty.
@@ -232,7 +233,7 @@ fn take_environment(core: &mut Core, linear: u64, short: bool) -> Step {
 /// FNSTENV: afterwards all exceptions are masked.
 pub fn store_environment(core: &mut Core, op: &Op) -> Step {
     ready_no_wait(core)?;
-    let (linear, short) = (op.linear(core), is_short(core, op));
+    let (linear, short) = (op.linear(core), is_short(op));
     core.probe_write(linear, if short { 14 } else { 28 })?;
     put_environment(core, linear, short)?;
     core.fpu.control |= 0x3f;
@@ -243,14 +244,14 @@ pub fn store_environment(core: &mut Core, op: &Op) -> Step {
 /// FLDENV.
 pub fn load_environment(core: &mut Core, op: &Op) -> Step {
     ready(core)?;
-    let (linear, short) = (op.linear(core), is_short(core, op));
+    let (linear, short) = (op.linear(core), is_short(op));
     take_environment(core, linear, short)
 }
 
 /// FNSAVE: environment and registers in stack order, then FNINIT.
 pub fn save(core: &mut Core, op: &Op) -> Step {
     ready_no_wait(core)?;
-    let (linear, short) = (op.linear(core), is_short(core, op));
+    let (linear, short) = (op.linear(core), is_short(op));
     let header = if short { 14 } else { 28 };
     core.probe_write(linear, header + 80)?;
     put_environment(core, linear, short)?;
@@ -265,8 +266,9 @@ pub fn save(core: &mut Core, op: &Op) -> Step {
 /// FRSTOR.
 pub fn restore(core: &mut Core, op: &Op) -> Step {
     ready(core)?;
-    let (linear, short) = (op.linear(core), is_short(core, op));
+    let (linear, short) = (op.linear(core), is_short(op));
     let header = if short { 14 } else { 28 };
+    core.probe_read(linear, header as usize + 80)?;
     let mut values = [(0, 0); 8];
     for (i, value) in values.iter_mut().enumerate() {
         *value = arithmetic::load80(core, linear.wrapping_add(header + 10 * i as u64))?;

@@ -232,7 +232,13 @@ fn load_register(core: &mut Core, op: &Op) -> Step {
     begin(core, op)?;
     match get(core, op.rm & 7) {
         Some(value) => push(core, value, 0),
-        None => push(core, stack::INDEFINITE, status::IE | status::SF),
+        // Underflow is seen before overflow.
+        None => {
+            if stack::underflow(core) {
+                stack::rotate(core, 7);
+                stack::set(core, 0, stack::INDEFINITE);
+            }
+        }
     }
     Ok(())
 }
@@ -250,6 +256,18 @@ fn store_register<const POPS: bool>(core: &mut Core, op: &Op) -> Step {
     Ok(())
 }
 
+/// FSTPNCE ST(i), an alias of FSTP that checks nothing (AMD family 19h).
+fn move_register(core: &mut Core, op: &Op) -> Step {
+    begin(core, op)?;
+    let value = core.fpu.registers[usize::from(stack::physical(core, 0))];
+    if get(core, 0).is_some() {
+        core.fpu.status &= !status::C1;
+    }
+    stack::set(core, op.rm & 7, value);
+    pop(core);
+    Ok(())
+}
+
 fn register(opcode: u8, modrm: u8) -> Option<Row> {
     let reg = modrm >> 3 & 7;
     match (opcode, reg) {
@@ -261,7 +279,7 @@ fn register(opcode: u8, modrm: u8) -> Option<Row> {
         (0xd9, 0) => row(load_register),
         (0xd9, 1) => row(control::exchange),
         (0xd9, 2) if modrm == 0xd0 => row(control::nothing),
-        (0xd9, 3) => row(store_register::<true>),
+        (0xd9, 3) => row(move_register),
         (0xd9, 4..=7) => special(modrm),
         (0xda | 0xdb, 0..=3) => row(control::conditional_move),
         (0xda, 5) if modrm == 0xe9 => compare_registers!(true, 2),
