@@ -1,8 +1,8 @@
 //! The daemon: build from settings, run until shutdown, drain.
 //!
 //! Order at start: ledger (folded whole), length of the lease written down, certificates, bucket, operations of the
-//! controller before taken up, and only then the door is opened. At the end: no new connections, operations get a moment to end, and what is left
-//! is taken up by the next start.
+//! controller before taken up, and only then the door is opened. At the end: no new connections, operations get a
+//! moment to end, and what is left is taken up by the next start.
 
 use std::net::SocketAddr;
 use std::sync::Arc;

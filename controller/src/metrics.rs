@@ -1,20 +1,20 @@
 //! Numbers for operators, as Prometheus text on `http://METRICS/metrics`.
 //!
-//! | name                                      | kind      | labels       | meaning                                          |
-//! |-------------------------------------------|-----------|--------------|--------------------------------------------------|
-//! | `godwit_hosts`                            | gauge     | state        | hosts that are up, silent or lost                |
-//! | `godwit_vms`                              | gauge     | intent       | VMs by what was asked for                        |
-//! | `godwit_heartbeats_total`                 | counter   | host         | heartbeats taken                                 |
-//! | `godwit_verdicts_total`                   | counter   | verdict      | verdicts given: hold, wait, discard              |
-//! | `godwit_operations_total`                 | counter   | task, result | operations ended: done, undone, left             |
-//! | `godwit_operations_active`                | gauge     |              | operations under way                             |
-//! | `godwit_operation_seconds`                | histogram | task         | from the beginning to the end of an operation    |
-//! | `godwit_migration_downtime_seconds`       | histogram |              | guest stopped, up to the target's answer         |
-//! | `godwit_checkpoint_bytes_total`           | counter   |              | bytes of packs and manifests written             |
-//! | `godwit_checkpoint_stop_seconds`          | histogram |              | guest stopped for a checkpoint                   |
-//! | `godwit_relay_bytes_total`                | counter   |              | bytes of chunks forwarded between hosts          |
-//! | `godwit_damaged_total`                    | counter   |              | frames, packs and manifests that fail their hash |
-//! | `godwit_handshakes_refused_total`         | counter   |              | connections refused before any call              |
+//! | name                                | kind      | labels       | meaning                                          |
+//! |-------------------------------------|-----------|--------------|--------------------------------------------------|
+//! | `godwit_hosts`                      | gauge     | state        | hosts that are up, silent or lost                |
+//! | `godwit_vms`                        | gauge     | intent       | VMs by what was asked for                        |
+//! | `godwit_heartbeats_total`           | counter   | host         | heartbeats taken                                 |
+//! | `godwit_verdicts_total`             | counter   | verdict      | verdicts given: hold, wait, discard              |
+//! | `godwit_operations_total`           | counter   | task, result | operations ended: done, undone, left             |
+//! | `godwit_operations_active`          | gauge     |              | operations under way                             |
+//! | `godwit_operation_seconds`          | histogram | task         | from the beginning to the end of an operation    |
+//! | `godwit_migration_downtime_seconds` | histogram |              | guest stopped, up to the target's answer         |
+//! | `godwit_checkpoint_bytes_total`     | counter   |              | bytes of packs and manifests written             |
+//! | `godwit_checkpoint_stop_seconds`    | histogram |              | guest stopped for a checkpoint                   |
+//! | `godwit_relay_bytes_total`          | counter   |              | bytes of chunks forwarded between hosts          |
+//! | `godwit_damaged_total`              | counter   |              | frames, packs and manifests that fail their hash |
+//! | `godwit_handshakes_refused_total`   | counter   |              | connections refused before any call              |
 
 use std::sync::Arc;
 

@@ -1,5 +1,5 @@
-//! What is to be put right when a host is heard: the difference between the ledger and what the host reports. Pure, and then
-//! its execution.
+//! What is to be put right when a host is heard: the difference between the ledger and what the host reports. Pure, and
+//! then its execution.
 //!
 //! | the holder reports                     | and no operation is under way | correction                   |
 //! |----------------------------------------|-------------------------------|------------------------------|
@@ -9,8 +9,8 @@
 //! | standing still, but is to run          |                               | resume                       |
 //! | running or standing still, to be ended |                               | stop                         |
 //!
-//! Hosts that report what they must not have any more are told so by their verdicts (DISCARD) and act by themselves. Corrections are
-//! repeatable calls; the next heartbeat brings those that failed again.
+//! Hosts that report what they must not have any more are told so by their verdicts (DISCARD) and act by themselves.
+//! Corrections are repeatable calls; the next heartbeat brings those that failed again.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -94,7 +94,8 @@ pub struct Reconcile {
 }
 
 impl Reconcile {
-    /// Puts right what a report shows, beside the caller, unless an earlier report of the host is still being worked on.
+    /// Puts right what a report shows, beside the caller, unless an earlier report of the host is still being worked
+    /// on.
     pub fn start<W: World>(&self, ledger: &Ledger, world: crate::saga::Sagas<W>, report: HostInfo) {
         let work = corrections(&ledger.state(), &report);
         if work.is_empty() || !self.lock().insert(report.name.clone()) {

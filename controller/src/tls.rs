@@ -1,9 +1,9 @@
 //! Mutual TLS 1.3 with one authority, and who is at the other end.
 //!
 //! Every certificate bears exactly one SPIFFE URI as subject alternative name: `spiffe://godwit/host/hostA`,
-//! `spiffe://godwit/controller/main`, `spiffe://godwit/operator/admin`. Names and addresses of machines mean nothing here. The files
-//! are read again when they change; connections that stand keep the certificate they began with. This file knows nothing
-//! of what an identity may do beyond its role.
+//! `spiffe://godwit/controller/main`, `spiffe://godwit/operator/admin`. Names and addresses of machines mean nothing
+//! here. The files are read again when they change; connections that stand keep the certificate they began with. This
+//! file knows nothing of what an identity may do beyond its role.
 
 use std::fmt;
 use std::str::FromStr;

@@ -1,8 +1,8 @@
 //! When a lease has surely ended. Pure: instants in, instants out.
 //!
 //! An agent counts a lease from the moment at which it sent the heartbeat, the controller from the moment at which it
-//! answered, which is later: at `granted + lease` on the controller's clock no host runs the VM any more. A tenth of the lease is added for
-//! clocks that do not run equally fast and for a guest that takes a moment to stop.
+//! answered, which is later: at `granted + lease` on the controller's clock no host runs the VM any more. A tenth of
+//! the lease is added for clocks that do not run equally fast and for a guest that takes a moment to stop.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -57,7 +57,8 @@ impl HostState {
     }
 }
 
-/// Heartbeats come every fifth of a lease; three missed ones make a host silent, a whole lease and its margin make it lost.
+/// Heartbeats come every fifth of a lease; three missed ones make a host silent, a whole lease and its margin make it
+/// lost.
 pub fn host_state(age: Option<Duration>, lease: Duration) -> HostState {
     match age {
         Some(age) if age <= lease * 3 / 5 => HostState::Up,

@@ -1,8 +1,9 @@
 //! The agents: who was heard when, what they last said, which leases they hold, and how to call them.
 //!
-//! Heartbeats come in, verdicts go out: [`verdict`] decides by the ledger alone, [`lease`] knows when a lease that was granted has
-//! surely ended. Verdicts are computed and remembered under one lock, so that whoever looks up the end of a lease after an
-//! append to the ledger sees every grant that was made from the state before it. This room starts no operation.
+//! Heartbeats come in, verdicts go out: [`verdict`] decides by the ledger alone, [`lease`] knows when a lease that was
+//! granted has surely ended. Verdicts are computed and remembered under one lock, so that whoever looks up the end of a
+//! lease after an append to the ledger sees every grant that was made from the state before it. This room starts no
+//! operation.
 
 pub mod lease;
 pub mod link;

@@ -8,8 +8,8 @@
 //! | what an operation before its commit is preparing here     | WAIT    |
 //! | anything else                                             | DISCARD |
 //!
-//! HOLD renews the lease, so it is said of at most one (host, generation) of a VM at any time. WAIT renews nothing: a guest that runs
-//! under WAIT stops by itself when its lease has passed, which is what a restore waits for.
+//! HOLD renews the lease, so it is said of at most one (host, generation) of a VM at any time. WAIT renews nothing: a
+//! guest that runs under WAIT stops by itself when its lease has passed, which is what a restore waits for.
 
 use proto::v1::VmState;
 use proto::v1::VmVerdict;
@@ -108,7 +108,8 @@ mod tests {
         #[test]
         fn a_restore_under_way_renews_no_lease(states in histories()) {
             for state in &states {
-                for operation in state.active().filter(|o| matches!(o.plan.task, Task::Restore { .. }) && !o.committed()) {
+                let restores = state.active().filter(|o| matches!(o.plan.task, Task::Restore { .. }));
+                for operation in restores.filter(|operation| !operation.committed()) {
                     let held = judge_all(state, &operation.plan.vm).into_iter().any(|(.., v)| v == Verdict::Hold);
                     prop_assert!(!held, "{operation:?}");
                 }

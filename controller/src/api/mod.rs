@@ -1,7 +1,8 @@
 //! What the controller offers: `Control` to operators, `Fleet` and `Lanes` to hosts.
 //!
-//! Each call first looks at who calls (the certificate's role), then turns the request into a plan ([`plans`], pure) and begins an
-//! operation, or shows what is ([`views`], pure). Nothing is decided here that the ledger does not decide again.
+//! Each call first looks at who calls (the certificate's role), then turns the request into a plan ([`plans`], pure)
+//! and begins an operation, or shows what is ([`views`], pure). Nothing is decided here that the ledger does not decide
+//! again.
 
 mod console;
 mod control;

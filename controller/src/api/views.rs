@@ -5,7 +5,7 @@ use proto::v1::{LedgerEvent, VmInfo, VmRecord, VmState};
 use crate::agents::Agents;
 use crate::agents::lease::HostState;
 use crate::ledger::Ledger;
-use crate::ledger::event::{Event, Outcome, Record};
+use crate::ledger::event::{Event, Outcome, Record, shape};
 use crate::ledger::state::{State, Vm};
 
 /// A VM by name, as it is now.
@@ -64,11 +64,11 @@ pub fn event(record: &Record) -> LedgerEvent {
         Event::LeaseSet { lease_ms } => ("controller.started".into(), "", format!("leases of {lease_ms} ms")),
         Event::HostSeen { host, address } => ("host.seen".into(), "", format!("{host} at {address}")),
         Event::OperationBegan { operation, plan } => {
-            let to = plan.task.new_host().map(|host| format!(" on {host}")).unwrap_or_default();
+            let to = plan.task.new_host().map(|host| format!(" to {host}")).unwrap_or_default();
             (format!("{task}.began"), operation.as_str(), format!("{task} {}{to}", plan.vm))
         }
         Event::StepDone { operation, step } => {
-            (format!("{task}.step"), operation.as_str(), format!("step {step} is done"))
+            (format!("{task}.step"), operation.as_str(), format!("{} is done", step_name(task, *step)))
         }
         Event::StepFailed { operation, failure, .. } => {
             (format!("{task}.failed"), operation.as_str(), failure.message.clone())
@@ -86,7 +86,7 @@ pub fn event(record: &Record) -> LedgerEvent {
             (format!("{task}.interrupted"), operation.as_str(), "the controller was restarted".into())
         }
         Event::StepUndone { operation, step } => {
-            (format!("{task}.undone"), operation.as_str(), format!("step {step} is taken back"))
+            (format!("{task}.undone"), operation.as_str(), format!("{} is taken back", step_name(task, *step)))
         }
         Event::GaveUp { operation, failure, .. } => {
             (format!("{task}.left"), operation.as_str(), failure.message.clone())
@@ -101,6 +101,10 @@ pub fn event(record: &Record) -> LedgerEvent {
         actor: record.actor.clone(),
         text,
     }
+}
+
+fn step_name(task: &str, step: usize) -> &'static str {
+    shape(task).and_then(|shape| shape.steps.get(step).copied()).unwrap_or("a step")
 }
 
 /// What the commit of a task is called.

@@ -2,6 +2,7 @@
 //!
 //! `controller --config FILE`. Ends on SIGTERM and SIGINT after a drain; exit code 0, or 1 with the reason on stderr.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -53,7 +54,8 @@ fn failed(error: &dyn std::error::Error) -> ExitCode {
 
 fn log(config: &Config) -> Result<(), tracing_subscriber::filter::ParseError> {
     let filter = EnvFilter::try_new(&config.filter)?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let colours = std::io::stderr().is_terminal();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr);
     match config.log {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),

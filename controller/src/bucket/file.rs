@@ -1,7 +1,7 @@
 //! A bucket that is a directory on a local disk.
 //!
-//! An object appears by rename: written to a file of its own under `.tmp`, synced, renamed to its key, and the directories
-//! synced up to the root. A crash leaves at most a file under `.tmp`, which the next start removes.
+//! An object appears by rename: written to a file of its own under `.tmp`, synced, renamed to its key, and the
+//! directories synced up to the root. A crash leaves at most a file under `.tmp`, which the next start removes.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};

@@ -5,9 +5,9 @@
 //! lane 0:                                        then  Section*  StateEnd
 //! effects:     Put(pack) when one is full;  Ack(round) when every lane has ended it;  Complete at the end
 //! ```
-//! The latest copy of a page wins: of a later round over an earlier one whichever lane was faster, and of a later frame of the same
-//! lane. Frames arrive checked ([`check`] can run on any thread). Whatever a source sends, this refuses or accepts; it
-//! never panics and allocates only what the configuration says.
+//! The latest copy of a page wins: of a later round over an earlier one whichever lane was faster, and of a later frame
+//! of the same lane. Frames arrive checked ([`check`] can run on any thread). Whatever a source sends, this refuses or
+//! accepts; it never panics and allocates only what the configuration says.
 
 use std::collections::BTreeMap;
 
@@ -340,8 +340,8 @@ impl Assembly {
         Ok(())
     }
 
-    /// Computes the digests and compares them with the source's, seals the last pack and writes the page maps. Slow. Call it
-    /// after [`Effect::Complete`].
+    /// Computes the digests and compares them with the source's, seals the last pack and writes the page maps. Slow.
+    /// Call it after [`Effect::Complete`].
     ///
     /// # Errors
     /// [`IngestError::Digest`], [`IngestError::Protocol`] if it is not complete.

@@ -1,8 +1,8 @@
 //! The digests that two sides of a transfer compare, recomputed from what arrived.
 //!
-//! A page's leaf is its BLAKE3. A group is the BLAKE3 of up to 512 consecutive leaves one after the other; groups of groups follow until one
-//! is left: the root. There is always at least one grouping; no pages at all have the root BLAKE3(""). A page that
-//! never arrived is zero. State and machine digests are as `MachineDigest` says.
+//! A page's leaf is its BLAKE3. A group is the BLAKE3 of up to 512 consecutive leaves one after the other; groups of
+//! groups follow until one is left: the root. There is always at least one grouping; no pages at all have the root
+//! BLAKE3(""). A page that never arrived is zero. State and machine digests are as `MachineDigest` says.
 
 use std::sync::LazyLock;
 

@@ -1,7 +1,7 @@
 //! A restore: the controller is the source of the lanes, and what it sends comes from packs.
 //!
-//! Packs are read one after the other, checked as a whole and frame by frame, and only the parts that are still current are sent,
-//! spread over the lanes. There is one round, and it is the last. Zero pages are never stored and never sent.
+//! Packs are read one after the other, checked as a whole and frame by frame, and only the parts that are still current
+//! are sent, spread over the lanes. There is one round, and it is the last. Zero pages are never stored and never sent.
 
 use std::time::Duration;
 

@@ -1,7 +1,8 @@
 //! The manifest of a checkpoint: written last, and the first thing that is read.
 //!
 //! A manifest from a bucket is hostile until [`parse`] has checked every number in it: after that, every extent lies in
-//! its space and every frame in its pack, nothing overlaps, and nothing larger than the configuration says will be allocated.
+//! its space and every frame in its pack, nothing overlaps, and nothing larger than the configuration says will be
+//! allocated.
 
 use std::collections::BTreeSet;
 

@@ -1,13 +1,14 @@
-//! The data plane: lanes that end here (a checkpoint taken in), lanes that begin here (a checkpoint sent to a host), and lanes
-//! that pass through (hosts that cannot reach each other).
+//! The data plane: lanes that end here (a checkpoint taken in), lanes that begin here (a checkpoint sent to a host),
+//! and lanes that pass through (hosts that cannot reach each other).
 //!
 //! ```text
 //!   source agent --lanes--> receive  -> packs -> manifest      checkpoint
 //!   bucket       -> load    --lanes--> target agent            restore
 //!   source agent --lanes--> relay    --lanes--> target agent   migration --via controller
 //! ```
-//! The ticket secret in the first frame of a lane selects its [`Route`]; an operation opens a route and its drop closes it. Nothing
-//! of a lane outlives its operation, so that any controller can serve any lane. This room changes no ledger.
+//! The ticket secret in the first frame of a lane selects its [`Route`]; an operation opens a route and its drop closes
+//! it. Nothing of a lane outlives its operation, so that any controller can serve any lane. This room changes no
+//! ledger.
 
 pub mod assembly;
 pub mod digest;

@@ -1,7 +1,8 @@
-//! Reading a checkpoint back: packs whose every byte is checked, pages and sections out of them, and the proof of the whole.
+//! Reading a checkpoint back: packs whose every byte is checked, pages and sections out of them, and the proof of the
+//! whole.
 //!
-//! A pack that is missing, cut or changed is named with its key; a frame with its place in it. [`verify`] reads everything and
-//! compares the digest that follows with the manifest's.
+//! A pack that is missing, cut or changed is named with its key; a frame with its place in it. [`verify`] reads
+//! everything and compares the digest that follows with the manifest's.
 
 use bytes::Bytes;
 use proto::frame::{self, Encoding, FrameError, Kind, PAGE_BYTES, PageRun};

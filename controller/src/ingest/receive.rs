@@ -1,8 +1,8 @@
 //! A checkpoint taken in: the I/O around [`Assembly`].
 //!
-//! Frames are checked and hashed beside the runtime, packs are written while the next ones fill (at most [`PUTS_MAX`] at a
-//! time, which is what slows a source that is faster than the bucket). The last round is acknowledged when it has arrived, so
-//! that the guest can go on; `Ready` follows only when packs and manifest are durable, in this order.
+//! Frames are checked and hashed beside the runtime, packs are written while the next ones fill (at most [`PUTS_MAX`]
+//! at a time, which is what slows a source that is faster than the bucket). The last round is acknowledged when it has
+//! arrived, so that the guest can go on; `Ready` follows only when packs and manifest are durable, in this order.
 
 use std::sync::{Arc, Mutex, PoisonError};
 

@@ -1,7 +1,7 @@
 //! Lanes that pass through, byte for byte: for hosts that cannot reach each other.
 //!
-//! Only the first frame is looked at, by whoever chose the route. The target checks every frame and the ticket itself, so nothing here has
-//! to be trusted; a relay that falsifies is found by the hashes.
+//! Only the first frame is looked at, by whoever chose the route. The target checks every frame and the ticket itself,
+//! so nothing here has to be trusted; a relay that falsifies is found by the hashes.
 
 use bytes::Bytes;
 use proto::status::Code;

@@ -1,5 +1,5 @@
-//! Promises of the lanes: what is changed, cut, reordered or missing on the way is found; what is durable comes back equal;
-//! and a relay changes nothing.
+//! Promises of the lanes: what is changed, cut, reordered or missing on the way is found; what is durable comes back
+//! equal; and a relay changes nothing.
 //!
 //! A small machine is sent by hand, lane by lane; the target of a restore is another ingest behind a plain gRPC server.
 
@@ -438,8 +438,10 @@ proptest! {
         let mut turns = order.into_iter().chain(std::iter::repeat(true));
         loop {
             let first = usize::from(turns.next().unwrap_or(true));
-            let Some((lane, frame)) = [first, 1 - first].into_iter().find_map(|lane| queues[lane].next().map(|f| (lane, f)))
-            else { break };
+            let mut lanes = [first, 1 - first].into_iter();
+            let Some((lane, frame)) = lanes.find_map(|lane| queues[lane].next().map(|frame| (lane, frame))) else {
+                break;
+            };
             let checked: Checked = check(&frame).unwrap();
             let effects = assembly.take(lane, checked).unwrap();
             complete |= effects.iter().any(|effect| matches!(effect, Effect::Complete));

@@ -1,8 +1,8 @@
 //! What the ledger says: records, and the plans of operations that they begin.
 //!
 //! A record is JSON with a format number, so that it can be read by people and by every later release; protobuf
-//! messages inside it (configurations, policies) are the hex of their bytes. Fields are added with a default, never changed.
-//! This file knows nothing of disks and networks.
+//! messages inside it (configurations, policies) are the hex of their bytes. Fields are added with a default, never
+//! changed. This file knows nothing of disks and networks.
 
 use proto::v1::{MachineConfig, MachineDigest, TransferPolicy};
 use serde::{Deserialize, Serialize};
@@ -268,22 +268,7 @@ impl Task {
 
     /// The steps, in order, and which of them is the commit.
     pub fn shape(&self) -> Shape {
-        match self {
-            Task::Create { .. } => Shape { steps: &["create", "commit"], commit: 1 },
-            Task::Pause { .. } => Shape { steps: &["pause", "commit"], commit: 1 },
-            Task::Resume { .. } => Shape { steps: &["resume", "commit"], commit: 1 },
-            Task::Stop => Shape { steps: &["commit", "stop"], commit: 0 },
-            Task::Remove => Shape { steps: &["commit", "discard"], commit: 0 },
-            Task::Migrate { .. } => {
-                Shape { steps: &["prepare", "precopy", "commit", "activate", "release"], commit: 2 }
-            }
-            Task::Checkpoint { .. } => Shape { steps: &["stream", "commit"], commit: 1 },
-            Task::Restore { .. } => {
-                Shape { steps: &["fence", "prepare", "load", "commit", "activate", "release"], commit: 3 }
-            }
-            Task::Verify { .. } => Shape { steps: &["read", "commit"], commit: 1 },
-            Task::RemoveCheckpoint { .. } => Shape { steps: &["commit", "erase"], commit: 0 },
-        }
+        shape(self.label()).expect("every label has a shape; a test looks")
     }
 
     /// The host that holds the VM after the commit, where the commit changes that.
@@ -294,22 +279,24 @@ impl Task {
             _ => None,
         }
     }
+}
 
-    /// What the commit is called in the events.
-    pub fn committed_label(&self) -> &'static str {
-        match self {
-            Task::Create { .. } => "vm.created",
-            Task::Pause { .. } => "vm.paused",
-            Task::Resume { .. } => "vm.resumed",
-            Task::Stop => "vm.stopped",
-            Task::Remove => "vm.removed",
-            Task::Migrate { .. } => "migration.committed",
-            Task::Checkpoint { .. } => "checkpoint.created",
-            Task::Restore { .. } => "restore.committed",
-            Task::Verify { .. } => "checkpoint.verified",
-            Task::RemoveCheckpoint { .. } => "checkpoint.removed",
-        }
-    }
+/// The steps of the task with this label, as records name it.
+pub fn shape(label: &str) -> Option<Shape> {
+    let (steps, commit): (&[&str], usize) = match label {
+        "create" => (&["create", "commit"], 1),
+        "pause" => (&["pause", "commit"], 1),
+        "resume" => (&["resume", "commit"], 1),
+        "stop" => (&["commit", "stop"], 0),
+        "remove" => (&["commit", "discard"], 0),
+        "migrate" => (&["prepare", "precopy", "commit", "activate", "release"], 2),
+        "checkpoint" => (&["stream", "commit"], 1),
+        "restore" => (&["fence", "prepare", "load", "commit", "activate", "release"], 3),
+        "verify" => (&["read", "commit"], 1),
+        "remove-checkpoint" => (&["commit", "erase"], 0),
+        _ => return None,
+    };
+    Some(Shape { steps, commit })
 }
 
 /// What the ledger keeps of a checkpoint. The manifest in the bucket says the rest.

@@ -1,9 +1,9 @@
 //! The ledger: what is true, as the sequence of everything that became true.
 //!
-//! Records are appended with a sequence number and folded into a [`State`]; nothing is ever changed. A record is durable
-//! before anybody acts on it. One append that raises a VM's generation is the commit of a hand-over: before it the old
-//! holder owns the VM, after it the new one, and there is no between. Every record names its actor, so that the ledger is
-//! also the audit log. Stored in redb, one file, one table.
+//! Records are appended with a sequence number and folded into a [`State`]; nothing is ever changed. A record is
+//! durable before anybody acts on it. One append that raises a VM's generation is the commit of a hand-over: before it
+//! the old holder owns the VM, after it the new one, and there is no between. Every record names its actor, so that the
+//! ledger is also the audit log. Stored in redb, one file, one table.
 //!
 //! This room knows no network, no agent and no bucket; it does not decide, it only refuses what cannot follow.
 

@@ -1,8 +1,8 @@
 //! The state that the ledger means: a fold over its records, and nothing else.
 //!
-//! `State::apply` checks a record completely before it changes anything. The same function judges a record that is about
-//! to be appended and one that is read back at start; what it refuses at start is corruption. It knows no clock, no host
-//! and no disk, so that equal records give equal states for ever.
+//! `State::apply` checks a record completely before it changes anything. The same function judges a record that is
+//! about to be appended and one that is read back at start; what it refuses at start is corruption. It knows no clock,
+//! no host and no disk, so that equal records give equal states for ever.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;

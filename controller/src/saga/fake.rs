@@ -1,7 +1,8 @@
 //! A world for tests: hosts that keep VMs as real agents do, a bucket, leases, and one fault.
 //!
-//! Every change is checked against the promise that a VM runs on at most one host. Calls are counted; a fault strikes at one of
-//! them: before its effect, after it, by a controller that dies there, by a cancel, or by a host that falls silent.
+//! Every change is checked against the promise that a VM runs on at most one host. Calls are counted; a fault strikes
+//! at one of them: before its effect, after it, by a controller that dies there, by a cancel, or by a host that falls
+//! silent.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -57,6 +58,8 @@ pub struct Field {
     seen: BTreeMap<(String, String), u64>,
     pub bucket: BTreeSet<String>,
     pub silent: BTreeSet<String>,
+    /// Somebody waited for the end of a lease.
+    pub waited: bool,
     /// What was broken of the promises.
     pub broken: Vec<String>,
 }
@@ -209,6 +212,10 @@ impl World for FakeWorld {
             Ok(info(&r.vm, &held))
         })
         .await
+    }
+
+    async fn look(&self, host: &str, vm: VmRef) -> Result<VmInfo, Failure> {
+        self.on(host, "look", &vm.vm, vm.generation, |_| Ok(())).await
     }
 
     async fn pause(&self, host: &str, vm: VmRef) -> Result<VmInfo, Failure> {
@@ -366,6 +373,7 @@ impl World for FakeWorld {
     }
 
     async fn lease_end(&self, host: &str, vm: &str, _: &Voice) {
+        self.field().waited = true;
         // The runner pauses its guest by itself.
         if let Some(held) = self.field().held(host, vm).filter(|held| held.state == VmState::Running) {
             held.state = VmState::Paused;

@@ -1,7 +1,8 @@
 //! The world as it is: agents over mutual TLS, the bucket, and the clock.
 //!
-//! Every call to an agent has a limit of time but the streams of a transfer, which end with their connection (kept alive by
-//! HTTP/2 pings), with the operator's cancel, or by themselves. What an agent answers about a VM is remembered as observed.
+//! Every call to an agent has a limit of time but the streams of a transfer, which end with their connection (kept
+//! alive by HTTP/2 pings), with the operator's cancel, or by themselves. What an agent answers about a VM is remembered
+//! as observed.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -73,6 +74,10 @@ impl World for Hosts {
         let info = self.agents.call(host, SLOW, async |mut agent| agent.create_vm(request).await).await?;
         self.agents.observe(host, &info);
         Ok(info)
+    }
+
+    async fn look(&self, host: &str, vm: VmRef) -> Result<VmInfo, Failure> {
+        self.agents.call(host, QUICK, async |mut agent| agent.get_vm(vm).await).await
     }
 
     async fn pause(&self, host: &str, vm: VmRef) -> Result<VmInfo, Failure> {

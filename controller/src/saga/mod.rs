@@ -1,9 +1,10 @@
 //! Operations as sagas: steps with a way back, a log in the ledger, and one record that is the point of no return.
 //!
-//! [`table`] says what may follow what; [`steps`] says what the steps are; this file drives: look at the ledger, take one turn,
-//! append what happened, look again. It keeps no status of its own, so a controller that was killed anywhere goes on by
-//! looking: what is committed goes forward, everything else is undone. A step after the commit that cannot be done in time, and a step that
-//! cannot be undone because a host is silent, are left to the verdicts that the host hears when it comes back.
+//! [`table`] says what may follow what; [`steps`] says what the steps are; this file drives: look at the ledger, take
+//! one turn, append what happened, look again. It keeps no status of its own, so a controller that was killed anywhere
+//! goes on by looking: what is committed goes forward, everything else is undone. A step after the commit that cannot
+//! be done in time, and a step that cannot be undone because a host is silent, are left to the verdicts that the host
+//! hears when it comes back.
 
 #[cfg(test)]
 mod fake;
@@ -189,7 +190,8 @@ impl<W: World> Drive<W> {
         let began = Instant::now();
         while let Some(operation) = self.operation().filter(|operation| !operation.status.ended()) {
             if let Err(error) = self.turn(&operation).await {
-                // The store failed. Nobody knows whether the record is there: only a restart, which reads it, may decide.
+                // The store failed. Nobody knows whether the record is there: only a restart, which reads it, may
+                // decide.
                 tracing::error!(%error, "the operation stands still until the controller is restarted");
                 let failed = report::failed(&Failure::from(error), "the operation stands still");
                 self.voice.end(failed);

@@ -13,8 +13,8 @@
 //! | verify     | read, COMMIT                                           |                                       |
 //! | remove-checkpoint | COMMIT, erase                                   |                                       |
 //!
-//! Steps may be repeated. What only lives in memory ([`Memory`]) is needed before the commit alone, because a controller that
-//! starts again undoes what is not committed; after it everything comes from the plan.
+//! Steps may be repeated. What only lives in memory ([`Memory`]) is needed before the commit alone, because a
+//! controller that starts again undoes what is not committed; after it everything comes from the plan.
 
 use proto::ids::Generation;
 use proto::status::Code;
@@ -224,8 +224,8 @@ impl<W: World> Hands<'_, W> {
         Ok(())
     }
 
-    /// A host holds one generation of a VM at a time: a restore to the host that has the VM begins by discarding what it has.
-    /// The fence has made sure by then that it stands still there.
+    /// A host holds one generation of a VM at a time: a restore to the host that has the VM begins by discarding what
+    /// it has. The fence has made sure by then that it stands still there.
     async fn make_room(&self, target: &str) -> Result<(), Failure> {
         match &self.plan().holder {
             Some(holder) if holder.host == target => {
@@ -342,14 +342,8 @@ impl<W: World> Hands<'_, W> {
     /// From the record on that began this operation, heartbeats renew no lease of this VM.
     async fn fence(&self) -> Result<(), Failure> {
         let Some(holder) = &self.plan().holder else { return Ok(()) };
-        let stopped = self.world.pause(&holder.host, self.of(holder.generation, "a restore replaces it")).await;
-        match stopped {
-            Ok(info) if matches!(info.state(), VmState::Paused | VmState::Stopped | VmState::Crashed) => {
-                return Ok(());
-            }
-            Err(failure) if failure.code == Code::NotFound => return Ok(()),
-            Ok(info) => self.voice.note(format!("{} says that {} is {:?}", holder.host, self.plan().vm, info.state())),
-            Err(failure) => self.voice.note(failure.message),
+        if self.stands_still(holder).await {
+            return Ok(());
         }
         let policy = self.machine()?.2;
         if policy == IsolationPolicy::KeepRunning as i32 {
@@ -361,6 +355,29 @@ impl<W: World> Hands<'_, W> {
         }
         self.world.lease_end(&holder.host, &self.plan().vm, self.voice).await;
         Ok(())
+    }
+
+    /// Whether the holder itself says that the VM does not run there. What it says otherwise, or that it says nothing,
+    /// is noted.
+    async fn stands_still(&self, holder: &Holder) -> bool {
+        let itself = || self.of(holder.generation, "a restore replaces it");
+        let answer = match self.world.pause(&holder.host, itself()).await {
+            // A guest that has ended cannot be paused.
+            Err(failure) if failure.code == Code::Conflict => self.world.look(&holder.host, itself()).await,
+            answer => answer,
+        };
+        match answer {
+            Ok(info) if matches!(info.state(), VmState::Paused | VmState::Stopped | VmState::Crashed) => true,
+            Err(failure) if failure.code == Code::NotFound => true,
+            Ok(info) => {
+                self.voice.note(format!("{} says that {} is {:?}", holder.host, self.plan().vm, info.state()));
+                false
+            }
+            Err(failure) => {
+                self.voice.note(failure.message);
+                false
+            }
+        }
     }
 
     async fn unfence(&self) -> Result<(), Failure> {
@@ -394,8 +411,8 @@ impl<W: World> Hands<'_, W> {
         Ok(())
     }
 
-    /// Removes a manifest and every pack of this generation that no checkpoint of the ledger has. The lock of the VM's packs
-    /// keeps others from adding any meanwhile.
+    /// Removes a manifest and every pack of this generation that no checkpoint of the ledger has. The lock of the VM's
+    /// packs keeps others from adding any meanwhile.
     async fn erase(&self, checkpoint: &str, generation: u64) -> Result<(), Failure> {
         let state = self.ledger.state();
         let used = |key: &String| state.checkpoints.values().any(|entry| entry.pack_keys.contains(key));

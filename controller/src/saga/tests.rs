@@ -1,6 +1,6 @@
-//! One generic test over every kind of operation: it fails at every call, repeats every call, dies at every call, is cancelled at
-//! every call, and loses each host at every call. Afterwards hosts, bucket and ledger must agree, and at no time may a VM have
-//! run twice.
+//! One generic test over every kind of operation: it fails at every call, repeats every call, dies at every call, is
+//! cancelled at every call, and loses each host at every call. Afterwards hosts, bucket and ledger must agree, and at
+//! no time may a VM have run twice.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -38,12 +38,13 @@ enum Scene {
     RestoreElsewhere,
     RestoreInPlace,
     RestoreFromSilent,
+    RestoreEnded,
     RestoreAs,
     Verify,
     RemoveCheckpoint,
 }
 
-const SCENES: [Scene; 13] = [
+const SCENES: [Scene; 14] = [
     Scene::Create,
     Scene::Pause,
     Scene::Resume,
@@ -54,6 +55,7 @@ const SCENES: [Scene; 13] = [
     Scene::RestoreElsewhere,
     Scene::RestoreInPlace,
     Scene::RestoreFromSilent,
+    Scene::RestoreEnded,
     Scene::RestoreAs,
     Scene::Verify,
     Scene::RemoveCheckpoint,
@@ -77,6 +79,9 @@ impl Stage {
         if scene == Scene::Resume {
             let plan = simple_plan(&stage.ledger.state(), "vm1", Task::Pause { was: Intent::Running });
             stage.run(plan).await;
+        }
+        if scene == Scene::RestoreEnded {
+            stage.field.lock().unwrap().held("hostA", "vm1").unwrap().state = VmState::Crashed;
         }
         if scene == Scene::RestoreFromSilent {
             stage.field.lock().unwrap().silent.insert("hostA".into());
@@ -156,7 +161,9 @@ fn plan(scene: Scene, state: &State) -> Plan {
             Plan { generation: state.fresh_generation("vm1"), ..simple_plan(state, "vm1", task) }
         }
         Scene::Checkpoint => checkpoint_plan(state, "vm1", "aabbccddeeff0011"),
-        Scene::RestoreElsewhere | Scene::RestoreFromSilent => restore_plan(state, "vm1", CHECKPOINT, "hostB"),
+        Scene::RestoreElsewhere | Scene::RestoreFromSilent | Scene::RestoreEnded => {
+            restore_plan(state, "vm1", CHECKPOINT, "hostB")
+        }
         Scene::RestoreInPlace => restore_plan(state, "vm1", CHECKPOINT, "hostA"),
         Scene::RestoreAs => restore_plan(state, "vm2", CHECKPOINT, "hostB"),
         Scene::Verify => on_checkpoint(Task::Verify { checkpoint }),
@@ -164,7 +171,8 @@ fn plan(scene: Scene, state: &State) -> Plan {
     }
 }
 
-/// Plays a scene with a fault to its end, whatever it takes, and checks everything; returns how it ended and the calls it took.
+/// Plays a scene with a fault to its end, whatever it takes, and checks everything; returns how it ended and the calls
+/// it took.
 async fn play(scene: Scene, fault: Fault) -> (Status, usize) {
     let played = tokio::time::timeout(Duration::from_secs(3600), play_to_the_end(scene, fault.clone())).await;
     played.unwrap_or_else(|_| panic!("{scene:?} with {fault:?} takes for ever"))
@@ -231,6 +239,10 @@ fn check(scene: Scene, fault: &Fault, before: &State, stage: &Stage, status: Sta
             Intent::Stopped => VmState::Stopped,
         };
         match held {
+            // A guest that had ended by itself is as it was.
+            Some(held) if scene == Scene::RestoreEnded && status == Status::Undone => {
+                assert_eq!(held.state, VmState::Crashed, "{at}");
+            }
             Some(held) => assert_eq!(held.state, expected, "{at}"),
             None => assert!(discarded, "{at}: {} does not have {}", vm.host, vm.name),
         }
@@ -251,6 +263,9 @@ fn check(scene: Scene, fault: &Fault, before: &State, stage: &Stage, status: Sta
         assert_eq!(state.checkpoints, before.checkpoints, "{at}");
     }
     assert!(status.ended(), "{at}");
+    if scene == Scene::RestoreEnded && *fault == Fault::Nothing {
+        assert!(!field.waited, "{at}: a host that says that the guest has ended need not be waited for");
+    }
 }
 
 async fn check_last_word(voice: &Voice, status: Status) {

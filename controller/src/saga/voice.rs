@@ -1,7 +1,7 @@
 //! What operations say while they run, kept for whoever asks later.
 //!
-//! Each operation has a log of events; a listener reads it from the beginning and then follows. Logs of operations that have
-//! ended are kept for a while. Nothing here is durable and nothing is decided by it: the ledger is the truth.
+//! Each operation has a log of events; a listener reads it from the beginning and then follows. Logs of operations that
+//! have ended are kept for a while. Nothing here is durable and nothing is decided by it: the ledger is the truth.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

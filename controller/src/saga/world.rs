@@ -23,6 +23,8 @@ impl<T, F: Future<Output = Result<T, Failure>> + Send> Answer<T> for F {}
 pub trait World: Send + Sync + 'static {
     /// Builds and starts a VM.
     fn create(&self, host: &str, request: CreateVmRequest) -> impl Answer<VmInfo>;
+    /// What a host has of a VM now.
+    fn look(&self, host: &str, vm: VmRef) -> impl Answer<VmInfo>;
     /// Makes a VM stand still.
     fn pause(&self, host: &str, vm: VmRef) -> impl Answer<VmInfo>;
     /// Lets a VM go on.
@@ -37,8 +39,8 @@ pub trait World: Send + Sync + 'static {
     fn activate(&self, host: &str, request: ActivateRequest) -> impl Answer<ActivateReply>;
     /// Takes back `prepare` and `send`.
     fn abandon(&self, host: &str, operation: OperationRef) -> impl Answer<()>;
-    /// Sends a VM to its target, through the controller if `relay` names the target's own address; ends when it stands still there and
-    /// both digests agree.
+    /// Sends a VM to its target, through the controller if `relay` names the target's own address; ends when it stands
+    /// still there and both digests agree.
     fn send(&self, host: &str, request: SendRequest, relay: Option<&str>, voice: &Voice) -> impl Answer<HandedOver>;
     /// Sends a VM's state into the bucket; ends when it is durable.
     fn checkpoint(
