@@ -129,6 +129,32 @@ fn linux_brings_up_a_second_processor() {
     assert!(text.contains("smp: Brought up 1 node, 2 CPUs") && text.contains("Unable to mount root fs"));
 }
 
+/// Runs to exactly `until` in pieces of `piece` instructions.
+fn run_in_pieces(machine: &mut Machine, until: u64, piece: u64) {
+    while machine.retired() < until {
+        match machine.run(until.min(machine.retired() + piece)) {
+            Outcome::Reached => {}
+            Outcome::Idle { until_tsc: Some(tsc) } => machine.skip_idle_until(tsc),
+            other => panic!("{other:?} after {} instructions", machine.retired()),
+        }
+    }
+    machine.take_console_output();
+}
+
+#[test]
+fn linux_does_not_see_where_its_runs_are_cut() {
+    let Some(kernel) = named("GODWIT_TEST_KERNEL") else { return };
+    let kernel = std::fs::read(kernel).unwrap();
+    let digests = [(1, SLICE), (1, 9973), (2, SLICE), (2, 9973)].map(|(vcpus, piece)| {
+        let mut machine = build(vcpus).0;
+        machine.boot(&kernel, None).unwrap();
+        run_in_pieces(&mut machine, 400_000_000, piece);
+        machine.digest().unwrap()
+    });
+    assert_eq!(digests[0], digests[1]);
+    assert_eq!(digests[2], digests[3]);
+}
+
 #[test]
 fn linux_is_moved_while_it_boots_and_notices_nothing() {
     let (Some(kernel), Some(initrd)) = (named("GODWIT_TEST_KERNEL"), named("GODWIT_TEST_INITRD")) else { return };

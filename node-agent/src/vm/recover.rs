@@ -3,7 +3,7 @@
 //! | on disk      | runner alive                                             | runner gone                    |
 //! |--------------|----------------------------------------------------------|--------------------------------|
 //! | RUNNING etc. | attached again; a stop for a hand-over that never was is undone | CRASHED                 |
-//! | INCOMING     | kept if its state arrived or its ticket is unused        | removed                        |
+//! | INCOMING     | RUNNING if it runs; kept if its state arrived or its ticket is unused | removed           |
 //! | HANDED_OVER  | stays stopped until the controller's word                | CRASHED                        |
 //! | STOPPED      | -                                                        | as it is                       |
 //!
@@ -110,6 +110,15 @@ impl Actor {
             let in_time = record.boot_id == self.host.boot_id && now_ns < record.ticket_until_boottime_ns;
             !record.ticket_used && in_time
         });
+        if self.runner_state.state() == VmState::Running {
+            // It was activated; the agent ended before it could write that down.
+            if let Some(record) = &mut self.record {
+                record.state = VmState::Running.into();
+                record.operation.clear();
+                record.ticket = None;
+            }
+            return self.save().await;
+        }
         match (loaded, fresh) {
             (true, _) => Ok(()),
             (false, true) => self.receive(),

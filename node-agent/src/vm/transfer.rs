@@ -1,7 +1,7 @@
 //! The actor's part in a VM's moves: make room, send, hand over, activate, take back.
 //!
 //! ```text
-//! target: prepare -> INCOMING (ticket, one use) -> lanes -> ready -> activate (generation on disk, then it runs)
+//! target: prepare -> INCOMING (ticket, one use) -> lanes -> ready -> activate (its generation is on disk since prepare)
 //! source: send -> both digests agree -> HANDED_OVER (on disk, then told) -> discard | abandon: it goes on
 //! ```
 //! A source that has handed over never goes on by itself. The bytes are [`crate::migration`]'s business.
@@ -221,16 +221,8 @@ impl Actor {
             return Ok(ActivateReply { vm: self.info(), resume_us: 0 });
         }
         let runner = self.the_runner()?;
-        // The generation is on disk before the guest runs.
-        if let Some(record) = &mut self.record {
-            record.state = VmState::Paused.into();
-            record.paused = request.paused;
-            record.reason = if request.paused { "paused before it came here".to_owned() } else { String::new() };
-            record.operation.clear();
-            record.ticket = None;
-        }
-        self.save().await?;
-        self.reception = None;
+        // The generation is on disk since `prepare`; what is written after the guest runs is only that it does, which the
+        // runner itself knows: `recover` asks it. So no disk is waited for while nobody runs the guest.
         let until = self.host.leases.initial(self.policy());
         let state = if request.paused {
             runner.lease(until).await?
@@ -240,6 +232,14 @@ impl Actor {
             resumed?
         };
         let resume_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        if let Some(record) = &mut self.record {
+            record.state = VmState::Paused.into();
+            record.paused = request.paused;
+            record.reason = if request.paused { "paused before it came here".to_owned() } else { String::new() };
+            record.operation.clear();
+            record.ticket = None;
+        }
+        self.reception = None;
         self.absorb(&state);
         tokio::spawn(async move {
             for pause in ANNOUNCE_AFTER {
@@ -249,6 +249,7 @@ impl Actor {
                 }
             }
         });
+        self.save().await?;
         tracing::info!(vm = self.name, generation = ask.generation, resume_us, "activated");
         Ok(ActivateReply { vm: self.info(), resume_us })
     }

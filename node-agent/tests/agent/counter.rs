@@ -91,7 +91,7 @@ impl Guest for Counter {
 
     fn capture(&mut self) -> Result<Vec<Section>, String> {
         let body = [self.count.to_le_bytes().as_slice(), &[u8::from(self.idle)]].concat();
-        Ok(vec![Section { name: "clock".into(), major: 1, body: body.into(), ..Section::default() }])
+        Ok(vec![Section { name: "clock".into(), major: 1, body, ..Section::default() }])
     }
 
     fn apply(&mut self, sections: &[Section]) -> Result<(), String> {

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use node_agent::vm::store::Store;
 use proto::v1::vm_verdict::Verdict;
 use proto::v1::{ConsoleInput, GetHostRequest, MachineConfig, StopVmRequest, VmRef, VmState};
 use tokio_stream::StreamExt;
@@ -151,5 +152,25 @@ async fn guests_outlive_their_agent_and_the_next_one_finds_them() {
     for vm in ["vm1", "vm2", "vm3"] {
         host.client.discard_vm(VmRef { vm: vm.into(), generation: 1, ..VmRef::default() }).await.unwrap();
     }
+    host.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_activation_that_was_not_written_down_is_found_by_the_next_agent() {
+    let fleet = TestFleet::start().await;
+    let mut host = fleet.host("hostA").await;
+    host.client.create_vm(fleet.create("vm1", 2)).await.unwrap();
+    let before = host.until("vm1", runs).await;
+    host.end().await;
+    // As if the agent had ended between the guest's first instruction and the file.
+    let store = Store::open(&fleet.root.join("hostA")).unwrap();
+    let (mut vms, _) = store.load().unwrap();
+    vms[0].state = VmState::Incoming.into();
+    vms[0].ticket_used = true;
+    store.save(&vms[0]).unwrap();
+    let mut host = fleet.host("hostA").await;
+    let after = host.until("vm1", runs).await;
+    assert_eq!((after.generation, after.runner_pid), (2, before.runner_pid));
+    host.client.discard_vm(vm1(2)).await.unwrap();
     host.end().await;
 }

@@ -188,7 +188,7 @@ pub fn branch<F: Meaning>(_: F) -> Handler {
 }
 
 /// Ends a block that was cut at a page's end or at its greatest length.
-pub fn fall_through(core: &mut Core, op: *const Op) -> Flow {
+pub(super) fn fall_through(core: &mut Core, op: *const Op) -> Flow {
     // SAFETY: see `straight`.
     let this = unsafe { &*op };
     core.rip = core.op_rip(this);
@@ -197,7 +197,7 @@ pub fn fall_through(core: &mut Core, op: *const Op) -> Flow {
 
 /// Runs a block from its first operation.
 #[inline(always)]
-pub fn start(core: &mut Core, ops: *const Op) -> Flow {
+pub(super) fn start(core: &mut Core, ops: *const Op) -> Flow {
     // SAFETY: the loop passes the operations of a block that `Blocks` holds until the loop is back.
     let handler = unsafe { (*ops).run.get() };
     handler(core, ops)
@@ -205,7 +205,7 @@ pub fn start(core: &mut Core, ops: *const Op) -> Flow {
 
 /// Ends a block without an instruction: what follows was not decoded into it, or was overwritten. Retires nothing;
 /// `remaining` is what the block did not do (0 where decode put it).
-pub fn stop_here(core: &mut Core, op: *const Op) -> Flow {
+pub(super) fn stop_here(core: &mut Core, op: *const Op) -> Flow {
     // SAFETY: see `straight`.
     let this = unsafe { &*op };
     core.rip = core.op_rip(this);
