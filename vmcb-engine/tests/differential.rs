@@ -216,6 +216,12 @@ fn allowed(instruction: &Instruction) -> bool {
         && !matches!(instruction.flow_control(), FlowControl::Interrupt | FlowControl::XbeginXabortXend)
 }
 
+/// Instructions that move memory in several pieces: which piece of it faults first is nobody's promise.
+fn in_pieces(instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(instruction.mnemonic(), M::Fnsave | M::Frstor | M::Fnstenv | M::Fldenv | M::Maskmovq | M::Maskmovdqu)
+}
+
 /// One random instruction: prefixes, opcode of some map, ModRM that mostly reaches scratch memory, immediate.
 fn instruction(random: &mut Random) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(24);
@@ -469,6 +475,9 @@ fn user_mode_instructions_agree_with_the_host() {
         soft.memory.write(RAM_DATA, &contents).unwrap();
         let (host, host_fault) = native.run(bytes, &input, repeats);
         let (engine, engine_fault) = soft.run(bytes, &input, repeats);
+        if host_fault.is_some() && in_pieces(&decoded) {
+            continue;
+        }
         let flags = compared_flags(&decoded);
         let mut found = differences(&comparable(&host, flags), &comparable(&engine, flags));
         // The host may fault already where the step arrived: that is the next instruction's fault.

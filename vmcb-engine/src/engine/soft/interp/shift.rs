@@ -168,7 +168,7 @@ pub fn pick(insn: &Insn) -> Option<Pick> {
 }
 
 /// SHLD, or SHRD if `RIGHT`. Beyond its width a 16-bit operand takes the bits of `right` once more,
-/// and its CF is 0 (AMD family 19h).
+/// and CF is 0 (AMD family 19h).
 #[inline(always)]
 fn double<W: Width, const RIGHT: bool>(left: W, right: W, count: u32) -> (W, Flags) {
     let (bits, left, right) = (W::BITS, u128::from(left.wide()), u128::from(right.wide()));
@@ -187,7 +187,7 @@ fn double<W: Width, const RIGHT: bool>(left: W, right: W, count: u32) -> (W, Fla
     };
     let result = W::cut(shifted as u64);
     let cf = count <= bits && shifted >> bits & 1 != 0;
-    (result, Flags::parts(result.signed(), cf, count < bits && cf != top(result), true))
+    (result, Flags::parts(result.signed(), cf, cf != (count < bits && top(result)), true))
 }
 
 fn double_shift<W: Width, P: Place, const RIGHT: bool, const CL: bool>(core: &mut Core, op: &Op) -> Step {

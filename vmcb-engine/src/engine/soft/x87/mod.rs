@@ -256,14 +256,13 @@ fn store_register<const POPS: bool>(core: &mut Core, op: &Op) -> Step {
     Ok(())
 }
 
-/// FSTPNCE ST(i), an alias of FSTP that checks nothing (AMD family 19h).
+/// FSTPNCE ST(i), an alias of FSTP that checks nothing: an empty ST(0) is popped and not copied (AMD family 19h).
 fn move_register(core: &mut Core, op: &Op) -> Step {
     begin(core, op)?;
-    let value = core.fpu.registers[usize::from(stack::physical(core, 0))];
-    if get(core, 0).is_some() {
+    if let Some(value) = get(core, 0) {
         core.fpu.status &= !status::C1;
+        stack::set(core, op.rm & 7, value);
     }
-    stack::set(core, op.rm & 7, value);
     pop(core);
     Ok(())
 }
