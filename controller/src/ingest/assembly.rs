@@ -29,7 +29,7 @@ const SECTIONS_MAX: usize = 4096;
 /// Most bytes of all sections together.
 const SECTION_BYTES_MAX: usize = 256 << 20;
 /// Most lanes of a transfer.
-pub const LANES_MAX: usize = 64;
+pub const LANES_MAX: usize = 16;
 
 /// Why a checkpoint cannot be taken in.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

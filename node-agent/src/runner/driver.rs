@@ -91,6 +91,8 @@ pub trait BootImages {
     /// # Errors
     /// Which file could not be read, and why.
     fn load(&mut self) -> Result<(Vec<u8>, Option<Vec<u8>>), String>;
+    /// The kernel's path, for people.
+    fn kernel_path(&self) -> String;
 }
 
 /// Sends frames out of a network card, as announcements do.
@@ -467,7 +469,9 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         self.must_be_fresh()?;
         let images = self.images.as_mut().ok_or_else(|| failure(Code::BadInput, "no kernel was given"))?;
         let (kernel, initrd) = images.load().map_err(|text| failure(Code::BadInput, &text))?;
-        self.guest.boot(&kernel, initrd.as_deref()).map_err(|text| failure(Code::BadInput, &text))?;
+        self.guest
+            .boot(&kernel, initrd.as_deref())
+            .map_err(|text| failure(Code::BadInput, &format!("{}: {text}", images.kernel_path())))?;
         self.images = None;
         self.phase = Phase::Live;
         Ok(())

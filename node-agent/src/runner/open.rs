@@ -52,6 +52,10 @@ impl BootImages for Images {
         let initrd = self.initrd.as_mut().map(read_image).transpose()?;
         Ok((kernel, initrd))
     }
+
+    fn kernel_path(&self) -> String {
+        self.kernel.0.display().to_string()
+    }
 }
 
 fn read_image((path, file): &mut (PathBuf, File)) -> Result<Vec<u8>, String> {

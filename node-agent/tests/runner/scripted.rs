@@ -170,6 +170,10 @@ impl Outbox for Kept {
 pub struct Kernel(pub &'static [u8]);
 
 impl BootImages for Kernel {
+    fn kernel_path(&self) -> String {
+        "scripted kernel".into()
+    }
+
     fn load(&mut self) -> Result<(Vec<u8>, Option<Vec<u8>>), String> {
         Ok((self.0.to_vec(), None))
     }
