@@ -255,7 +255,7 @@ impl Ticks {
     /// The last whole line of a console.
     pub fn last(console: &str) -> Option<Ticks> {
         let lines = console.split_inclusive('\n').filter(|line| line.ends_with('\n'));
-        lines.filter_map(Self::parse).last()
+        lines.rev().find_map(Self::parse)
     }
 
     /// Every whole line of a console.

@@ -444,9 +444,9 @@ fn page_tables() -> Vec<u8> {
     const PRESENT_WRITE: u64 = 3;
     const LARGE: u64 = 0x80;
     let mut words = vec![0u64; 512 * 10];
-    words[0] = PML4 + PAGE | PRESENT_WRITE;
+    words[0] = (PML4 + PAGE) | PRESENT_WRITE;
     for i in 0..8 {
-        words[512 + i] = PML4 + (2 + i as u64) * PAGE | PRESENT_WRITE;
+        words[512 + i] = (PML4 + (2 + i as u64) * PAGE) | PRESENT_WRITE;
     }
     for i in 0..512 * 8 {
         words[1024 + i] = (i as u64) << 21 | LARGE | PRESENT_WRITE;

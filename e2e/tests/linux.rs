@@ -33,7 +33,7 @@ fn boot(cluster: &Cluster) -> Option<()> {
 fn count(cluster: &Cluster) -> Option<u64> {
     let console = cluster.ctl(["vm", "console", "vm1", "--log"]).stdout;
     let beat = |line: &str| line.split_once("godwit: beat ")?.1.split(' ').next()?.parse().ok();
-    console.lines().filter_map(beat).last()
+    console.lines().rev().find_map(beat)
 }
 
 fn goes_on(cluster: &Cluster) {

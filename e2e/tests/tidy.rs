@@ -6,6 +6,7 @@
 //! ```
 //! Everything is a table on top of this file; what is found is compared with it, whichever files there are. A check lists
 //! all that is wrong before it fails. It knows text and metadata, and needs no built program.
+#![allow(clippy::unwrap_used, reason = "a test that cannot read the tree has failed")]
 
 mod source;
 
@@ -117,7 +118,8 @@ const LARGE_FILES: &[(&str, &str)] = &[];
 
 const FUNCTION_LINES_MAX: usize = 100;
 /// Functions that are tables: (path, function, why).
-const LONG_FUNCTIONS: &[(&str, &str, &str)] = &[];
+const LONG_FUNCTIONS: &[(&str, &str, &str)] =
+    &[("vmcb-engine/tests/differential.rs", "allowed", "a table: one row an instruction that a user may execute")];
 
 const HEADER_LINES_MAX: usize = 40;
 

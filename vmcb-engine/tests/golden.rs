@@ -113,6 +113,10 @@ fn every_version_ever_written_still_loads() {
         let mut sections = BTreeMap::new();
         for entry in std::fs::read_dir(directory(version)).unwrap() {
             let path = entry.unwrap().path();
+            // The golden files of the CPU and of capabilities have a test of their own: golden_cpu.rs.
+            if !path.file_name().unwrap().to_string_lossy().starts_with("device-") {
+                continue;
+            }
             let bytes = std::fs::read(&path).unwrap();
             let section: Section =
                 frame::decode_message(Kind::Section, &bytes).unwrap_or_else(|e| panic!("{path:?}: {e}"));

@@ -399,7 +399,19 @@ mod tests {
             target.snapshot_any(access, &mut restore).unwrap();
             prop_assert!(matches!(restore, Snapshot::Restore([])));
             prop_assert_eq!(target.segment(SegmentRegister::Gs), source.segment(SegmentRegister::Gs));
+            // Clean bits are no state: what was restored must be loaded anew.
+            source.control.mark_dirty(clean::ALL);
             prop_assert_eq!(target.read_any(access), source.read_any(access));
+        }
+
+        #[test]
+        fn a_restored_page_has_no_clean_group(access in access()) {
+            let mut source = Vmcb::boxed();
+            source.control.vmcb_clean = clean::ALL;
+            let mut buffer = Vec::new();
+            source.snapshot_any(access, &mut Snapshot::Save(&mut buffer)).unwrap();
+            source.snapshot_any(access, &mut Snapshot::Restore(&buffer)).unwrap();
+            prop_assert_eq!(source.control.vmcb_clean & clean::ALL, 0);
         }
 
         #[test]
