@@ -36,6 +36,30 @@ fn a_busy_guest_moves_there_and_back_and_loses_nothing() {
 }
 
 #[test]
+fn an_attached_console_stays_attached_through_a_migration() {
+    let cluster = Cluster::up(2);
+    cluster.create("vm1", "hostA", BUSY);
+    cluster.goes_on("vm1", 5);
+    let said = cluster.dir().join("attached.txt");
+    let file = std::fs::File::create(&said).expect("a file for the console");
+    let mut attached = cluster.command(["vm", "console", "vm1"]);
+    let mut attached = attached.stdin(std::process::Stdio::piped()).stdout(file).spawn().expect("ctl can be run");
+    let heard = || Ticks::all(&String::from_utf8_lossy(&std::fs::read(&said).unwrap_or_default()));
+    wait("the console to be attached", || heard().last().copied());
+    cluster.ok(["migrate", "vm1", "--to", "hostB"]);
+    let moved = cluster.goes_on("vm1", 10);
+    wait("the console to go on after the migration", || heard().last().filter(|last| last.tick >= moved.tick).copied());
+    // What is typed now reaches the guest where it is, and its echo comes back.
+    let mut keys = attached.stdin.take().expect("stdin is piped");
+    std::io::Write::write_all(&mut keys, b"godwit!").expect("ctl reads its input");
+    wait("the echo", || String::from_utf8_lossy(&std::fs::read(&said).ok()?).contains('!').then_some(()));
+    let ticks: Vec<u64> = heard().iter().map(|t| t.tick).collect();
+    assert!(ticks.windows(2).all(|pair| pair[1] <= pair[0] + 2), "the console lost lines: {ticks:?}");
+    attached.kill().expect("ctl is running");
+    attached.wait().expect("ctl ends");
+}
+
+#[test]
 fn a_checkpoint_brings_the_guest_back_after_its_host_died() {
     let cluster = Cluster::up(2);
     cluster.create("vm1", "hostA", BUSY);

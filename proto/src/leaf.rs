@@ -115,17 +115,4 @@ mod tests {
             prop_assert_eq!(leaves(&data), alone);
         }
     }
-
-    #[test]
-    #[ignore = "a measurement: cargo test -p proto --release leaf -- --ignored --nocapture"]
-    fn speed() {
-        let data = vec![7; 1 << 20];
-        let time = |name, hash: &dyn Fn() -> Vec<Leaf>| {
-            let start = std::time::Instant::now();
-            (0..512).for_each(|_| drop(std::hint::black_box(hash())));
-            println!("{name}: {:.2} GiB/s", 0.5 / start.elapsed().as_secs_f64());
-        };
-        time("side by side", &|| leaves(&data));
-        time("one by one", &|| data.chunks(PAGE_BYTES).map(leaf).collect());
-    }
 }

@@ -25,6 +25,8 @@ use super::failure::Failure;
 const ESCAPE: u8 = 0x1d;
 /// What is shown of the past when attaching.
 const LOG_BYTES: u64 = 4096;
+/// Attaching on another host: its log begins with the guest's arrival, and all of it is new.
+const WHOLE_LOG: u64 = u64::MAX;
 /// How long nobody may be able to say where the VM is.
 const LOST_MAX: Duration = Duration::from_secs(60);
 const RETRY: Duration = Duration::from_millis(200);
@@ -44,7 +46,14 @@ pub async fn run(client: Client, vm: &str, log_only: bool) -> Result<(), Failure
     }
     let terminations = signal(SignalKind::terminate())
         .map_err(|e| Failure::new(Code::Internal, format!("cannot listen for signals: {e}")))?;
-    let session = Session { client, vm: vm.to_owned(), keys: read_keys(on_terminal), keys_ended: false, terminations };
+    let session = Session {
+        client,
+        vm: vm.to_owned(),
+        keys: read_keys(on_terminal),
+        keys_ended: false,
+        terminations,
+        host: String::new(),
+    };
     let ended = session.run().await;
     drop(raw);
     match ended? {
@@ -87,12 +96,17 @@ struct Session {
     keys: mpsc::Receiver<Keys>,
     keys_ended: bool,
     terminations: Signal,
+    /// Where the VM was when its record was last seen.
+    host: String,
 }
 
 impl Session {
     async fn run(mut self) -> Result<Ended, Failure> {
         let mut log_bytes = LOG_BYTES;
         let mut lost_since: Option<Instant> = None;
+        let mut first = true;
+        // Where it is now; that it is not there is for `attach` to say.
+        let _ = self.gone(Instant::now()).await?;
         loop {
             match self.attach(log_bytes).await {
                 Ok((input, stream)) => {
@@ -106,13 +120,18 @@ impl Session {
                     }
                 }
                 // The first attempt tells what is wrong; later ones are part of a hand-over.
-                Err(status) if log_bytes != 0 => {
+                Err(status) if first => {
                     return Err(Failure::from_status(&format!("attach to {}", self.vm), &status));
                 }
                 Err(_) => {}
             }
+            first = false;
+            let host = self.host.clone();
             if let Some(why) = self.gone(*lost_since.get_or_insert_with(Instant::now)).await? {
                 return Ok(Ended::Gone(why));
+            }
+            if self.host != host {
+                log_bytes = WHOLE_LOG;
             }
             tokio::select! {
                 () = tokio::time::sleep(RETRY) => {}
@@ -175,6 +194,7 @@ impl Session {
         match self.client.get_vm_record(VmName { vm: vm.clone() }).await {
             Ok(reply) => {
                 let record = reply.into_inner();
+                self.host.clone_from(&record.host);
                 let over = ["stopped", "crashed"].iter().any(|word| record.observed.starts_with(word));
                 Ok(over.then(|| {
                     let reason = if record.reason.is_empty() { String::new() } else { format!(": {}", record.reason) };

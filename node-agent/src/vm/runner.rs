@@ -123,7 +123,8 @@ struct Call {
 #[derive(Debug)]
 pub struct Runner {
     calls: mpsc::Sender<Call>,
-    console: broadcast::Sender<RunnerConsoleOutput>,
+    /// Weak: when the conversation ends, those who listen to the console must hear that it did.
+    console: broadcast::WeakSender<RunnerConsoleOutput>,
     directory: PathBuf,
     /// What the machine was built from.
     pub config: MachineConfig,
@@ -198,12 +199,12 @@ impl Runner {
             .map_err(|_| Failure::new(Code::Unreachable, "the runner does not answer"))??;
         let (calls, mailbox) = mpsc::channel(64);
         let (console, _) = broadcast::channel(CONSOLE_BACKLOG);
-        let conversation =
-            Conversation { stream, inbox, pending: HashMap::new(), next_id: 2, console: console.clone(), events };
+        let listeners = console.downgrade();
+        let conversation = Conversation { stream, inbox, pending: HashMap::new(), next_id: 2, console, events };
         tokio::spawn(conversation.run(mailbox));
         let (config, state, descriptors) = attached;
         let process = Process::of(directory);
-        Ok(Runner { calls, console, directory: directory.to_owned(), config, state, process, descriptors })
+        Ok(Runner { calls, console: listeners, directory: directory.to_owned(), config, state, process, descriptors })
     }
 
     /// Asks and waits for the answer.
@@ -277,9 +278,9 @@ impl Runner {
         }
     }
 
-    /// Console output from now on.
+    /// Console output from now on; closed when the process is gone.
     pub fn console(&self) -> broadcast::Receiver<RunnerConsoleOutput> {
-        self.console.subscribe()
+        self.console.upgrade().map_or_else(|| broadcast::channel(1).1, |console| console.subscribe())
     }
 
     /// RAM that the guest has touched, in bytes.

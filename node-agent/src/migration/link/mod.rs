@@ -14,8 +14,6 @@ mod pace;
 mod receive;
 mod send;
 #[cfg(test)]
-mod speed;
-#[cfg(test)]
 mod tests;
 mod workers;
 
