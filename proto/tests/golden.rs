@@ -4,6 +4,7 @@
 //! touches no other. Each is decoded and compared field by field with the values in `samples`, compared byte by byte
 //! with what this release writes (a difference is a new version of the format, with files of its own), and changed in
 //! every byte, which must be refused.
+#![allow(clippy::unwrap_used, reason = "a test whose preparation fails has failed")]
 
 mod samples;
 

@@ -1,4 +1,5 @@
 //! README.md says what the code does: every hex dump of it is compared with its golden file, every digest recomputed.
+#![allow(clippy::unwrap_used, reason = "a test whose preparation fails has failed")]
 
 mod samples;
 

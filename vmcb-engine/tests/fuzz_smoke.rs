@@ -2,6 +2,7 @@
 //!
 //! `GODWIT_FUZZ_SEED` and `GODWIT_FUZZ_COUNT` (inputs a body) make it another or a longer run; `GODWIT_GOLDEN=write` writes
 //! seeds that `fuzz/corpus` lacks. An input that fails is printed as hex; put it into the corpus with the fix.
+#![allow(clippy::unwrap_used, reason = "a test whose preparation fails has failed")]
 
 #[path = "../fuzz/bodies/mod.rs"]
 mod bodies;

@@ -1,5 +1,6 @@
 //! A real Linux kernel on a whole machine, where `GODWIT_TEST_KERNEL` names one (a bzImage or vmlinux). With
 //! `GODWIT_TEST_INITRD` its `/init` must switch the machine off; the machine is moved to another in the middle.
+#![allow(clippy::unwrap_used, reason = "a test whose preparation fails has failed")]
 
 use std::cell::RefCell;
 use std::collections::VecDeque;

@@ -116,11 +116,11 @@ fn prepare(plan: &Plan<'_>) -> (Box<Core>, Arc<GuestMemory>) {
     let mut core = if plan.width == Width::Real { real(&memory) } else { protected(&memory, plan) };
     put(if plan.width == Width::Real { REAL_CODE } else { CODE }, plan.code);
     let random = (0..16).map(|register: u64| match mix(&mut seed) {
-        word if register % 3 == 0 => word >> (word & 63),
+        word if register.is_multiple_of(3) => word >> (word & 63),
         word => DATA + (word & 0x1_ffff),
     });
     random.enumerate().for_each(|(register, word)| core.gprs[register] = word);
-    core.gprs[usize::from(RSP)] = if plan.width == Width::Real { 0xff00 } else { STACK };
+    core.gprs[RSP] = if plan.width == Width::Real { 0xff00 } else { STACK };
     let mut flags = mix(&mut seed) & rflags::ARITHMETIC | rflags::RESERVED_ONE;
     if plan.step {
         flags |= rflags::TF;
