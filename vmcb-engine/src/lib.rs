@@ -1,7 +1,7 @@
 //! The machine: VMCB, CPU state, guest memory, devices, the engines, capture and apply, record and replay.
 //!
-//! Rooms, in order; each may use those before it: `addr, vmcb, cpu, capability, memory, device, engine, boot, machine,
-//! snapshot, journal, replay, transfer`. This crate refuses to know async, sockets, buckets, the wall clock, the
+//! Rooms, in order; each may use those before it: `addr, vmcb, cpu, capability, memory, device, engine, boot, snapshot,
+//! machine, journal, replay, transfer`. This crate refuses to know async, sockets, buckets, the wall clock, the
 //! environment and randomness: what enters from outside is an argument.
 
 pub mod addr;
