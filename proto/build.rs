@@ -3,7 +3,7 @@
 use std::path::Path;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["machine", "device", "transfer", "agent", "controller", "runner"]
+    let files = ["machine", "device", "bucket", "transfer", "agent", "controller", "runner"]
         .map(|name| format!("proto/godwit/v1/{name}.proto"));
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(&files, [Path::new("proto")])?;

@@ -19,6 +19,8 @@ use crate::api::{Api, views};
 use crate::bucket::{Bucket, BucketError};
 use crate::config::Config;
 use crate::ingest::Routes;
+use crate::ingest::read::Reader;
+use crate::keys::Keys;
 use crate::ledger::event::Event;
 use crate::ledger::{Ledger, LedgerError};
 use crate::metrics::{self, MetricsError, Sources};
@@ -58,6 +60,9 @@ pub enum ClusterError {
     /// The server ended.
     #[error("the server failed: {0}")]
     Serve(#[from] tonic::transport::Error),
+    /// The cluster keys cannot be read or kept.
+    #[error(transparent)]
+    Keys(#[from] crate::failure::Failure),
 }
 
 /// A controller that is ready to run.
@@ -80,7 +85,7 @@ impl Controller {
         let ledger = Ledger::open(&config.store)?;
         // Until the leases of a longer lease have ended, they count: `Agents` takes the larger of the two.
         let lease = Duration::from_millis(config.lease_ms.max(ledger.state().lease_ms));
-        let bucket = Bucket::open(&config.bucket)?;
+        let reader = Reader { bucket: Bucket::open(&config.bucket)?, keys: Keys::open(&config.keys_file())? };
         let listen = |source| ClusterError::Listen { address: config.listen, source };
         let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
@@ -91,7 +96,7 @@ impl Controller {
         let reached = if config.address.is_empty() { address.to_string() } else { config.address.clone() };
         let world = Hosts {
             agents: agents.clone(),
-            bucket: bucket.clone(),
+            reader: reader.clone(),
             routes: routes.clone(),
             tls: tls.clone(),
             address: reached,
@@ -99,7 +104,7 @@ impl Controller {
         let shown = (ledger.clone(), agents.clone());
         let show: ShowVm = Arc::new(move |name| views::show(&shown.0, &shown.1, name));
         let sagas = Sagas::new(ledger.clone(), world, Patience::default(), actor, show);
-        let api = Api { ledger, agents, sagas, bucket, routes, reconcile: Reconcile::default() };
+        let api = Api { ledger, agents, sagas, reader, routes, reconcile: Reconcile::default() };
         Ok(Controller { config, listener, address, tls, api })
     }
 

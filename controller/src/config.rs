@@ -5,6 +5,7 @@
 //! address  = "controller.example:7400" # how hosts reach `listen`; default: `listen`
 //! store    = "/var/lib/godwit/controller.redb"
 //! bucket   = "file:/var/lib/godwit/bucket"
+//! keys     = "/var/lib/godwit/keys"    # the cluster keys; default: beside `store`
 //! lease_ms = 10000
 //! metrics  = "127.0.0.1:9400"          # Prometheus over HTTP; left out: none
 //! log      = "text"                    # or "json"
@@ -40,6 +41,9 @@ pub struct Config {
     pub store: PathBuf,
     /// Where checkpoints lie: `file:DIR`.
     pub bucket: String,
+    /// The file of cluster keys; `keys` beside [`Config::store`] if it is not named.
+    #[serde(default)]
+    pub keys: Option<PathBuf>,
     /// Identity of this controller and the authority that all certificates come from.
     pub tls: TlsFiles,
     /// How long an agent may run a VM without hearing from a controller, milliseconds.
@@ -112,6 +116,11 @@ fn filter_default() -> String {
 }
 
 impl Config {
+    /// Where the cluster keys lie.
+    pub fn keys_file(&self) -> PathBuf {
+        self.keys.clone().unwrap_or_else(|| self.store.with_file_name("keys"))
+    }
+
     /// Reads the settings; relative paths are relative to the file's folder.
     ///
     /// # Errors
@@ -125,6 +134,7 @@ impl Config {
         for file in [&mut config.store, &mut config.tls.ca, &mut config.tls.cert, &mut config.tls.key] {
             *file = folder.join(&*file);
         }
+        config.keys = config.keys.map(|file| folder.join(file));
         Ok(config)
     }
 

@@ -18,6 +18,7 @@ pub mod ctl;
 pub mod entropy;
 pub mod failure;
 pub mod ingest;
+pub mod keys;
 pub mod ledger;
 pub mod metrics;
 pub mod reconcile;

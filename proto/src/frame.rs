@@ -16,6 +16,8 @@
 //! ```text
 //! kind Pages:  BLAKE3( bytes 0..16 | first 16 bytes of the body | leaf 0 | leaf 1 | ... ), where leaf i is the BLAKE3 of
 //!              the i-th 4096 bytes of the payload (a last shorter piece is hashed as it is)
+//! kind Sealed: BLAKE3( bytes 0..16 | first 40 bytes of the body | last 16 bytes of the body ); the tag in the latter
+//!              answers for the rest ([`crate::seal`])
 //! others:      BLAKE3( bytes 0..16 | body )
 //! ```
 //! The leaves are the very digests of which both sides build the digest of all RAM ([`crate::leaf`]), so the payload is
@@ -27,6 +29,11 @@ use crate::leaf::Leaf;
 pub const HEADER_BYTES: usize = 48;
 /// Bytes before the payload in the body of a frame of kind [`Kind::Pages`].
 pub const PAGES_PREFIX_BYTES: usize = 16;
+/// Bytes before the ciphertext in the body of a frame of kind [`Kind::Sealed`].
+pub const SEALED_PREFIX_BYTES: usize = 40;
+/// Bytes of the tag at the end of it.
+pub const SEALED_TAG_BYTES: usize = 16;
+const SEALED_BYTES_MIN: usize = SEALED_PREFIX_BYTES + SEALED_TAG_BYTES;
 /// Bytes of a page.
 pub const PAGE_BYTES: usize = 4096;
 /// Most pages in one frame: 1 MiB.
@@ -49,21 +56,38 @@ pub enum Kind {
     PackIndex = 5,
     /// A block of a journal.
     Journal = 6,
+    /// Another frame, compressed and encrypted ([`crate::seal`]).
+    Sealed = 7,
+    /// A `MapLayer`: where pages lie in the bucket.
+    PageMap = 8,
+    /// An `Envelope`: a sealed manifest and what it takes to open it.
+    Envelope = 9,
 }
 
 impl Kind {
-    fn from_number(number: u16) -> Option<Kind> {
-        [Kind::Section, Kind::Pages, Kind::Manifest, Kind::Control, Kind::PackIndex, Kind::Journal]
-            .into_iter()
-            .find(|kind| *kind as u16 == number)
+    /// The kind with this number.
+    pub(crate) fn from_number(number: u16) -> Option<Kind> {
+        [
+            Kind::Section,
+            Kind::Pages,
+            Kind::Manifest,
+            Kind::Control,
+            Kind::PackIndex,
+            Kind::Journal,
+            Kind::Sealed,
+            Kind::PageMap,
+            Kind::Envelope,
+        ]
+        .into_iter()
+        .find(|kind| *kind as u16 == number)
     }
 
     /// Longest body that is accepted.
     pub const fn body_bytes_max(self) -> usize {
         match self {
             Kind::Pages => PAGES_PREFIX_BYTES + PAGES_MAX as usize * PAGE_BYTES,
-            Kind::Section | Kind::Control | Kind::Journal => 8 << 20,
-            Kind::Manifest | Kind::PackIndex => 256 << 20,
+            Kind::Section | Kind::Control | Kind::Journal | Kind::PageMap => 8 << 20,
+            Kind::Manifest | Kind::PackIndex | Kind::Sealed | Kind::Envelope => 256 << 20,
         }
     }
 
@@ -204,14 +228,27 @@ pub fn encode_message(kind: Kind, message: &impl prost::Message) -> Vec<u8> {
 
 /// A header with an empty hash and room for the body: append exactly `body_bytes`, then [`seal`].
 pub fn begin(kind: Kind, body_bytes: usize) -> Vec<u8> {
-    assert!(body_bytes <= kind.body_bytes_max(), "{kind:?} body of {body_bytes} bytes");
     let mut frame = Vec::with_capacity(HEADER_BYTES + body_bytes);
-    frame.extend_from_slice(&MAGIC);
-    frame.extend_from_slice(&(kind as u16).to_le_bytes());
-    frame.extend_from_slice(&kind.version().to_le_bytes());
-    frame.extend_from_slice(&(body_bytes as u32).to_le_bytes());
-    frame.extend_from_slice(&[0; 36]);
+    frame.extend_from_slice(&header(kind, body_bytes));
     frame
+}
+
+fn header(kind: Kind, body_bytes: usize) -> [u8; HEADER_BYTES] {
+    assert!(body_bytes <= kind.body_bytes_max(), "{kind:?} body of {body_bytes} bytes");
+    let mut header = [0; HEADER_BYTES];
+    header[..4].copy_from_slice(&MAGIC);
+    header[4..6].copy_from_slice(&(kind as u16).to_le_bytes());
+    header[6..8].copy_from_slice(&kind.version().to_le_bytes());
+    header[8..12].copy_from_slice(&(body_bytes as u32).to_le_bytes());
+    header
+}
+
+/// Writes the header of a frame whose body of any length lies behind [`HEADER_BYTES`] free bytes.
+#[cfg(feature = "seal")]
+pub(crate) fn finish(kind: Kind, frame: &mut [u8]) {
+    let header = header(kind, frame.len() - HEADER_BYTES);
+    frame[..HEADER_BYTES].copy_from_slice(&header);
+    seal(frame);
 }
 
 /// Writes the hash of a frame made by [`begin`] whose body is complete.
@@ -257,6 +294,9 @@ fn hash(frame: &[u8], leaves: &[Leaf]) -> [u8; 32] {
     if kind_bytes(frame) == Kind::Pages as u16 {
         hasher.update(&body[..body.len().min(PAGES_PREFIX_BYTES)]);
         hasher.update(leaves.as_flattened());
+    } else if kind_bytes(frame) == Kind::Sealed as u16 && body.len() >= SEALED_BYTES_MIN {
+        hasher.update(&body[..SEALED_PREFIX_BYTES]);
+        hasher.update(&body[body.len() - SEALED_TAG_BYTES..]);
     } else {
         hasher.update(body);
     }

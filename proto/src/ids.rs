@@ -71,6 +71,8 @@ byte_ids! {
     CheckpointId[8];
     /// Names an operation, in every process and log line that takes part in it.
     OperationId[8];
+    /// Names a cluster key.
+    KeyId[8];
     /// Names a VM for ever, however often its name is used again.
     VmId[16];
 }

@@ -3,6 +3,8 @@
 //! - [`v1`]: the protobuf messages of `proto/godwit/v1/*.proto` and, with the feature `rpc`, their gRPC services.
 //! - [`frame`]: the one envelope of wire, bucket and journal: magic, kind, version, length, BLAKE3, body.
 //! - [`leaf`]: BLAKE3 of pages, many at once.
+//! - [`seal`], with the feature `seal`: frames compressed and encrypted for the bucket.
+//! - [`wrap`], with it: their keys under a cluster's.
 //! - [`ids`]: identifiers that cannot be confused with each other.
 //! - [`status`]: what can go wrong, as a code that travels.
 //!
@@ -11,7 +13,11 @@
 pub mod frame;
 pub mod ids;
 pub mod leaf;
+#[cfg(feature = "seal")]
+pub mod seal;
 pub mod status;
+#[cfg(feature = "seal")]
+pub mod wrap;
 
 /// Messages and services of package `godwit.v1`, generated at build time.
 #[allow(

@@ -5,6 +5,7 @@
 use std::pin::Pin;
 use std::time::Duration;
 
+use proto::frame::{self, Kind};
 use proto::v1::control_server::Control;
 use proto::v1::operation_event::Event as Said;
 use proto::v1::{
@@ -19,7 +20,6 @@ use tonic::{Request, Response, Status, Streaming};
 use super::plans::{self, Candidate, unknown_checkpoint, unknown_vm};
 use super::{Api, console, events, require, views};
 use crate::failure::Failure;
-use crate::ingest::read;
 use crate::ledger::event::{Plan, Task};
 use crate::saga::report::record;
 use crate::tls::{Identity, Role};
@@ -176,8 +176,9 @@ impl Control for Api {
     async fn get_manifest(&self, request: Request<CheckpointName>) -> Result<Response<Blob>, Status> {
         require(&request, Role::Operator)?;
         let checkpoint = self.checkpoint(&request.into_inner().id)?;
-        let data = self.bucket.get(&checkpoint.manifest_key).await.map_err(Failure::from)?;
-        Ok(Response::new(Blob { data: data.into() }))
+        let opened = self.reader.manifest(&checkpoint.manifest_key).await?;
+        let data = frame::encode_message(Kind::Manifest, &opened.manifest);
+        Ok(Response::new(Blob { data }))
     }
 
     async fn verify_checkpoint(&self, request: Request<CheckpointName>) -> Began {
@@ -201,7 +202,7 @@ impl Control for Api {
         let asked = request.into_inner();
         let state = self.ledger.state();
         let entry = plans::named_checkpoint(&state, &asked.name)?;
-        let manifest = read::manifest(&self.bucket, &entry.manifest_key).await?;
+        let manifest = self.reader.manifest(&entry.manifest_key).await?.manifest;
         let target = self.candidate(&asked.to);
         let policy = asked.policy.unwrap_or_default();
         let plan = plans::restore(&self.ledger.state(), entry, manifest, &target, &asked.as_name, policy);

@@ -22,9 +22,9 @@ use tonic::service::Routes as Services;
 use tonic::{Request, Status};
 
 use crate::agents::{Agents, link};
-use crate::bucket::Bucket;
 use crate::failure::Failure;
 use crate::ingest::Routes;
+use crate::ingest::read::Reader;
 use crate::ledger::Ledger;
 use crate::reconcile::Reconcile;
 use crate::saga::Sagas;
@@ -41,7 +41,7 @@ pub struct Api {
     /// Operations.
     pub sagas: Sagas<Hosts>,
     /// Where checkpoints lie.
-    pub bucket: Bucket,
+    pub reader: Reader,
     /// Lanes.
     pub routes: Routes,
     /// What puts hosts right that come back.

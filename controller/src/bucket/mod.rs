@@ -158,6 +158,11 @@ fn check_key(key: &str) -> Result<(), BucketError> {
     if key.len() <= KEY_MAX && key.split('/').all(plain) { Ok(()) } else { Err(BucketError::Key(key.into())) }
 }
 
+/// Where all of a VM lies; ends in `/`.
+pub fn vm_prefix(vm_id: &str) -> String {
+    format!("vms/{vm_id}/")
+}
+
 /// Where the packs of one generation of a VM lie; ends in `/`.
 pub fn packs_prefix(vm_id: &str, generation: Generation) -> String {
     format!("vms/{vm_id}/g{:08}/packs/", generation.0)
@@ -168,9 +173,21 @@ pub fn pack_key(vm_id: &str, generation: Generation, pack: PackId) -> String {
     format!("{}{pack}", packs_prefix(vm_id, generation))
 }
 
+/// The generation in the key of a pack.
+pub fn generation_of(key: &str) -> Option<Generation> {
+    let (before, _) = key.split_once("/packs/")?;
+    let number = before.rsplit('/').next()?.strip_prefix('g')?;
+    number.parse().ok().map(Generation)
+}
+
 /// Where a manifest lies.
 pub fn manifest_key(vm_id: &str, checkpoint: CheckpointId) -> String {
     format!("vms/{vm_id}/checkpoints/{checkpoint}.manifest")
+}
+
+/// Where the wrapped data key of a VM lies.
+pub fn key_object(vm_id: &str) -> String {
+    format!("vms/{vm_id}/key")
 }
 
 #[cfg(test)]

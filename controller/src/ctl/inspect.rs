@@ -248,6 +248,9 @@ fn kind_word(kind: Kind) -> &'static str {
         Kind::Control => "control",
         Kind::PackIndex => "pack-index",
         Kind::Journal => "journal",
+        Kind::Sealed => "sealed",
+        Kind::PageMap => "page-map",
+        Kind::Envelope => "envelope",
     }
 }
 
@@ -272,7 +275,9 @@ fn describe(kind: Kind, body: &[u8]) -> Result<Detail, FrameError> {
             Ok(v1::LaneMessage { message: Some(message) }) => format!("{message:?}"),
             _ => generic(body),
         })),
-        Kind::PackIndex | Kind::Journal => Ok(Detail::Content(generic(body))),
+        Kind::PackIndex | Kind::Journal | Kind::Sealed | Kind::PageMap | Kind::Envelope => {
+            Ok(Detail::Content(generic(body)))
+        }
     }
 }
 

@@ -6,22 +6,22 @@
 //! effects:     Put(pack) when one is full;  Ack(round) when every lane has ended it;  Complete at the end
 //! ```
 //! The latest copy of a page wins: of a later round over an earlier one whichever lane was faster, and of a later frame
-//! of the same lane. Frames arrive checked ([`check`] can run on any thread). Whatever a source sends, this refuses or
-//! accepts; it never panics and allocates only what the configuration says.
+//! of the same lane. Frames arrive opened and checked ([`Desk::check`] can run on any thread) and are stored as they
+//! came, sealed. What arrived is laid over the checkpoint before it by [`super::layers`]. Whatever a source sends, this
+//! refuses or accepts; it never panics and allocates only what the configuration says.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use bytes::Bytes;
-use prost::Message;
-use proto::frame::{self, Encoding, FrameError, Kind, PAGE_BYTES, PageRun};
-use proto::ids::Digest;
+use proto::frame::{self, Encoding, FrameError, Header, Kind, PAGE_BYTES, PageRun};
+use proto::ids::{Digest, Generation};
+use proto::leaf::{Leaf, ZERO_LEAF};
+use proto::seal::{Opener, SealError, Sealer};
 use proto::v1::lane_message::Message as Said;
-use proto::v1::{
-    LaneMessage, MachineConfig, MachineDigest, PackEntry, PackRef, PageExtent, PageMap, RoundEnd, Section, SectionRef,
-    StateEnd,
-};
+use proto::v1::{LaneMessage, MachineConfig, MachineDigest, PackEntry, RoundEnd, Section, StateEnd};
 
-use super::digest::{PageDigests, ZERO_LEAF, machine_digest, state_digest};
+use super::map::{PackAt, Place, REGION_PAGES};
 use super::pack::{Pack, PackWriter};
 
 /// Most sections of a machine.
@@ -40,7 +40,7 @@ pub enum IngestError {
         /// Where it came.
         lane: usize,
         /// What is wrong with it.
-        source: FrameError,
+        source: SealError,
     },
     /// A message that must not come now.
     #[error("lane {lane}: {text}")]
@@ -68,33 +68,52 @@ pub enum IngestError {
 /// A frame whose hash was checked.
 #[derive(Debug)]
 pub enum Checked {
-    /// Pages, and the leaf of each that is not elided.
-    Pages(PageRun, Vec<[u8; 32]>, Bytes),
-    /// A piece of state.
+    /// Pages, the leaf of each that is not elided, and the sealed frame to store.
+    Pages(PageRun, Vec<Leaf>, Bytes),
+    /// A piece of state, and the sealed frame to store.
     Section(Section, Bytes),
     /// A word about the transfer.
     Message(Said),
 }
 
-/// Checks a frame's bytes and hashes its pages. Slow: run it beside the runtime.
-///
-/// # Errors
-/// Any [`FrameError`].
-pub fn check(bytes: &Bytes) -> Result<Checked, FrameError> {
-    let (header, body) = frame::decode(bytes)?;
-    let decode_failed = |error: prost::DecodeError| FrameError::Body { kind: header.kind, text: error.to_string() };
-    match header.kind {
+/// Opens what a source has sealed, and seals what it has not.
+#[derive(Clone)]
+pub struct Desk {
+    /// For what arrives.
+    pub opener: Opener,
+    /// For what is written here.
+    pub sealer: Arc<Sealer>,
+}
+
+impl Desk {
+    /// Checks a frame's bytes and hashes its pages: those that come out of the very bytes that will be stored. Slow: run
+    /// it beside the runtime.
+    ///
+    /// # Errors
+    /// [`SealError`].
+    pub fn check(&self, bytes: &Bytes) -> Result<Checked, SealError> {
+        let header = Header::parse(bytes)?;
+        match header.kind {
+            Kind::Sealed => inside(&self.opener.open(bytes)?, bytes.clone()),
+            Kind::Pages | Kind::Section => inside(bytes, self.sealer.seal(bytes).into()),
+            Kind::Control => {
+                let message: LaneMessage = frame::decode_message(Kind::Control, bytes)?;
+                let empty = || FrameError::Body { kind: Kind::Control, text: "empty message".into() };
+                Ok(Checked::Message(message.message.ok_or_else(empty)?))
+            }
+            found => Err(FrameError::Unexpected { found, expected: Kind::Sealed }.into()),
+        }
+    }
+}
+
+fn inside(plain: &[u8], stored: Bytes) -> Result<Checked, SealError> {
+    match Header::parse(plain)?.kind {
         Kind::Pages => {
-            let (run, payload) = PageRun::parse(body)?;
-            let leaves = payload.chunks(PAGE_BYTES).map(|page| *blake3::hash(page).as_bytes()).collect();
-            Ok(Checked::Pages(run, leaves, bytes.clone()))
+            let pages = frame::decode_pages(plain)?;
+            Ok(Checked::Pages(pages.run, pages.leaves, stored))
         }
-        Kind::Section => Ok(Checked::Section(Section::decode(body).map_err(decode_failed)?, bytes.clone())),
-        Kind::Control => {
-            let message = LaneMessage::decode(body).map_err(decode_failed)?.message;
-            message.map(Checked::Message).ok_or(FrameError::Body { kind: header.kind, text: "empty message".into() })
-        }
-        found => Err(FrameError::Unexpected { found, expected: Kind::Pages }),
+        Kind::Section => Ok(Checked::Section(frame::decode_message(Kind::Section, plain)?, stored)),
+        found => Err(FrameError::Unexpected { found, expected: Kind::Pages }.into()),
     }
 }
 
@@ -109,19 +128,47 @@ pub enum Effect {
     Complete,
 }
 
-struct Space {
-    /// Index of the frame that has the page's latest copy, plus one; 0 is a zero page.
-    latest: Vec<u32>,
+/// Nothing was said of the page.
+const UNSAID: u32 = u32::MAX;
+/// The page is zero.
+const ZERO: u32 = u32::MAX - 1;
+
+/// What was said of the pages of a region.
+#[derive(Clone, Debug)]
+pub struct Touched {
+    leaves: Vec<Leaf>,
+    /// Index of the frame that has the latest copy, [`ZERO`] or [`UNSAID`].
+    at: Vec<u32>,
     /// Round of that copy.
     rounds: Vec<u32>,
-    digests: PageDigests,
 }
 
-struct Place {
+impl Touched {
+    fn new(pages: u64) -> Touched {
+        let pages = pages.min(REGION_PAGES) as usize;
+        Touched { leaves: vec![ZERO_LEAF; pages], at: vec![UNSAID; pages], rounds: vec![0; pages] }
+    }
+
+    /// Pages of which something was said, counted from the region's first: digest, and index of the frame that arrived;
+    /// none for zeros.
+    pub fn said(&self) -> impl Iterator<Item = (usize, Leaf, Option<u32>)> {
+        let said = self.at.iter().enumerate().filter(|(_, at)| **at != UNSAID);
+        said.map(|(page, at)| (page, self.leaves[page], (*at != ZERO).then_some(*at)))
+    }
+}
+
+struct Space {
+    pages: u64,
+    regions: Vec<Option<Box<Touched>>>,
+}
+
+/// A frame of pages that arrived.
+struct Arrived {
+    /// Index of its pack among those of this checkpoint.
     pack: u32,
     offset: u64,
     first_page: u64,
-    frame_bytes: u32,
+    bytes: u32,
 }
 
 #[derive(Clone, Default)]
@@ -136,29 +183,34 @@ struct Lane {
 /// A checkpoint that is being received.
 pub struct Assembly {
     checkpoint: String,
+    generation: Generation,
+    sealer: Arc<Sealer>,
+    /// Nothing lies below: a page of which nothing is said is zero.
+    full: bool,
     spaces: Vec<Space>,
-    places: Vec<Place>,
+    arrived: Vec<Arrived>,
     lanes: Vec<Lane>,
     /// (number, last) of each round that some lane has ended.
     rounds: Vec<(u32, bool)>,
     acked: usize,
     writer: PackWriter,
-    packs: Vec<PackRef>,
-    sections: BTreeMap<String, (Section, SectionRef)>,
+    packs: Vec<PackAt>,
+    sections: BTreeMap<String, (Section, Bytes)>,
     section_bytes: usize,
     state_end: Option<StateEnd>,
 }
 
-/// Everything that a manifest says of what arrived.
-#[derive(Debug)]
-pub struct Finished {
-    /// Where the sections lie.
-    pub sections: Vec<SectionRef>,
-    /// Where the pages lie.
-    pub maps: Vec<PageMap>,
-    /// The packs, in order.
-    pub packs: Vec<PackRef>,
-    /// Both sides' digest.
+/// Everything that arrived.
+pub struct Received {
+    /// By space and region.
+    pub touched: Vec<Vec<Option<Box<Touched>>>>,
+    /// Where the frames lie.
+    pub places: Vec<Place>,
+    /// The packs of pages, in order.
+    pub packs: Vec<PackAt>,
+    /// By name, with the frame to store.
+    pub sections: BTreeMap<String, (Section, Bytes)>,
+    /// The source's digest.
     pub digest: MachineDigest,
 }
 
@@ -170,17 +222,23 @@ pub fn spaces(config: &MachineConfig) -> Vec<u64> {
 }
 
 impl Assembly {
-    /// Nothing arrived yet. `lanes` is between 1 and [`LANES_MAX`].
-    pub fn new(checkpoint: &str, config: &MachineConfig, lanes: usize) -> Assembly {
-        let space = |pages: u64| Space {
-            latest: vec![0; pages as usize],
-            rounds: vec![0; pages as usize],
-            digests: PageDigests::new(pages),
-        };
+    /// Nothing arrived yet. `lanes` is between 1 and [`LANES_MAX`]; `full` if the source builds on no checkpoint.
+    pub fn new(
+        checkpoint: &str,
+        generation: Generation,
+        config: &MachineConfig,
+        lanes: usize,
+        full: bool,
+        sealer: Arc<Sealer>,
+    ) -> Assembly {
+        let space = |pages: u64| Space { pages, regions: vec![None; pages.div_ceil(REGION_PAGES) as usize] };
         Assembly {
             checkpoint: checkpoint.into(),
+            generation,
+            sealer,
+            full,
             spaces: spaces(config).into_iter().map(space).collect(),
-            places: Vec::new(),
+            arrived: Vec::new(),
             lanes: vec![Lane::default(); lanes],
             rounds: Vec::new(),
             acked: 0,
@@ -200,7 +258,7 @@ impl Assembly {
         let mut effects = Vec::new();
         match frame {
             Checked::Pages(run, leaves, bytes) => self.pages(lane, run, &leaves, &bytes, &mut effects)?,
-            Checked::Section(section, bytes) => self.section(lane, section, &bytes, &mut effects)?,
+            Checked::Section(section, bytes) => self.section(lane, section, bytes)?,
             Checked::Message(Said::RoundEnd(end)) => self.round_end(lane, end, &mut effects)?,
             Checked::Message(Said::StateEnd(end)) => self.state_end(lane, end)?,
             Checked::Message(Said::Abort(abort)) => {
@@ -214,6 +272,11 @@ impl Assembly {
         Ok(effects)
     }
 
+    /// Whether the source builds on no checkpoint.
+    pub fn is_full(&self) -> bool {
+        self.full
+    }
+
     /// Whether a lane may end now without being missed.
     pub fn may_end(&self, lane: usize) -> bool {
         self.lanes[lane].last && (lane != 0 || self.state_end.is_some())
@@ -223,7 +286,7 @@ impl Assembly {
         &mut self,
         lane: usize,
         run: PageRun,
-        leaves: &[[u8; 32]],
+        leaves: &[Leaf],
         bytes: &[u8],
         effects: &mut Vec<Effect>,
     ) -> Result<(), IngestError> {
@@ -232,25 +295,32 @@ impl Assembly {
         }
         let end = run.first_page + u64::from(run.pages);
         match self.spaces.get(usize::from(run.space)) {
-            Some(space) if end <= space.latest.len() as u64 => {}
+            Some(space) if end <= space.pages => {}
             _ => return Err(protocol(lane, format!("{run:?} lies outside of the machine"))),
         }
         self.lanes[lane].frames += 1;
-        let place = match run.encoding {
-            Encoding::Zero => 0,
+        let at = match run.encoding {
+            Encoding::Zero => ZERO,
             Encoding::Raw => self.store(&run, bytes, effects)?,
         };
-        let round = self.lanes[lane].ended as u32;
+        let (round, full) = (self.lanes[lane].ended as u32, self.full);
         let space = &mut self.spaces[usize::from(run.space)];
         for (skip, page) in (run.first_page..end).enumerate() {
-            if space.rounds[page as usize] > round {
+            let leaf = leaves.get(skip).copied().unwrap_or(ZERO_LEAF);
+            let (number, inside) = ((page / REGION_PAGES) as usize, (page % REGION_PAGES) as usize);
+            let region = &mut space.regions[number];
+            if region.is_none() && full && leaf == ZERO_LEAF {
                 continue;
             }
-            let leaf = leaves.get(skip).copied().unwrap_or(*ZERO_LEAF);
-            space.rounds[page as usize] = round;
+            let touched =
+                region.get_or_insert_with(|| Box::new(Touched::new(space.pages - number as u64 * REGION_PAGES)));
+            if touched.rounds[inside] > round {
+                continue;
+            }
+            touched.rounds[inside] = round;
+            touched.leaves[inside] = leaf;
             // A page of zeros that was sent in full is stored with its frame but need not be read back.
-            space.latest[page as usize] = if leaf == *ZERO_LEAF { 0 } else { place };
-            space.digests.set(page, leaf);
+            touched.at[inside] = if leaf == ZERO_LEAF { ZERO } else { at };
         }
         Ok(())
     }
@@ -258,45 +328,33 @@ impl Assembly {
     fn store(&mut self, run: &PageRun, bytes: &[u8], effects: &mut Vec<Effect>) -> Result<u32, IngestError> {
         let entry =
             PackEntry { space: run.space.into(), first_page: run.first_page, pages: run.pages, ..PackEntry::default() };
-        let (pack, offset) = self.push(bytes, entry, effects);
-        self.places.push(Place { pack, offset, first_page: run.first_page, frame_bytes: bytes.len() as u32 });
-        u32::try_from(self.places.len()).map_err(|_| IngestError::TooLarge("more frames than a page map can name"))
-    }
-
-    fn push(&mut self, bytes: &[u8], entry: PackEntry, effects: &mut Vec<Effect>) -> (u32, u64) {
-        if !self.writer.fits(bytes.len(), &entry.section) {
+        if !self.writer.fits(bytes.len(), "") {
             effects.push(Effect::Put(self.seal()));
         }
-        (self.packs.len() as u32, self.writer.push(bytes, entry))
+        let (pack, offset) = (self.packs.len() as u32, self.writer.push(bytes, entry));
+        self.arrived.push(Arrived { pack, offset, first_page: run.first_page, bytes: bytes.len() as u32 });
+        let index = self.arrived.len() as u32 - 1;
+        if index < ZERO { Ok(index) } else { Err(IngestError::TooLarge("more frames than a page map can name")) }
     }
 
     fn seal(&mut self) -> Pack {
-        let pack = std::mem::replace(&mut self.writer, PackWriter::new(&self.checkpoint)).seal();
-        self.packs.push(PackRef { id: pack.id.to_vec(), bytes: pack.bytes.len() as u64 });
+        let pack = std::mem::replace(&mut self.writer, PackWriter::new(&self.checkpoint)).seal(&self.sealer);
+        self.packs.push(PackAt { generation: self.generation, id: pack.id, bytes: pack.bytes.len() as u64 });
         pack
     }
 
-    fn section(
-        &mut self,
-        lane: usize,
-        section: Section,
-        bytes: &[u8],
-        effects: &mut Vec<Effect>,
-    ) -> Result<(), IngestError> {
+    fn section(&mut self, lane: usize, section: Section, bytes: Bytes) -> Result<(), IngestError> {
         if lane != 0 || !self.lanes[0].last || self.state_end.is_some() {
             return Err(protocol(lane, format!("section {:?} out of place", section.name)));
         }
         if self.sections.contains_key(&section.name) {
             return Err(protocol(lane, format!("section {:?} comes twice", section.name)));
         }
-        self.section_bytes += bytes.len();
+        self.section_bytes += section.body.len() + bytes.len();
         if self.sections.len() == SECTIONS_MAX || self.section_bytes > SECTION_BYTES_MAX {
             return Err(IngestError::TooLarge("more sections than a machine may have"));
         }
-        let entry = PackEntry { section: section.name.clone(), ..PackEntry::default() };
-        let (pack, offset) = self.push(bytes, entry, effects);
-        let place = SectionRef { name: section.name.clone(), pack, offset, bytes: bytes.len() as u32 };
-        self.sections.insert(section.name.clone(), (section, place));
+        self.sections.insert(section.name.clone(), (section, bytes));
         Ok(())
     }
 
@@ -340,21 +398,27 @@ impl Assembly {
         Ok(())
     }
 
-    /// Computes the digests and compares them with the source's, seals the last pack and writes the page maps. Slow.
-    /// Call it after [`Effect::Complete`].
+    /// All that arrived, and the last pack of pages. Call it after [`Effect::Complete`].
     ///
     /// # Errors
-    /// [`IngestError::Digest`], [`IngestError::Protocol`] if it is not complete.
-    pub fn finish(mut self) -> Result<(Finished, Option<Pack>), IngestError> {
+    /// [`IngestError::Protocol`] if it is not complete.
+    pub fn finish(mut self) -> Result<(Received, Option<Pack>), IngestError> {
         let end = self.state_end.take().ok_or_else(|| protocol(0, "the state did not arrive"))?;
-        let roots: Vec<[u8; 32]> = self.spaces.iter().map(|space| space.digests.root()).collect();
-        let (sections, places): (Vec<Section>, Vec<SectionRef>) =
-            std::mem::take(&mut self.sections).into_values().unzip();
-        let computed = machine_digest(&roots, state_digest(&sections));
-        compare(&end.digest.unwrap_or_default(), &computed)?;
         let rest = if self.writer.is_empty() { None } else { Some(self.seal()) };
-        let maps = (0..).zip(&self.spaces).map(|(number, space)| map(number, space, &self.places)).collect();
-        Ok((Finished { sections: places, maps, packs: self.packs, digest: computed }, rest))
+        let place = |arrived: &Arrived| Place {
+            pack: self.packs[arrived.pack as usize],
+            offset: arrived.offset,
+            bytes: arrived.bytes,
+            first_page: arrived.first_page,
+        };
+        let received = Received {
+            places: self.arrived.iter().map(place).collect(),
+            touched: self.spaces.into_iter().map(|space| space.regions).collect(),
+            packs: self.packs,
+            sections: self.sections,
+            digest: end.digest.unwrap_or_default(),
+        };
+        Ok((received, rest))
     }
 }
 
@@ -378,28 +442,6 @@ pub fn compare(expected: &MachineDigest, computed: &MachineDigest) -> Result<(),
     Ok(())
 }
 
-/// Joins pages whose latest copies lie side by side in one frame.
-fn map(number: u32, space: &Space, places: &[Place]) -> PageMap {
-    let mut extents: Vec<PageExtent> = Vec::new();
-    let mut open: Option<u32> = None;
-    for (page, latest) in (0u64..).zip(&space.latest) {
-        let Some(place) = latest.checked_sub(1) else {
-            open = None;
-            continue;
-        };
-        match extents.last_mut() {
-            Some(extent) if open == Some(place) => extent.pages += 1,
-            _ => {
-                let Place { pack, offset, first_page, frame_bytes } = places[place as usize];
-                let skip = (page - first_page) as u32;
-                extents.push(PageExtent { first_page: page, pages: 1, pack, offset, frame_bytes, skip });
-            }
-        }
-        open = Some(place);
-    }
-    PageMap { space: number, pages: space.latest.len() as u64, extents }
-}
-
 fn protocol(lane: usize, text: impl Into<String>) -> IngestError {
     IngestError::Protocol { lane, text: text.into() }
 }
@@ -413,5 +455,6 @@ fn name(message: &Said) -> &'static str {
         Said::StateEnd(_) => "StateEnd",
         Said::Ready(_) => "Ready",
         Said::Abort(_) => "Abort",
+        Said::BaseLeaves(_) => "BaseLeaves",
     }
 }

@@ -9,7 +9,7 @@ use std::sync::LazyLock;
 use proto::v1::{MachineDigest, Section};
 
 /// Leaves of a group, and groups of a group.
-const FAN_OUT: usize = 512;
+pub const FAN_OUT: usize = 512;
 
 /// Leaf of a page of zeros.
 pub static ZERO_LEAF: LazyLock<[u8; 32]> = LazyLock::new(|| *blake3::hash(&[0; proto::frame::PAGE_BYTES]).as_bytes());
@@ -36,12 +36,17 @@ impl PageDigests {
         if self.leaves.is_empty() {
             return *blake3::hash(b"").as_bytes();
         }
-        let mut level = group(&self.leaves);
-        while level.len() > 1 {
-            level = group(&level);
-        }
-        level[0]
+        root_of_groups(group(&self.leaves).as_flattened())
     }
+}
+
+/// The root over a space whose groups are these: 32 bytes each, in order. None is a space without pages.
+pub fn root_of_groups(groups: &[u8]) -> [u8; 32] {
+    let mut level = groups.as_chunks::<32>().0.to_vec();
+    while level.len() > 1 {
+        level = group(&level);
+    }
+    level.first().copied().unwrap_or_else(|| *blake3::hash(b"").as_bytes())
 }
 
 fn group(level: &[[u8; 32]]) -> Vec<[u8; 32]> {

@@ -1,18 +1,20 @@
 //! A restore: the controller is the source of the lanes, and what it sends comes from packs.
 //!
-//! Packs are read one after the other, checked as a whole and frame by frame, and only the parts that are still current
-//! are sent, spread over the lanes. There is one round, and it is the last. Zero pages are never stored and never sent.
+//! Packs are read ahead, a few at a time, opened and checked page by page against the page maps, and only what is current
+//! is sent, spread over the lanes. There is one round, and it is the last. Zero pages are never stored and never sent.
 
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use proto::frame::{self, HEADER_BYTES, PAGES_MAX, PAGES_PREFIX_BYTES};
 use proto::status::Code;
 use proto::v1::lane_message::Message as Said;
 use proto::v1::lanes_client::LanesClient;
-use proto::v1::{Chunk, Hello, MachineDigest, Manifest, PageExtent, RoundEnd, StateEnd, Ticket, TransferProgress};
+use proto::v1::{Chunk, Hello, MachineDigest, RoundEnd, StateEnd, Ticket, TransferProgress};
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
@@ -20,10 +22,11 @@ use tonic::Status;
 use tonic::transport::Channel;
 
 use super::assembly::compare;
-use super::manifest::{extents_by_pack, pack_keys};
-use super::{LANE_DEPTH, PROTOCOL, read, said, say};
+use super::manifest::pack_key;
+use super::map::{Extent, PackAt};
+use super::read::{Opened, Pieces, Reader, beside, by_pack, frames, pages};
+use super::{LANE_DEPTH, PROTOCOL, said, say};
 use crate::agents::link::MESSAGE_MAX;
-use crate::bucket::Bucket;
 use crate::failure::Failure;
 
 /// Lanes of a restore whose policy names none.
@@ -32,13 +35,17 @@ const LANES: u32 = 2;
 const HELLO_MAX: Duration = Duration::from_secs(30);
 /// The only round.
 const ROUND: u32 = 1;
+/// Packs that are read at a time.
+const READS_MAX: usize = 3;
+/// Pages that are opened in one go beside the runtime: as many as the lanes can hold.
+const GROUP_PAGES: u32 = 2048;
 
 /// What is sent, and where to.
 pub struct Load<'a> {
-    /// Where the packs lie.
-    pub bucket: &'a Bucket,
+    /// Reads the packs.
+    pub reader: &'a Reader,
     /// What is sent.
-    pub manifest: &'a Manifest,
+    pub opened: &'a Opened,
     /// The right to deliver it.
     pub ticket: &'a Ticket,
     /// The target, for people.
@@ -78,20 +85,31 @@ impl Load<'_> {
     /// # Errors
     /// [`Code::Corrupt`] naming what is damaged, the target's refusal, or [`Code::Unreachable`].
     pub async fn send(&self, progress: impl Fn(TransferProgress)) -> Result<MachineDigest, Failure> {
+        let packs: Vec<(PackAt, Vec<Extent>)> = by_pack(self.reader.extents(self.opened).await?).into_iter().collect();
         let mut session = self.connect().await?;
-        let total: u64 = self.manifest.packs.iter().map(|pack| pack.bytes).sum();
-        let mut read_bytes = 0;
-        for (number, extents) in extents_by_pack(self.manifest).into_iter().enumerate() {
-            if !extents.is_empty() {
-                session.send_pack(number, extents).await?;
-            }
-            read_bytes += self.manifest.packs[number].bytes;
-            progress(session.progress(total - read_bytes));
+        let mut left: u64 = packs.iter().flat_map(|(_, extents)| extents).map(|e| u64::from(e.pages)).sum();
+        let mut ahead: VecDeque<Reading> = VecDeque::new();
+        let mut next = packs.into_iter();
+        loop {
+            ahead.extend(next.by_ref().take(READS_MAX - ahead.len()).map(|(pack, extents)| self.read(pack, extents)));
+            let Some(reading) = ahead.pop_front() else { break };
+            let (pack, extents, pieces) = reading.await.map_err(|_| Failure::new(Code::Internal, "a reader ended"))?;
+            left -= extents.iter().map(|e| u64::from(e.pages)).sum::<u64>();
+            session.send_pack(&pack, extents, pieces?).await?;
+            progress(session.progress(left * 4096));
         }
         let digest = session.finish().await?;
-        compare(&self.manifest.digest.clone().unwrap_or_default(), &digest)
+        compare(&self.opened.manifest.digest.clone().unwrap_or_default(), &digest)
             .map_err(|error| Failure::new(Code::Corrupt, format!("{} holds something else: {error}", self.target)))?;
         Ok(digest)
+    }
+
+    fn read(&self, pack: PackAt, extents: Vec<Extent>) -> Reading {
+        let (reader, manifest) = (self.reader.clone(), self.opened.manifest.clone());
+        AbortOnDrop(tokio::spawn(async move {
+            let pieces = reader.pieces(&manifest, &pack, &extents).await;
+            (pack, extents, pieces)
+        }))
     }
 
     async fn connect(&self) -> Result<Session<'_>, Failure> {
@@ -109,6 +127,7 @@ impl Load<'_> {
                 lane,
                 lanes,
                 base: String::new(),
+                wants_leaves: false,
             };
             // There is room for one: the channel is new.
             let _ = out.send(say(Said::Hello(hello))).await;
@@ -141,18 +160,18 @@ impl Load<'_> {
 }
 
 impl Session<'_> {
-    async fn send_pack(&mut self, number: usize, extents: Vec<(u16, PageExtent)>) -> Result<(), Failure> {
-        let load = self.load;
-        let bytes = read::pack(load.bucket, load.manifest, number).await?;
-        let key = pack_keys(load.manifest)[number].clone();
-        // A few frames at a time beside the runtime: as many as the lanes can hold.
-        for group in extents.chunks(8) {
-            let (key, bytes, group) = (key.clone(), bytes.clone(), group.to_vec());
-            let work = move || group.iter().map(|(space, extent)| current(&key, &bytes, *space, extent)).collect();
-            let frames: Result<Vec<Bytes>, Failure> = tokio::task::spawn_blocking(work)
-                .await
-                .map_err(|_| Failure::new(Code::Internal, "the worker ended"))?;
-            for frame in frames? {
+    async fn send_pack(&mut self, pack: &PackAt, extents: Vec<Extent>, pieces: Pieces) -> Result<(), Failure> {
+        let key = pack_key(&self.load.opened.manifest, pack);
+        let mut rest = &extents[..];
+        while !rest.is_empty() {
+            let group = take_frames(&mut rest).to_vec();
+            let (opener, key, pieces) = (self.load.opened.opener.clone(), key.clone(), pieces.clone());
+            let work = move || -> Result<Vec<Bytes>, Failure> {
+                let opened = frames(&group).map(|extents| pages(opener.as_ref(), &key, &pieces, extents));
+                let opened: Vec<_> = opened.collect::<Result<_, _>>()?;
+                Ok(opened.into_iter().flatten().map(|(_, frame)| frame).collect())
+            };
+            for frame in beside(work).await?? {
                 self.send_pages(frame).await?;
             }
         }
@@ -210,24 +229,14 @@ impl Session<'_> {
             Said::RoundAck(ack) if ack.round == ROUND => {}
             _ => return Err(self.load.broke("RoundAck")),
         }
-        let manifest = self.load.manifest;
-        let keys = pack_keys(manifest);
-        for (number, key) in keys.iter().enumerate() {
-            let places: Vec<_> = manifest.sections.iter().filter(|place| place.pack as usize == number).collect();
-            if places.is_empty() {
-                continue;
-            }
-            let bytes = read::pack(self.load.bucket, manifest, number).await?;
-            for place in places {
-                let (_, frame) = read::section(key, &bytes, place)?;
-                self.send(0, Chunk { frame }).await?;
-            }
+        let Load { reader, opened, .. } = self.load;
+        let sections = reader.sections(opened).await?;
+        let count = sections.len() as u32;
+        for (_, frame) in sections {
+            self.send(0, Chunk { frame }).await?;
         }
-        let end = StateEnd {
-            sections: manifest.sections.len() as u32,
-            digest: manifest.digest.clone(),
-            verify_full: self.load.verify_full,
-        };
+        let end =
+            StateEnd { sections: count, digest: opened.manifest.digest.clone(), verify_full: self.load.verify_full };
         self.send(0, say(Said::StateEnd(end))).await?;
         match self.hear().await? {
             Said::Ready(ready) => Ok(ready.digest.unwrap_or_default()),
@@ -247,18 +256,38 @@ impl Session<'_> {
     }
 }
 
-/// The frame of the pages of an extent: the stored one if all of it is current.
-fn current(key: &str, bytes: &Bytes, space: u16, extent: &PageExtent) -> Result<Bytes, Failure> {
-    let (run, payload) = read::pages(key, bytes, space, extent)?;
-    if extent.frame_bytes as usize == HEADER_BYTES + PAGES_PREFIX_BYTES + payload.len() {
-        let start = extent.offset as usize;
-        return Ok(bytes.slice(start..start + extent.frame_bytes as usize));
+/// Takes extents of whole frames off the front, about [`GROUP_PAGES`] of them.
+fn take_frames<'a>(rest: &mut &'a [Extent]) -> &'a [Extent] {
+    let (mut pages, mut count) = (0, 0);
+    for extents in frames(rest) {
+        if pages >= GROUP_PAGES {
+            break;
+        }
+        pages += extents.iter().map(|extent| extent.pages).sum::<u32>();
+        count += extents.len();
     }
-    assert!(run.pages <= PAGES_MAX, "a stored frame has at most {PAGES_MAX} pages");
-    let mut part = run.begin();
-    part.extend_from_slice(payload);
-    frame::seal(&mut part);
-    Ok(part.into())
+    let (group, after) = rest.split_at(count);
+    *rest = after;
+    group
+}
+
+/// A pack that is being read; ends with whoever waits for it.
+type Reading = AbortOnDrop<(PackAt, Vec<Extent>, Result<Pieces, Failure>)>;
+
+struct AbortOnDrop<T>(JoinHandle<T>);
+
+impl<T> Drop for AbortOnDrop<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl<T> Future for AbortOnDrop<T> {
+    type Output = Result<T, tokio::task::JoinError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.0).poll(context)
+    }
 }
 
 async fn listen(lane: usize, target: String, mut incoming: tonic::Streaming<Chunk>, tell: mpsc::Sender<Heard>) {

@@ -12,8 +12,10 @@
 
 pub mod assembly;
 pub mod digest;
+pub mod layers;
 pub mod load;
 pub mod manifest;
+pub mod map;
 pub mod pack;
 pub mod read;
 pub mod receive;

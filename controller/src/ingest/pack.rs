@@ -3,22 +3,27 @@
 //! ```text
 //! frame | frame | ... | frame of kind PackIndex | "GDWTPACK" | index offset u64 | index frame bytes u64
 //! ```
-//! At most 32 MiB, named by the BLAKE3 of all of it. The index names its checkpoint, so that no two checkpoints
-//! share a pack. Numbers are little endian. Pure: bytes in, bytes out.
+//! At most 16 MiB, named by the BLAKE3 of all of it. All frames are sealed, the index too (in version 1 none was). The
+//! index says of each frame what it is, so that a page map that is lost can be made again from packs; it names the
+//! checkpoint that the pack was written for. Numbers are little endian. Pure: bytes in, bytes out.
 
 use bytes::Bytes;
-use prost::Message;
 use proto::frame::{self, FrameError, HEADER_BYTES, Kind};
 use proto::ids::PackId;
+use proto::seal::{Opener, SealError, Sealer};
 use proto::v1::{PackEntry, PackIndex};
 
 /// Most bytes of a pack.
-pub const PACK_MAX: usize = 32 << 20;
+pub const PACK_MAX: usize = 16 << 20;
+/// Most bytes of a pack that an earlier release wrote.
+pub const PACK_MAX_EVER: usize = 64 << 20;
 /// Bytes after the index frame.
 pub const FOOTER_BYTES: usize = 24;
 const MAGIC: &[u8; 8] = b"GDWTPACK";
 /// What an entry of the index takes at most besides a section's name.
 const ENTRY_MAX: usize = 48;
+/// What sealing adds to the index at most.
+const SEAL_MAX: usize = 256;
 
 /// A pack that is being filled.
 pub struct PackWriter {
@@ -40,7 +45,11 @@ impl PackWriter {
     /// An empty pack of this checkpoint.
     pub fn new(checkpoint: &str) -> PackWriter {
         let index = PackIndex { checkpoint: checkpoint.into(), entries: Vec::new() };
-        PackWriter { bytes: Vec::new(), index, index_bytes_max: HEADER_BYTES + FOOTER_BYTES + checkpoint.len() + 8 }
+        PackWriter {
+            bytes: Vec::new(),
+            index,
+            index_bytes_max: HEADER_BYTES + FOOTER_BYTES + SEAL_MAX + checkpoint.len(),
+        }
     }
 
     /// Whether nothing is in it.
@@ -64,10 +73,10 @@ impl PackWriter {
     }
 
     /// Appends index and footer, and names the pack.
-    pub fn seal(self) -> Pack {
+    pub fn seal(self, sealer: &Sealer) -> Pack {
         let PackWriter { mut bytes, index, .. } = self;
         let offset = bytes.len() as u64;
-        let frame = frame::encode(Kind::PackIndex, &index.encode_to_vec());
+        let frame = sealer.seal(&frame::encode_message(Kind::PackIndex, &index));
         bytes.extend_from_slice(&frame);
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&offset.to_le_bytes());
@@ -88,6 +97,9 @@ pub enum PackError {
     /// The index frame is damaged.
     #[error("its index: {0}")]
     Index(FrameError),
+    /// The index does not open.
+    #[error("its index: {0}")]
+    Sealed(#[from] SealError),
     /// An entry that leads out of the pack.
     #[error("entry {0} of its index leads nowhere")]
     Entry(usize),
@@ -102,19 +114,23 @@ pub fn check_name(bytes: &[u8], id: PackId) -> Result<(), PackError> {
     if found == id { Ok(()) } else { Err(PackError::Hash(found)) }
 }
 
-/// The index of a pack.
+/// The index of a pack; `opener` is needed since version 2.
 ///
 /// # Errors
-/// [`PackError::Footer`], [`PackError::Index`], [`PackError::Entry`].
-pub fn index(bytes: &[u8]) -> Result<PackIndex, PackError> {
+/// [`PackError::Footer`], [`PackError::Index`], [`PackError::Sealed`], [`PackError::Entry`].
+pub fn index(bytes: &[u8], opener: Option<&Opener>) -> Result<PackIndex, PackError> {
     let (before, footer) = bytes.split_last_chunk::<FOOTER_BYTES>().ok_or(PackError::Footer)?;
     let number = |at: usize| footer[at..at + 8].iter().rev().fold(0u64, |value, byte| value << 8 | u64::from(*byte));
     let (offset, length) = (number(8), number(16));
     if &footer[..8] != MAGIC || offset.checked_add(length) != Some(before.len() as u64) {
         return Err(PackError::Footer);
     }
-    let index: PackIndex =
-        frame::decode_message(Kind::PackIndex, &before[offset as usize..]).map_err(PackError::Index)?;
+    let frame = &before[offset as usize..];
+    let index: PackIndex = match opener {
+        Some(opener) => frame::decode_message(Kind::PackIndex, &opener.open(frame)?),
+        None => frame::decode_message(Kind::PackIndex, frame),
+    }
+    .map_err(PackError::Index)?;
     for (at, entry) in index.entries.iter().enumerate() {
         if entry.offset.checked_add(entry.frame_bytes.into()).is_none_or(|end| end > offset) {
             return Err(PackError::Entry(at));
@@ -125,7 +141,18 @@ pub fn index(bytes: &[u8]) -> Result<PackIndex, PackError> {
 
 #[cfg(test)]
 mod tests {
+    use proto::ids::VmId;
+    use proto::seal::DataKey;
+
     use super::*;
+
+    fn sealer() -> Sealer {
+        Sealer::new(&DataKey::new([1; 32]), VmId([2; 16]), [3; 16])
+    }
+
+    fn opener() -> Opener {
+        Opener::new(DataKey::new([1; 32]), VmId([2; 16]))
+    }
 
     fn small() -> Pack {
         let mut writer = PackWriter::new("00aa");
@@ -133,14 +160,14 @@ mod tests {
             let frame = frame::encode(Kind::Section, name.as_bytes());
             writer.push(&frame, PackEntry { section: name.into(), ..PackEntry::default() });
         }
-        writer.seal()
+        writer.seal(&sealer())
     }
 
     #[test]
     fn the_index_finds_every_frame() {
         let pack = small();
         check_name(&pack.bytes, pack.id).unwrap();
-        let index = index(&pack.bytes).unwrap();
+        let index = index(&pack.bytes, Some(&opener())).unwrap();
         assert_eq!(index.checkpoint, "00aa");
         for entry in &index.entries {
             let at = entry.offset as usize;
@@ -156,8 +183,8 @@ mod tests {
             let mut changed = pack.bytes.to_vec();
             changed[at] ^= 0x40;
             assert!(check_name(&changed, pack.id).is_err());
-            let _ = index(&changed);
-            assert!(index(&pack.bytes[..at]).is_err(), "cut at {at}");
+            let _ = index(&changed, Some(&opener()));
+            assert!(index(&pack.bytes[..at], Some(&opener())).is_err(), "cut at {at}");
         }
     }
 
@@ -168,7 +195,7 @@ mod tests {
         while writer.fits(frame.len(), "section") {
             writer.push(&frame, PackEntry { section: "section".into(), ..PackEntry::default() });
         }
-        let pack = writer.seal();
+        let pack = writer.seal(&sealer());
         assert!(pack.bytes.len() <= PACK_MAX && pack.bytes.len() > PACK_MAX - (2 << 20), "{}", pack.bytes.len());
     }
 }

@@ -1,144 +1,346 @@
-//! Reading a checkpoint back: packs whose every byte is checked, pages and sections out of them, and the proof of the
-//! whole.
+//! Reading a checkpoint back: manifest, regions, pages and sections, and the proof of the whole.
 //!
-//! A pack that is missing, cut or changed is named with its key; a frame with its place in it. [`verify`] reads
-//! everything and compares the digest that follows with the manifest's.
+//! Nothing is believed: a manifest must open with the VM's key and its numbers lead somewhere, a region's layers must add
+//! up to the digests that the manifest states, a pack must have its name, and each page the digest that its layer
+//! states. What is missing, cut, changed or swapped is named with its key and place. [`Reader::verify`] reads everything.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use proto::frame::{self, Encoding, FrameError, Kind, PAGE_BYTES, PageRun};
+use proto::seal::{Opener, SealError};
 use proto::status::Code;
-use proto::v1::{Manifest, PageExtent, Section, SectionRef};
+use proto::v1::{Manifest, MapLayer, MapRegion, Section, SectionRef};
 
-use super::assembly::compare;
+use super::assembly::{compare, spaces};
 use super::digest::{PageDigests, machine_digest, state_digest};
-use super::manifest::{self, extents_by_pack, pack_ids, pack_keys};
+use super::manifest::{self, Object, pack_key, packs, regions, roots};
+use super::map::{Extent, PackAt, Region};
 use super::pack;
-use crate::bucket::{Bucket, BucketError};
+use crate::bucket::{Bucket, BucketError, packs_prefix};
 use crate::failure::Failure;
+use crate::keys::Keys;
 
-fn damaged(what: &str, why: impl std::fmt::Display) -> Failure {
+/// A checkpoint's manifest, checked, and what opens its frames (nothing in version 1).
+#[derive(Clone)]
+pub struct Opened {
+    /// The manifest.
+    pub manifest: Manifest,
+    /// The VM's key.
+    pub opener: Option<Opener>,
+}
+
+/// Reads checkpoints.
+#[derive(Clone)]
+pub struct Reader {
+    /// Where they lie.
+    pub bucket: Bucket,
+    /// What opens them.
+    pub keys: Keys,
+}
+
+/// The live part of a pack: pieces of it by offset.
+pub type Pieces = BTreeMap<u64, Bytes>;
+
+/// A failure that names what is damaged.
+pub fn damaged(what: &str, why: impl std::fmt::Display) -> Failure {
     metrics::counter!(crate::metrics::DAMAGED).increment(1);
     Failure::new(Code::Corrupt, format!("{what}: {why}"))
         .hint("restore another checkpoint of the VM; `ctl checkpoint verify --all` shows which are sound")
 }
 
-/// Reads and checks a manifest.
-///
-/// # Errors
-/// [`Code::Corrupt`] naming the object, or the bucket's.
-pub async fn manifest(bucket: &Bucket, key: &str) -> Result<Manifest, Failure> {
-    let bytes = bucket.get(key).await.map_err(|error| match error {
-        BucketError::Missing(_) => damaged(&format!("manifest {key}"), "it is missing in the bucket"),
+fn missing(what: &str, error: BucketError) -> Failure {
+    match error {
+        BucketError::Missing(_) => damaged(what, "it is missing in the bucket"),
+        BucketError::Short { found, expected, .. } => damaged(what, format!("it has {found} of {expected} bytes")),
         other => other.into(),
-    })?;
-    manifest::parse(&bytes).map_err(|error| damaged(&format!("manifest {key}"), error))
-}
-
-/// Reads one pack of a manifest and checks its name.
-///
-/// # Errors
-/// [`Code::Corrupt`] naming the pack, or the bucket's.
-pub async fn pack(bucket: &Bucket, manifest: &Manifest, number: usize) -> Result<Bytes, Failure> {
-    let key = &pack_keys(manifest)[number];
-    let what = format!("pack {key}");
-    let bytes = bucket.get(key).await.map_err(|error| match error {
-        BucketError::Missing(_) => damaged(&what, "it is missing in the bucket"),
-        other => other.into(),
-    })?;
-    let expected = manifest.packs[number].bytes;
-    if bytes.len() as u64 != expected {
-        return Err(damaged(&what, format!("it has {} of {expected} bytes", bytes.len())));
     }
-    let (id, checked) = (pack_ids(manifest)[number], bytes.clone());
-    let named = tokio::task::spawn_blocking(move || pack::check_name(&checked, id)).await;
-    named.map_err(|_| Failure::new(Code::Internal, "the worker ended"))?.map_err(|error| damaged(&what, error))?;
-    Ok(bytes)
 }
 
-/// The pages of an extent and the run that they are: bytes of a pack whose name was checked.
+/// Pieces of a pack closer than this are read in one go.
+const GAP_MAX: u64 = 128 << 10;
+/// A pack is read in pieces if less than one in this many of its bytes is needed.
+const PIECES_BELOW: u64 = 3;
+
+impl Reader {
+    /// Reads, opens and checks a manifest.
+    ///
+    /// # Errors
+    /// [`Code::Corrupt`] naming the object, [`Code::Denied`] naming the key that is missing, or the bucket's.
+    pub async fn manifest(&self, key: &str) -> Result<Opened, Failure> {
+        let what = format!("manifest {key}");
+        let bytes = self.bucket.get(key).await.map_err(|error| missing(&what, error))?;
+        let opened = match manifest::parse(&bytes).map_err(|error| damaged(&what, error))? {
+            Object::Plain(manifest) => Opened { manifest: *manifest, opener: None },
+            Object::Sealed { vm, envelope } => {
+                let opener = self.keys.opener(&self.bucket, vm, &envelope.keys).await.map_err(|f| f.at(&what))?;
+                let manifest = manifest::open(&envelope, &opener).map_err(|error| damaged(&what, error))?;
+                Opened { manifest, opener: Some(opener) }
+            }
+        };
+        manifest::check(&opened.manifest).map_err(|error| damaged(&what, error))?;
+        Ok(opened)
+    }
+
+    /// A region with all its layers, laid over `zero`.
+    ///
+    /// # Errors
+    /// [`Code::Corrupt`] naming the layer, or the bucket's.
+    pub async fn region(&self, opened: &Opened, stated: &MapRegion, zero: Region) -> Result<Region, Failure> {
+        let packs = packs(&opened.manifest);
+        let mut region = zero;
+        for layer in &stated.layers {
+            let key = pack_key(&opened.manifest, &packs[layer.pack as usize]);
+            let what = format!("pack {key}, page map at byte {}", layer.offset);
+            let read = self.bucket.get_range(&key, layer.offset, layer.bytes as usize).await;
+            let sealed = read.map_err(|error| missing(&format!("pack {key}"), error))?;
+            let (opener, below) = (opened.opener.clone(), region);
+            let work = move || lay(opener.as_ref(), &sealed, below).map_err(|why| damaged(&what, why));
+            region = beside(work).await??;
+        }
+        if region.groups() != stated.groups {
+            let what = format!("checkpoint {}", opened.manifest.checkpoint);
+            let (page, space) = (stated.first_page, stated.space);
+            return Err(damaged(&what, format!("its page maps at page {page} of space {space} do not add up")));
+        }
+        Ok(region)
+    }
+
+    /// All regions, one after the other.
+    ///
+    /// # Errors
+    /// As [`Reader::region`].
+    pub async fn extents(&self, opened: &Opened) -> Result<Vec<Extent>, Failure> {
+        let manifest = &opened.manifest;
+        if manifest.major == 1 {
+            return Ok(manifest::extents(manifest));
+        }
+        let spaces = manifest.config.as_ref().map(spaces).unwrap_or_default();
+        let mut extents = Vec::new();
+        for ((space, first_page, pages), stated) in regions(&spaces).zip(&manifest.regions) {
+            if !stated.layers.is_empty() {
+                let region = self.region(opened, stated, Region::zero(space, first_page, pages)).await?;
+                extents.extend(region.extents());
+            }
+        }
+        Ok(extents)
+    }
+
+    /// Reads a pack and checks its name.
+    ///
+    /// # Errors
+    /// [`Code::Corrupt`] naming the pack, or the bucket's.
+    pub async fn pack(&self, manifest: &Manifest, pack: &PackAt) -> Result<Bytes, Failure> {
+        let what = format!("pack {}", pack_key(manifest, pack));
+        let bytes = self.bucket.get(&pack_key(manifest, pack)).await.map_err(|error| missing(&what, error))?;
+        if bytes.len() as u64 != pack.bytes {
+            return Err(damaged(&what, format!("it has {} of {} bytes", bytes.len(), pack.bytes)));
+        }
+        let (id, checked) = (pack.id, bytes.clone());
+        beside(move || pack::check_name(&checked, id)).await?.map_err(|error| damaged(&what, error))?;
+        Ok(bytes)
+    }
+
+    /// The frames of these extents: all of a pack of which much is needed, otherwise pieces.
+    ///
+    /// # Errors
+    /// As [`Reader::pack`].
+    pub async fn pieces(&self, manifest: &Manifest, pack: &PackAt, extents: &[Extent]) -> Result<Pieces, Failure> {
+        let frames: BTreeMap<u64, u64> = extents.iter().map(|e| (e.place.offset, u64::from(e.place.bytes))).collect();
+        if frames.values().sum::<u64>() * PIECES_BELOW > pack.bytes {
+            return Ok(Pieces::from([(0, self.pack(manifest, pack).await?)]));
+        }
+        let mut spans: Vec<(u64, u64)> = Vec::new();
+        for (offset, bytes) in frames {
+            match spans.last_mut() {
+                Some((start, end)) if offset <= *end + GAP_MAX && offset + bytes - *start <= 4 << 20 => {
+                    *end = (*end).max(offset + bytes);
+                }
+                _ => spans.push((offset, offset + bytes)),
+            }
+        }
+        let key = pack_key(manifest, pack);
+        let mut pieces = Pieces::new();
+        for (start, end) in spans {
+            let read = self.bucket.get_range(&key, start, (end - start) as usize).await;
+            pieces.insert(start, read.map_err(|error| missing(&format!("pack {key}"), error))?);
+        }
+        Ok(pieces)
+    }
+
+    /// The sections, with their frames as they are sent.
+    ///
+    /// # Errors
+    /// [`Code::Corrupt`] naming pack and section, or the bucket's.
+    pub async fn sections(&self, opened: &Opened) -> Result<Vec<(Section, Bytes)>, Failure> {
+        let packs = packs(&opened.manifest);
+        let mut sections = Vec::new();
+        for place in &opened.manifest.sections {
+            let key = pack_key(&opened.manifest, &packs[place.pack as usize]);
+            let read = self.bucket.get_range(&key, place.offset, place.bytes as usize).await;
+            let stored = read.map_err(|error| missing(&format!("pack {key}"), error))?;
+            sections.push(section(opened.opener.as_ref(), &key, stored, place)?);
+        }
+        Ok(sections)
+    }
+
+    /// The packs of a checkpoint that the bucket has not, or not in full length.
+    ///
+    /// # Errors
+    /// The bucket's.
+    pub async fn lost(&self, opened: &Opened) -> Result<BTreeSet<PackAt>, Failure> {
+        let packs = packs(&opened.manifest);
+        let generations: BTreeSet<_> = packs.iter().map(|pack| pack.generation).collect();
+        let mut there = BTreeSet::new();
+        for generation in generations {
+            there.extend(self.bucket.list(&packs_prefix(&opened.manifest.vm_id, generation)).await?);
+        }
+        Ok(packs.into_iter().filter(|pack| !there.contains(&pack_key(&opened.manifest, pack))).collect())
+    }
+
+    /// Reads all of a checkpoint and compares its digest with the manifest's. `progress` hears (packs read, packs).
+    ///
+    /// # Errors
+    /// [`Code::Corrupt`] naming the first thing that is damaged, or the bucket's.
+    pub async fn verify(&self, opened: &Opened, progress: impl Fn(usize, usize)) -> Result<(), Failure> {
+        let manifest = &opened.manifest;
+        let spaces = manifest.config.as_ref().map(spaces).unwrap_or_default();
+        // Version 1 states no digests of pages: they are made from what lies there.
+        let mut digests: Option<Vec<PageDigests>> =
+            (manifest.major == 1).then(|| spaces.iter().map(|pages| PageDigests::new(*pages)).collect());
+        let mut by_pack = by_pack(self.extents(opened).await?);
+        let all = packs(manifest);
+        for (number, pack) in all.iter().enumerate() {
+            let bytes = self.pack(manifest, pack).await?;
+            let (key, extents) = (pack_key(manifest, pack), by_pack.remove(pack).unwrap_or_default());
+            let (opener, taken) = (opened.opener.clone(), digests.take());
+            let work = move || check_pack(opener.as_ref(), &key, &bytes, &extents, taken);
+            digests = beside(work).await??;
+            progress(number + 1, all.len());
+        }
+        let state: Vec<Section> = self.sections(opened).await?.into_iter().map(|(section, _)| section).collect();
+        let roots = match digests {
+            Some(digests) => digests.iter().map(PageDigests::root).collect(),
+            None => roots(&manifest.regions, spaces.len()),
+        };
+        let computed = machine_digest(&roots, state_digest(&state));
+        compare(&manifest.digest.clone().unwrap_or_default(), &computed)
+            .map_err(|error| damaged(&format!("checkpoint {}", manifest.checkpoint), error))
+    }
+}
+
+fn lay(opener: Option<&Opener>, sealed: &Bytes, mut region: Region) -> Result<Region, String> {
+    let plain = open(opener, sealed).map_err(|error| error.to_string())?;
+    let layer: MapLayer = frame::decode_message(Kind::PageMap, &plain).map_err(|error| error.to_string())?;
+    region.lay(&layer).map_err(|error| error.to_string())?;
+    Ok(region)
+}
+
+fn open(opener: Option<&Opener>, stored: &Bytes) -> Result<Bytes, SealError> {
+    match opener {
+        Some(opener) => opener.open(stored).map(Bytes::from),
+        None => Ok(stored.clone()),
+    }
+}
+
+/// Extents by pack, in order of place.
+pub fn by_pack(extents: Vec<Extent>) -> BTreeMap<PackAt, Vec<Extent>> {
+    let mut by_pack: BTreeMap<PackAt, Vec<Extent>> = BTreeMap::new();
+    for extent in extents {
+        by_pack.entry(extent.place.pack).or_default().push(extent);
+    }
+    by_pack.values_mut().for_each(|extents| extents.sort_by_key(|e| (e.place.offset, e.first_page)));
+    by_pack
+}
+
+/// The pages of extents that lie in one frame, as frames to be sent; and the digests of those pages.
 ///
 /// # Errors
 /// [`Code::Corrupt`] naming pack and place.
-pub fn pages<'a>(key: &str, bytes: &'a Bytes, space: u16, extent: &PageExtent) -> Result<(PageRun, &'a [u8]), Failure> {
-    let what = || format!("pack {key}, frame at byte {}", extent.offset);
-    let start = extent.offset as usize;
-    let (header, body) =
-        frame::decode(&bytes[start..start + extent.frame_bytes as usize]).map_err(|error| damaged(&what(), error))?;
-    if header.kind != Kind::Pages {
-        let error = FrameError::Unexpected { found: header.kind, expected: Kind::Pages };
-        return Err(damaged(&what(), error));
-    }
-    let (run, payload) = PageRun::parse(body).map_err(|error| damaged(&what(), error))?;
-    let (skip, pages) = (extent.skip as usize, extent.pages as usize);
-    let fits = run.encoding == Encoding::Raw && skip + pages <= run.pages as usize;
-    if !fits || run.space != space || run.first_page + skip as u64 != extent.first_page {
-        return Err(damaged(&what(), format!("it holds {run:?}, not page {}", extent.first_page)));
-    }
-    let part = PageRun { first_page: extent.first_page, pages: extent.pages, space, encoding: Encoding::Raw };
-    Ok((part, &payload[skip * PAGE_BYTES..(skip + pages) * PAGE_BYTES]))
+pub fn pages(
+    opener: Option<&Opener>,
+    key: &str,
+    pieces: &Pieces,
+    extents: &[Extent],
+) -> Result<Vec<(PageRun, Bytes)>, Failure> {
+    let Some(place) = extents.first().map(|extent| extent.place) else { return Ok(Vec::new()) };
+    let what = format!("pack {key}, frame at byte {}", place.offset);
+    let stored = pieces.range(..=place.offset).next_back().and_then(|(start, piece)| {
+        let from = usize::try_from(place.offset - start).ok()?;
+        let to = from.checked_add(place.bytes as usize)?;
+        (to <= piece.len()).then(|| piece.slice(from..to))
+    });
+    let stored = stored.ok_or_else(|| damaged(&what, "it lies outside of the pack"))?;
+    let plain = open(opener, &stored).map_err(|error| damaged(&what, error))?;
+    let held = frame::decode_pages(&plain).map_err(|error| damaged(&what, error))?;
+    extents.iter().map(|extent| current(&plain, &held, extent).map_err(|why| damaged(&what, why))).collect()
 }
 
-/// A section and its frame.
-///
-/// # Errors
-/// [`Code::Corrupt`] naming pack and section.
-pub fn section(key: &str, bytes: &Bytes, place: &SectionRef) -> Result<(Section, Bytes), Failure> {
+fn current(plain: &Bytes, held: &frame::Pages<'_>, extent: &Extent) -> Result<(PageRun, Bytes), String> {
+    let run = held.run;
+    let skip = extent.first_page.checked_sub(run.first_page).filter(|skip| *skip < u64::from(run.pages));
+    let fits = |skip: &usize| run.encoding == Encoding::Raw && skip + extent.pages as usize <= run.pages as usize;
+    let Some(skip) = skip.map(|skip| skip as usize).filter(fits).filter(|_| run.space == extent.space) else {
+        return Err(format!("it holds {run:?}, not page {}", extent.first_page));
+    };
+    let leaves = &held.leaves[skip..skip + extent.pages as usize];
+    if !extent.leaves.is_empty()
+        && let Some(at) = leaves.iter().zip(&extent.leaves).position(|(found, stated)| found != stated)
+    {
+        return Err(format!("page {} in it is not what the page map states", extent.first_page + at as u64));
+    }
+    let part = PageRun { first_page: extent.first_page, pages: extent.pages, ..run };
+    if part == run {
+        return Ok((run, plain.clone()));
+    }
+    let mut frame = part.begin();
+    frame.extend_from_slice(&held.payload[skip * PAGE_BYTES..(skip + extent.pages as usize) * PAGE_BYTES]);
+    frame::seal_pages(&mut frame, leaves);
+    Ok((part, frame.into()))
+}
+
+/// Extents of one frame after those of another.
+pub fn frames(extents: &[Extent]) -> impl Iterator<Item = &[Extent]> {
+    extents.chunk_by(|a, b| a.place == b.place)
+}
+
+fn section(opener: Option<&Opener>, key: &str, stored: Bytes, place: &SectionRef) -> Result<(Section, Bytes), Failure> {
     let what = || format!("pack {key}, section {:?}", place.name);
-    let frame = bytes.slice(place.offset as usize..place.offset as usize + place.bytes as usize);
-    let section: Section = frame::decode_message(Kind::Section, &frame).map_err(|error| damaged(&what(), error))?;
+    let plain = open(opener, &stored).map_err(|error| damaged(&what(), error))?;
+    let section: Section = frame::decode_message(Kind::Section, &plain).map_err(|error| damaged(&what(), error))?;
     if section.name != place.name {
         return Err(damaged(&what(), format!("section {:?} lies there", section.name)));
     }
-    Ok((section, frame))
+    Ok((section, plain))
 }
-
-/// Reads all of a checkpoint and compares its digest with the manifest's. `progress` hears (packs read, packs).
-///
-/// # Errors
-/// [`Code::Corrupt`] naming the first thing that is damaged, or the bucket's.
-pub async fn verify(bucket: &Bucket, manifest: &Manifest, progress: impl Fn(usize, usize)) -> Result<(), Failure> {
-    let mut digests: Vec<PageDigests> = manifest.maps.iter().map(|map| PageDigests::new(map.pages)).collect();
-    let mut sections = Vec::new();
-    let keys = pack_keys(manifest);
-    for (number, extents) in extents_by_pack(manifest).into_iter().enumerate() {
-        let bytes = pack(bucket, manifest, number).await?;
-        let key = keys[number].clone();
-        let places: Vec<SectionRef> =
-            manifest.sections.iter().filter(|place| place.pack as usize == number).cloned().collect();
-        let work = move || check_pack(&key, &bytes, extents, &places, digests);
-        let joined = tokio::task::spawn_blocking(work).await;
-        let (found, after) = joined.map_err(|_| Failure::new(Code::Internal, "the worker ended"))??;
-        sections.extend(found);
-        digests = after;
-        progress(number + 1, keys.len());
-    }
-    let roots: Vec<[u8; 32]> = digests.iter().map(PageDigests::root).collect();
-    let computed = machine_digest(&roots, state_digest(&sections));
-    compare(&manifest.digest.clone().unwrap_or_default(), &computed)
-        .map_err(|error| damaged(&format!("checkpoint {}", manifest.checkpoint), error))
-}
-
-type CheckedPack = (Vec<Section>, Vec<PageDigests>);
 
 fn check_pack(
+    opener: Option<&Opener>,
     key: &str,
     bytes: &Bytes,
-    extents: Vec<(u16, PageExtent)>,
-    places: &[SectionRef],
-    mut digests: Vec<PageDigests>,
-) -> Result<CheckedPack, Failure> {
-    let index = pack::index(bytes).map_err(|error| damaged(&format!("pack {key}"), error))?;
+    extents: &[Extent],
+    mut digests: Option<Vec<PageDigests>>,
+) -> Result<Option<Vec<PageDigests>>, Failure> {
+    let index = pack::index(bytes, opener).map_err(|error| damaged(&format!("pack {key}"), error))?;
     for entry in &index.entries {
         let start = entry.offset as usize;
         let frame = &bytes[start..start + entry.frame_bytes as usize];
         frame::decode(frame).map_err(|error| damaged(&format!("pack {key}, frame at byte {start}"), error))?;
     }
-    for (space, extent) in extents {
-        let (run, payload) = pages(key, bytes, space, &extent)?;
-        for (page, content) in (run.first_page..).zip(payload.chunks(PAGE_BYTES)) {
-            digests[usize::from(space)].set(page, *blake3::hash(content).as_bytes());
+    let pieces = Pieces::from([(0, bytes.clone())]);
+    for extents in frames(extents) {
+        for (run, frame) in pages(opener, key, &pieces, extents)? {
+            let Some(digests) = &mut digests else { continue };
+            let held = frame::decode_pages(&frame).map_err(|error: FrameError| damaged(key, error))?;
+            for (page, leaf) in (run.first_page..).zip(held.leaves) {
+                digests[usize::from(run.space)].set(page, leaf);
+            }
         }
     }
-    let sections = places.iter().map(|place| section(key, bytes, place).map(|(section, _)| section));
-    Ok((sections.collect::<Result<_, _>>()?, digests))
+    Ok(digests)
+}
+
+/// Runs slow, pure work beside the runtime.
+pub async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Failure> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| Failure::new(Code::Internal, "the worker ended"))
 }

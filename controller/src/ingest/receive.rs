@@ -6,19 +6,24 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use proto::ids::{CheckpointId, Generation};
+use proto::ids::{CheckpointId, Generation, VmId};
+use proto::seal::{DataKey, Opener, Sealer};
 use proto::status::Code;
 use proto::v1::lane_message::Message as Said;
-use proto::v1::{Chunk, Hello, HelloReply, MachineConfig, Manifest, Ready, RoundAck};
+use proto::v1::{BaseLeaves, Chunk, Hello, HelloReply, MachineConfig, Manifest, Ready, RoundAck};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::Instant;
 use tokio_stream::{Stream, StreamExt};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use super::assembly::{Assembly, Checked, Effect, Finished, IngestError, LANES_MAX, check};
+use super::assembly::{Assembly, Checked, Desk, Effect, IngestError, LANES_MAX, spaces};
+use super::layers::{Base, Laid, Layers, Sink};
+use super::manifest::{self, regions};
+use super::map::Region;
 use super::pack::Pack;
-use super::{Outgoing, PROTOCOL, manifest, say};
+use super::read::{Reader, beside};
+use super::{Outgoing, PROTOCOL, say};
 use crate::bucket::{Bucket, manifest_key, pack_key};
 use crate::failure::Failure;
 use crate::ledger::event::CheckpointEntry;
@@ -34,28 +39,20 @@ pub struct Expected {
     pub checkpoint: CheckpointId,
     /// Name of the VM.
     pub vm: String,
-    /// Hex of the VM's id.
-    pub vm_id: String,
+    /// The VM's id.
+    pub vm_id: VmId,
     /// Generation of the VM.
     pub generation: Generation,
     /// The machine.
     pub config: MachineConfig,
     /// CPU contract.
     pub capabilities: Vec<u8>,
-}
-
-impl From<IngestError> for Failure {
-    fn from(error: IngestError) -> Failure {
-        let code = match &error {
-            IngestError::Frame { .. } | IngestError::Digest { .. } => Code::Corrupt,
-            IngestError::Protocol { .. } => Code::Protocol,
-            IngestError::TooLarge(_) => Code::Exhausted,
-        };
-        if code == Code::Corrupt {
-            metrics::counter!(crate::metrics::DAMAGED).increment(1);
-        }
-        Failure::new(code, format!("checkpoint: {error}"))
-    }
+    /// `IsolationPolicy` of the VM.
+    pub on_isolation: i32,
+    /// The VM's checkpoint policy, encoded; may be empty.
+    pub policy: Vec<u8>,
+    /// Manifest of the checkpoint that it may build on; empty: none.
+    pub base: String,
 }
 
 enum Stage {
@@ -70,23 +67,28 @@ enum Stage {
 /// A checkpoint that is being taken in.
 pub struct Ingest {
     expected: Expected,
-    bucket: Bucket,
+    reader: Reader,
+    desk: Desk,
+    key: DataKey,
+    base: Option<Base>,
     stage: Mutex<Stage>,
-    puts: Arc<Semaphore>,
-    failed: CancellationToken,
+    puts: Puts,
     result: watch::Sender<Option<Result<CheckpointEntry, Failure>>>,
     stopped: Mutex<Option<Instant>>,
 }
 
 impl Ingest {
-    /// Waits for lanes.
-    pub fn new(expected: Expected, bucket: Bucket) -> Arc<Ingest> {
+    /// Waits for lanes. What arrives is sealed under `key`, or will be; it may build on `base`.
+    pub fn new(expected: Expected, reader: Reader, key: DataKey, base: Option<Base>) -> Arc<Ingest> {
+        let sealer = Arc::new(Sealer::new(&key, expected.vm_id, crate::entropy::bytes()));
         Arc::new(Ingest {
+            desk: Desk { opener: Opener::new(key.clone(), expected.vm_id), sealer },
+            key,
+            base,
             expected,
-            bucket,
+            reader,
             stage: Mutex::new(Stage::Empty),
-            puts: Arc::new(Semaphore::new(PUTS_MAX)),
-            failed: CancellationToken::new(),
+            puts: Puts::new(),
             result: watch::Sender::new(None),
             stopped: Mutex::new(None),
         })
@@ -118,9 +120,15 @@ impl Ingest {
     {
         let lane = self.join(hello, &outgoing)?;
         let _ = outgoing.send(Ok(say(Said::HelloReply(HelloReply { protocol: PROTOCOL })))).await;
+        let served = async {
+            if lane == 0 && hello.wants_leaves {
+                self.tell_leaves(&outgoing).await?;
+            }
+            self.frames(lane, &mut incoming).await
+        };
         let result = tokio::select! {
-            () = self.failed.cancelled() => Err(Failure::new(Code::Protocol, "another lane failed")),
-            result = self.frames(lane, &mut incoming) => result,
+            () = self.puts.failed.cancelled() => Err(Failure::new(Code::Protocol, "another lane failed")),
+            result = served => result,
         };
         if let Err(failure) = &result {
             self.fail(failure);
@@ -134,7 +142,7 @@ impl Ingest {
 
     fn fail(&self, failure: &Failure) {
         *self.stage() = Stage::Closed;
-        self.failed.cancel();
+        self.puts.failed.cancel();
         self.result.send_if_modified(|result| {
             let first = result.is_none();
             result.get_or_insert_with(|| Err(failure.clone()));
@@ -148,10 +156,15 @@ impl Ingest {
         if lane >= lanes || lanes > LANES_MAX {
             return Err(protocol(format!("lane {lane} of {lanes}; at most {LANES_MAX} are served")));
         }
+        let full = hello.base.is_empty();
+        if !full && self.base_id() != Some(&hello.base) {
+            return Err(protocol(format!("the source builds on {}, which is not here", hello.base)));
+        }
         let mut stage = self.stage();
         if matches!(*stage, Stage::Empty) {
-            let id = self.expected.checkpoint.to_string();
-            let assembly = Box::new(Assembly::new(&id, &self.expected.config, lanes));
+            let Expected { checkpoint, generation, config, .. } = &self.expected;
+            let (id, sealer) = (checkpoint.to_string(), self.desk.sealer.clone());
+            let assembly = Box::new(Assembly::new(&id, *generation, config, lanes, full, sealer));
             *stage = Stage::Open { assembly, joined: vec![false; lanes], back: None };
         }
         match &mut *stage {
@@ -168,13 +181,40 @@ impl Ingest {
         }
     }
 
+    fn base_id(&self) -> Option<&String> {
+        self.base.as_ref().map(|base| &base.opened.manifest.checkpoint)
+    }
+
+    /// Tells a source that has no memory of the base what the base holds; what is lost has a digest that no page has.
+    async fn tell_leaves(&self, outgoing: &Outgoing) -> Result<(), Failure> {
+        if let Some(base) = &self.base {
+            let spaces = spaces(&self.expected.config);
+            for ((space, first_page, pages), stated) in regions(&spaces).zip(&base.opened.manifest.regions) {
+                if stated.layers.is_empty() {
+                    continue;
+                }
+                let zero = Region::zero(space, first_page, pages);
+                let region = self.reader.region(&base.opened, stated, zero).await?;
+                let lost = |page: &usize| region.pack(*page).is_some_and(|pack| base.lost.contains(&pack));
+                let mut leaves = region.leaves().to_vec();
+                (0..leaves.len()).filter(lost).for_each(|page| leaves[page] = [0; 32]);
+                let said = BaseLeaves { space, first_page, leaves: leaves.into_flattened(), last: false };
+                let _ = outgoing.send(Ok(say(Said::BaseLeaves(said)))).await;
+            }
+        }
+        let said = BaseLeaves { last: true, ..BaseLeaves::default() };
+        let _ = outgoing.send(Ok(say(Said::BaseLeaves(said)))).await;
+        Ok(())
+    }
+
     async fn frames<S>(&self, lane: usize, incoming: &mut S) -> Result<(), Failure>
     where
         S: Stream<Item = Result<Chunk, Status>> + Send + Unpin,
     {
         while let Some(chunk) = incoming.next().await {
             let frame = chunk.map_err(|status| Failure::from_status(&self.expected.vm, &status))?.frame;
-            let checked = beside(move || check(&frame)).await?;
+            let desk = self.desk.clone();
+            let checked = beside(move || desk.check(&frame)).await?;
             let checked = checked.map_err(|source| IngestError::Frame { lane, source })?;
             if self.take(lane, checked).await? {
                 return Ok(());
@@ -219,86 +259,146 @@ impl Ingest {
     }
 
     async fn put_beside(&self, pack: Pack) {
-        // The semaphore is never closed.
-        let Ok(permit) = self.puts.clone().acquire_owned().await else { return };
-        let (bucket, key, failed) = (self.bucket.clone(), self.key(&pack), self.failed.clone());
+        let key = pack_key(&self.expected.vm_id.to_string(), self.expected.generation, pack.id);
         let result = self.result.clone();
-        tokio::spawn(async move {
-            let _permit: OwnedSemaphorePermit = permit;
-            if let Err(error) = bucket.put(&key, pack.bytes).await {
-                result.send_if_modified(|result| result.replace(Err(error.into())).is_none());
-                failed.cancel();
-            }
-        });
-    }
-
-    fn key(&self, pack: &Pack) -> String {
-        pack_key(&self.expected.vm_id, self.expected.generation, pack.id)
+        let tell = move |failure: Failure| {
+            result.send_if_modified(|result| {
+                let first = result.is_none();
+                result.get_or_insert(Err(failure));
+                first
+            });
+        };
+        self.puts.put(self.reader.bucket.clone(), key, pack, tell).await;
     }
 
     async fn complete(&self, back: Option<&Outgoing>) -> Result<(), Failure> {
         let Stage::Open { assembly, .. } = std::mem::replace(&mut *self.stage(), Stage::Closed) else {
             return Err(Failure::new(Code::Protocol, "the checkpoint is over"));
         };
-        let (finished, rest) = beside(move || assembly.finish()).await??;
+        let full = assembly.is_full();
+        let (received, rest) = beside(move || assembly.finish()).await??;
+        let own = received.packs.len();
         if let Some(pack) = rest {
-            let key = self.key(&pack);
-            self.bucket.put(&key, pack.bytes).await?;
+            self.put_beside(pack).await;
         }
-        // Every permit back means that every pack is written, or that one failed.
-        let all = self.puts.acquire_many(PUTS_MAX as u32).await;
-        if let (Some(failure), _) | (None, Err(failure)) =
-            (self.failure(), all.map(drop).map_err(|_| Failure::new(Code::Internal, "no permit")))
-        {
+        let spaces = spaces(&self.expected.config);
+        let checkpoint = self.expected.checkpoint.to_string();
+        let layers = Layers {
+            reader: &self.reader,
+            base: self.base.as_ref().filter(|_| !full),
+            desk: &self.desk,
+            spaces: &spaces,
+            sink: Beside(self),
+            checkpoint: &checkpoint,
+            generation: self.expected.generation,
+        };
+        let laid = layers.lay(received).await?;
+        self.puts.all().await;
+        if let Some(failure) = self.failure() {
             return Err(failure);
         }
-        let digest = finished.digest.clone();
-        let entry = self.write_manifest(finished).await?;
-        metrics::counter!(crate::metrics::CHECKPOINT_BYTES).increment(entry.stored_bytes);
+        let digest = laid.digest.clone();
+        let entry = self.write_manifest(laid).await?;
+        tracing::debug!(checkpoint, packs = own, "durable");
+        metrics::counter!(crate::metrics::CHECKPOINT_BYTES).increment(entry.own_bytes);
         self.result.send_replace(Some(Ok(entry)));
         send(back, say(Said::Ready(Ready { digest: Some(digest) }))).await;
         Ok(())
     }
 
-    async fn write_manifest(&self, finished: Finished) -> Result<CheckpointEntry, Failure> {
-        let Expected { checkpoint, vm, vm_id, generation, config, capabilities } = self.expected.clone();
+    async fn write_manifest(&self, laid: Laid) -> Result<CheckpointEntry, Failure> {
+        let Expected { checkpoint, vm, vm_id, generation, config, capabilities, on_isolation, policy, .. } =
+            self.expected.clone();
         let stopped = *self.stopped.lock().unwrap_or_else(PoisonError::into_inner);
         let stop_us = stopped.map_or(0, |since| since.elapsed().as_micros() as u64);
         let ram_bytes = config.memory_bytes;
+        let packs_own = self.puts.bytes();
         let manifest = Manifest {
             major: manifest::MAJOR,
-            minor: 0,
             checkpoint: checkpoint.to_string(),
             vm_name: vm.clone(),
-            vm_id: vm_id.clone(),
+            vm_id: vm_id.to_string(),
             generation: generation.0,
             created_unix_ms: unix_ms(),
             config: Some(config),
             capabilities,
-            sections: finished.sections,
-            maps: finished.maps,
-            packs: finished.packs,
-            digest: Some(finished.digest.clone()),
-            parent: String::new(),
+            sections: laid.sections,
+            regions: laid.regions,
+            packs: laid.packs.iter().map(super::map::PackAt::message).collect(),
+            digest: Some(laid.digest.clone()),
+            parent: self.base_id().cloned().unwrap_or_default(),
             stop_us,
+            own_bytes: packs_own,
+            on_isolation,
+            policy,
+            ..Manifest::default()
         };
-        let bytes = manifest::encode(&manifest).map_err(|e| Failure::new(Code::Exhausted, e.to_string()))?;
+        let wrapped = self.reader.keys.wrap(vm_id, &self.key);
+        let bytes = manifest::encode(&manifest, &self.desk.sealer, wrapped)
+            .map_err(|e| Failure::new(Code::Exhausted, e.to_string()))?;
         let entry = CheckpointEntry {
             id: manifest.checkpoint.clone(),
             vm,
-            manifest_key: manifest_key(&vm_id, checkpoint),
-            vm_id,
+            manifest_key: manifest_key(&manifest.vm_id, checkpoint),
+            vm_id: manifest.vm_id.clone(),
             generation: generation.0,
             created_unix_ms: manifest.created_unix_ms,
             ram_bytes,
             stored_bytes: manifest.packs.iter().map(|pack| pack.bytes).sum::<u64>() + bytes.len() as u64,
+            own_bytes: packs_own + bytes.len() as u64,
             stop_us,
             pack_keys: manifest::pack_keys(&manifest),
-            digest: finished.digest,
+            digest: laid.digest,
             verified: "unverified".into(),
         };
-        self.bucket.put(&entry.manifest_key, bytes).await?;
+        self.reader.bucket.put(&entry.manifest_key, bytes).await?;
         Ok(entry)
+    }
+}
+
+/// Packs on their way to the bucket, a few at a time.
+struct Puts {
+    permits: Arc<Semaphore>,
+    bytes: std::sync::atomic::AtomicU64,
+    failed: CancellationToken,
+}
+
+impl Puts {
+    fn new() -> Puts {
+        Puts { permits: Arc::new(Semaphore::new(PUTS_MAX)), bytes: 0.into(), failed: CancellationToken::new() }
+    }
+
+    async fn put(&self, bucket: Bucket, key: String, pack: Pack, failed: impl FnOnce(Failure) + Send + 'static) {
+        // The semaphore is never closed.
+        let Ok(permit) = self.permits.clone().acquire_owned().await else { return };
+        self.bytes.fetch_add(pack.bytes.len() as u64, std::sync::atomic::Ordering::Relaxed);
+        let over = self.failed.clone();
+        tokio::spawn(async move {
+            let _permit: OwnedSemaphorePermit = permit;
+            if let Err(error) = bucket.put(&key, pack.bytes).await {
+                failed(error.into());
+                over.cancel();
+            }
+        });
+    }
+
+    /// Waits until every pack is written, or one has failed.
+    async fn all(&self) {
+        // Every permit back: nobody is writing. The semaphore is never closed.
+        let _ = self.permits.acquire_many(PUTS_MAX as u32).await;
+    }
+
+    fn bytes(&self) -> u64 {
+        self.bytes.load(std::sync::atomic::Ordering::Relaxed)
+    }
+}
+
+/// Packs of layers go the way of those of pages.
+struct Beside<'a>(&'a Ingest);
+
+impl Sink for Beside<'_> {
+    async fn put(&mut self, pack: Pack) {
+        self.0.put_beside(pack).await;
     }
 }
 
@@ -307,9 +407,4 @@ async fn send(back: Option<&Outgoing>, chunk: Chunk) {
         // A source that has gone away is noticed by its incoming half.
         let _ = back.send(Ok(chunk)).await;
     }
-}
-
-/// Runs slow, pure work beside the runtime.
-async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Failure> {
-    tokio::task::spawn_blocking(work).await.map_err(|_| Failure::new(Code::Internal, "the worker ended"))
 }

@@ -314,8 +314,11 @@ pub struct CheckpointEntry {
     pub created_unix_ms: u64,
     /// Guest RAM.
     pub ram_bytes: u64,
-    /// Bytes of its packs and its manifest.
+    /// Bytes of all packs that it needs, those that it shares with others included, and of its manifest.
     pub stored_bytes: u64,
+    /// Of these, what was written for it alone.
+    #[serde(default)]
+    pub own_bytes: u64,
     /// How long the guest stood still, microseconds.
     pub stop_us: u64,
     /// Where the manifest lies.

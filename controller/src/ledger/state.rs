@@ -183,6 +183,12 @@ impl State {
         self.checkpoints.values().filter(|c| c.vm_id == vm_id).max_by_key(|c| (c.created_unix_ms, c.id.clone()))
     }
 
+    /// The newest checkpoint of a VM's id in which no damage was found.
+    pub fn newest_sound(&self, vm_id: &str) -> Option<&Arc<CheckpointEntry>> {
+        let sound = self.checkpoints.values().filter(|c| c.vm_id == vm_id && !c.verified.starts_with("damaged"));
+        sound.max_by_key(|c| (c.created_unix_ms, c.id.clone()))
+    }
+
     /// A generation that was never offered for this name.
     pub fn fresh_generation(&self, vm: &str) -> u64 {
         self.generations.get(vm).copied().unwrap_or(0) + 1

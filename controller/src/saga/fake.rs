@@ -17,7 +17,7 @@ use tokio::sync::Notify;
 
 use super::voice::Voice;
 use super::world::{LoadRequest, World};
-use crate::bucket::{manifest_key, packs_prefix};
+use crate::bucket::{manifest_key, packs_prefix, vm_prefix};
 use crate::failure::Failure;
 use crate::ingest::receive::Expected;
 use crate::ledger::event::CheckpointEntry;
@@ -396,11 +396,9 @@ impl World for FakeWorld {
         .await
     }
 
-    async fn packs(&self, vm_id: &str, generation: u64) -> Result<Vec<String>, Failure> {
-        let prefix = packs_prefix(vm_id, proto::ids::Generation(generation));
-        self.call("bucket", "packs", &|field: &mut Field| {
-            Ok(field.bucket.iter().filter(|key| key.starts_with(&prefix)).cloned().collect())
-        })
-        .await
+    async fn packs(&self, vm_id: &str) -> Result<Vec<String>, Failure> {
+        let prefix = vm_prefix(vm_id);
+        let pack = |key: &&String| key.starts_with(&prefix) && key.contains("/packs/");
+        self.call("bucket", "packs", &|field: &mut Field| Ok(field.bucket.iter().filter(pack).cloned().collect())).await
     }
 }

@@ -18,12 +18,15 @@ use tokio::time::Instant;
 use super::voice::Voice;
 use super::world::{LoadRequest, World};
 use crate::agents::{Agents, host_identity, link};
-use crate::bucket::{Bucket, packs_prefix};
+use crate::bucket::vm_prefix;
 use crate::failure::Failure;
+use crate::ingest::assembly::spaces;
+use crate::ingest::layers::Base;
 use crate::ingest::load::Load;
+use crate::ingest::read::Reader;
 use crate::ingest::receive::{Expected, Ingest};
 use crate::ingest::relay::Relay;
-use crate::ingest::{Road, Routes, read};
+use crate::ingest::{Road, Routes};
 use crate::ledger::event::CheckpointEntry;
 use crate::tls::Tls;
 
@@ -36,8 +39,8 @@ const SLOW: Duration = Duration::from_secs(120);
 pub struct Hosts {
     /// How agents are called.
     pub agents: Arc<Agents>,
-    /// Where checkpoints lie.
-    pub bucket: Bucket,
+    /// Where checkpoints lie, and what opens them.
+    pub reader: Reader,
     /// Lanes that end in, or pass through, this controller.
     pub routes: Routes,
     /// Certificates for lanes that begin here.
@@ -62,6 +65,37 @@ impl Hosts {
             }
         }
         Err(Failure::new(Code::Unreachable, format!("{host} ended the transfer without a word")))
+    }
+
+    /// The checkpoint that a new one builds on. One that cannot be read is no reason to have none at all: then the new
+    /// one is full.
+    async fn base(&self, expected: &Expected, voice: &Voice) -> Option<Base> {
+        if expected.base.is_empty() {
+            return None;
+        }
+        let read = async {
+            let opened = self.reader.manifest(&expected.base).await?;
+            let lost = self.reader.lost(&opened).await?;
+            Ok::<_, Failure>(Base { opened, lost })
+        };
+        match read.await {
+            Ok(base) => {
+                if !base.lost.is_empty() {
+                    voice.note(format!(
+                        "{} packs of {} are lost: their pages are sent again",
+                        base.lost.len(),
+                        expected.base
+                    ));
+                }
+                let config = base.opened.manifest.config.as_ref();
+                let fits = base.opened.manifest.major == 2 && config.map(spaces) == Some(spaces(&expected.config));
+                fits.then_some(base)
+            }
+            Err(failure) => {
+                voice.note(format!("{failure}: the checkpoint is written in full"));
+                None
+            }
+        }
     }
 
     fn to_this_controller(&self, request: SendRequest) -> SendRequest {
@@ -144,7 +178,17 @@ impl World for Hosts {
         voice: &Voice,
     ) -> Result<CheckpointEntry, Failure> {
         let ticket = request.ticket.clone().ok_or_else(|| Failure::new(Code::Internal, "no ticket"))?;
-        let ingest = Ingest::new(expected, self.bucket.clone());
+        let key = self.reader.keys.data_key(&self.reader.bucket, expected.vm_id).await?;
+        let base = self.base(&expected, voice).await;
+        let request = SendRequest {
+            data_key: key.expose().to_vec(),
+            vm_id: expected.vm_id.to_string(),
+            checkpoint_id: expected.checkpoint.to_string(),
+            base: base.as_ref().map(|base| base.opened.manifest.checkpoint.clone()).unwrap_or_default(),
+            base_damaged: base.as_ref().is_some_and(|base| !base.lost.is_empty()),
+            ..request
+        };
+        let ingest = Ingest::new(expected, self.reader.clone(), key, base);
         let _open = self.routes.open(&ticket, Road::Ingest(ingest.clone()));
         let sent = self.transfer(host, self.to_this_controller(request), voice);
         tokio::pin!(sent);
@@ -164,10 +208,10 @@ impl World for Hosts {
     }
 
     async fn load(&self, load: LoadRequest<'_>, voice: &Voice) -> Result<MachineDigest, Failure> {
-        let manifest = read::manifest(&self.bucket, load.manifest_key).await?;
+        let opened = self.reader.manifest(load.manifest_key).await?;
         let load = Load {
-            bucket: &self.bucket,
-            manifest: &manifest,
+            reader: &self.reader,
+            opened: &opened,
             ticket: load.ticket,
             target: load.host,
             channel: link::channel(&self.tls, load.address, &host_identity(load.host))?,
@@ -191,9 +235,9 @@ impl World for Hosts {
 
     async fn verify(&self, entry: &CheckpointEntry, voice: &Voice) -> Result<String, Failure> {
         let read = async {
-            let manifest = read::manifest(&self.bucket, &entry.manifest_key).await?;
+            let opened = self.reader.manifest(&entry.manifest_key).await?;
             let progress = |done, all| voice.note(format!("{done} of {all} packs are sound"));
-            read::verify(&self.bucket, &manifest, progress).await
+            self.reader.verify(&opened, progress).await
         };
         match read.await {
             Ok(()) => Ok("ok".into()),
@@ -204,14 +248,16 @@ impl World for Hosts {
 
     async fn erase(&self, manifest_key: &str, pack_keys: &[String]) -> Result<(), Failure> {
         // The manifest first: from then on the checkpoint does not exist, whatever happens to its packs.
-        self.bucket.delete(manifest_key).await?;
+        self.reader.bucket.delete(manifest_key).await?;
         for key in pack_keys {
-            self.bucket.delete(key).await?;
+            self.reader.bucket.delete(key).await?;
         }
         Ok(())
     }
 
-    async fn packs(&self, vm_id: &str, generation: u64) -> Result<Vec<String>, Failure> {
-        Ok(self.bucket.list(&packs_prefix(vm_id, proto::ids::Generation(generation))).await?)
+    async fn packs(&self, vm_id: &str) -> Result<Vec<String>, Failure> {
+        let mut keys = self.reader.bucket.list(&vm_prefix(vm_id)).await?;
+        keys.retain(|key| key.contains("/packs/"));
+        Ok(keys)
     }
 }

@@ -16,6 +16,8 @@
 //! Steps may be repeated. What only lives in memory ([`Memory`]) is needed before the commit alone, because a
 //! controller that starts again undoes what is not committed; after it everything comes from the plan.
 
+use std::collections::BTreeSet;
+
 use proto::ids::Generation;
 use proto::status::Code;
 use proto::v1::{
@@ -274,7 +276,7 @@ impl<W: World> Hands<'_, W> {
             peer_identity: format!("host/{target}"),
             policy: Some(*policy),
             checkpoint: false,
-            base: String::new(),
+            ..SendRequest::default()
         };
         let relay = via_controller.then_some(memory.address.as_str());
         let handed_over = self.world.send(&holder.host, request, relay, self.voice).await?;
@@ -306,7 +308,7 @@ impl<W: World> Hands<'_, W> {
 
     async fn stream(&self, checkpoint: &str, memory: &mut Memory) -> Result<(), Failure> {
         let holder = self.holder()?;
-        let (config, capabilities, _) = self.machine()?;
+        let (config, capabilities, on_isolation) = self.machine()?;
         let request = SendRequest {
             vm: self.plan().vm.clone(),
             generation: holder.generation,
@@ -315,15 +317,23 @@ impl<W: World> Hands<'_, W> {
             peer_identity: String::new(),
             policy: Some(TransferPolicy::default()),
             checkpoint: true,
-            base: String::new(),
+            ..SendRequest::default()
         };
         let expected = Expected {
             checkpoint: checkpoint.parse().map_err(|_| lost("the checkpoint's id"))?,
             vm: self.plan().vm.clone(),
-            vm_id: self.plan().vm_id.clone(),
+            vm_id: self.plan().vm_id.parse().map_err(|_| lost("the VM's id"))?,
             generation: Generation(holder.generation),
             config,
             capabilities,
+            on_isolation,
+            policy: Vec::new(),
+            base: self
+                .ledger
+                .state()
+                .newest_sound(&self.plan().vm_id)
+                .map(|c| c.manifest_key.clone())
+                .unwrap_or_default(),
         };
         memory.checkpoint = Some(self.world.checkpoint(&holder.host, request, expected, self.voice).await?);
         Ok(())
@@ -411,13 +421,17 @@ impl<W: World> Hands<'_, W> {
         Ok(())
     }
 
-    /// Removes a manifest and every pack of this generation that no checkpoint of the ledger has. The lock of the VM's
-    /// packs keeps others from adding any meanwhile.
+    /// Removes a manifest and every pack of the VM that no checkpoint of the ledger has, up to this generation: newer ones
+    /// are those of an owner that this ledger does not know. The lock of the VM's packs keeps others from adding any
+    /// meanwhile.
     async fn erase(&self, checkpoint: &str, generation: u64) -> Result<(), Failure> {
         let state = self.ledger.state();
-        let used = |key: &String| state.checkpoints.values().any(|entry| entry.pack_keys.contains(key));
-        let mut packs = self.world.packs(&self.plan().vm_id, generation).await?;
-        packs.retain(|key| !used(key));
+        let used: BTreeSet<&String> = state.checkpoints.values().flat_map(|entry| &entry.pack_keys).collect();
+        let held = state.vms.values().filter(|vm| vm.id == self.plan().vm_id).map(|vm| vm.generation);
+        let newest = Generation(held.max().unwrap_or(0).max(generation));
+        let ours = |key: &str| crate::bucket::generation_of(key).is_some_and(|of| of <= newest);
+        let mut packs = self.world.packs(&self.plan().vm_id).await?;
+        packs.retain(|key| ours(key) && !used.contains(key));
         let id = checkpoint.parse().map_err(|_| lost("the checkpoint's id"))?;
         self.world.erase(&crate::bucket::manifest_key(&self.plan().vm_id, id), &packs).await
     }

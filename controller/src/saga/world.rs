@@ -58,8 +58,8 @@ pub trait World: Send + Sync + 'static {
     fn verify(&self, entry: &CheckpointEntry, voice: &Voice) -> impl Answer<String>;
     /// Removes a manifest, then these packs.
     fn erase(&self, manifest_key: &str, pack_keys: &[String]) -> impl Answer<()>;
-    /// Packs of one generation of a VM.
-    fn packs(&self, vm_id: &str, generation: u64) -> impl Answer<Vec<String>>;
+    /// Keys of all packs of a VM.
+    fn packs(&self, vm_id: &str) -> impl Answer<Vec<String>>;
 }
 
 /// What [`World::load`] needs.
