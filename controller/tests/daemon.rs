@@ -57,6 +57,7 @@ impl Cluster {
             address: String::new(),
             store: self.folder.join("controller.redb"),
             bucket: format!("file:{}", self.folder.join("bucket").display()),
+            keys: None,
             tls: self.certificate("controller/main"),
             lease_ms: 10_000,
             metrics: None,

@@ -95,7 +95,7 @@ mod tests {
         let manifest = proto::v1::Manifest {
             vm_name: "vm1".into(),
             generation: 7,
-            packs: vec![proto::v1::PackRef { id: vec![0xff; 100], bytes: 300 }],
+            packs: vec![proto::v1::PackRef { id: vec![0xff; 100], bytes: 300, generation: 0 }],
             ..Default::default()
         };
         let text = describe(&manifest.encode_to_vec()).unwrap();

@@ -386,7 +386,7 @@ mod tests {
         assert!(matches!(refused(|l| l.frames[0].pack = 1), MapError::Frame(0)));
         assert!(matches!(refused(|l| l.frames[0].offset = u64::MAX), MapError::Frame(0)));
         assert!(matches!(refused(|l| l.frames[0].first_page = 1), MapError::Run(0)));
-        assert!(matches!(refused(|l| drop(l.packs[0].id.pop())), MapError::Frame(0)));
+        assert!(matches!(refused(|l| l.packs[0].id.truncate(31)), MapError::Frame(0)));
     }
 
     #[test]

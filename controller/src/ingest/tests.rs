@@ -9,7 +9,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use proptest::prelude::*;
 use proto::frame::{self, Encoding, Kind, PAGE_BYTES, PageRun};
-use proto::ids::{CheckpointId, Generation};
+use proto::ids::{CheckpointId, Generation, VmId};
+use proto::seal::{DataKey, Opener, Sealer};
 use proto::status::Code;
 use proto::v1::lane_message::Message as Said;
 use proto::v1::lanes_server::{Lanes, LanesServer};
@@ -19,22 +20,48 @@ use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::assembly::{Assembly, Checked, Effect, check};
+use super::assembly::{Assembly, Desk, Effect, spaces};
 use super::digest::{PageDigests, machine_digest, state_digest};
+use super::layers::{Base, Layers, Sink};
+use super::pack::Pack;
 use super::load::Load;
+use super::read::Reader;
 use super::receive::{Expected, Ingest};
 use super::relay::Relay;
-use super::{Road, Routes, read, said, say};
+use super::{Road, Routes, said, say};
 use crate::agents::host_identity;
 use crate::bucket::file::tests::Scratch;
 use crate::bucket::{Bucket, manifest_key};
 use crate::failure::Failure;
+use crate::keys::Keys;
 use crate::ledger::event::CheckpointEntry;
 
 const RAM_PAGES: u64 = 1024;
 const DISK_PAGES: u64 = 20;
 const LANES: usize = 2;
-const VM_ID: &str = "0123456789abcdef0123456789abcdef";
+const VM: VmId = VmId([0x0d; 16]);
+
+fn key() -> DataKey {
+    DataKey::new([5; 32])
+}
+
+fn reader(bucket: &Bucket) -> Reader {
+    Reader { bucket: bucket.clone(), keys: Keys::fixed() }
+}
+
+fn desk() -> Desk {
+    let sealer = Arc::new(Sealer::new(&key(), VM, crate::entropy::bytes()));
+    Desk { opener: Opener::new(key(), VM), sealer }
+}
+
+fn ingest(checkpoint: u8, bucket: &Bucket) -> Arc<Ingest> {
+    Ingest::new(expected(checkpoint), reader(bucket), key(), None)
+}
+
+async fn verify(bucket: &Bucket, entry: &CheckpointEntry) -> Result<(), Failure> {
+    let reader = reader(bucket);
+    reader.verify(&reader.manifest(&entry.manifest_key).await?, |_, _| ()).await
+}
 
 fn config() -> MachineConfig {
     let disk =
@@ -46,10 +73,13 @@ fn expected(checkpoint: u8) -> Expected {
     Expected {
         checkpoint: CheckpointId([checkpoint; 8]),
         vm: "vm1".into(),
-        vm_id: VM_ID.into(),
+        vm_id: VM,
         generation: Generation(3),
         config: config(),
         capabilities: vec![1, 2],
+        on_isolation: 0,
+        policy: Vec::new(),
+        base: String::new(),
     }
 }
 
@@ -139,6 +169,10 @@ fn rounds() -> Vec<Vec<(u16, u64, u32, u8)>> {
 }
 
 fn hello(lane: usize) -> Bytes {
+    hello_on(lane, "", false)
+}
+
+fn hello_on(lane: usize, base: &str, wants_leaves: bool) -> Bytes {
     control(Said::Hello(Hello {
         protocol_min: 1,
         protocol_max: 1,
@@ -146,19 +180,24 @@ fn hello(lane: usize) -> Bytes {
         secret: vec![9; 32],
         lane: lane as u32,
         lanes: LANES as u32,
-        base: String::new(),
+        base: base.into(),
+        wants_leaves,
     }))
 }
 
 /// Sends lanes at once; returns what lane 0 heard and what became of the checkpoint.
 async fn send(bucket: &Bucket, lanes: Vec<Vec<Bytes>>) -> (Vec<Said>, Result<CheckpointEntry, Failure>) {
-    let ingest = Ingest::new(expected(1), bucket.clone());
+    let lanes = lanes.into_iter().enumerate().map(|(lane, frames)| [vec![hello(lane)], frames].concat()).collect();
+    send_to(ingest(1, bucket), lanes).await
+}
+
+async fn send_to(ingest: Arc<Ingest>, lanes: Vec<Vec<Bytes>>) -> (Vec<Said>, Result<CheckpointEntry, Failure>) {
     let routes = Routes::default();
     let _open = routes.open(&ticket("hostA", "controller"), Road::Ingest(ingest.clone()));
     let mut served = Vec::new();
     let mut heard = Vec::new();
-    for (lane, frames) in lanes.into_iter().enumerate() {
-        let frames = std::iter::once(hello(lane)).chain(frames).map(|frame| Ok(Chunk { frame }));
+    for frames in lanes {
+        let frames = frames.into_iter().map(|frame| Ok(Chunk { frame }));
         let incoming = tokio_stream::iter(frames.collect::<Vec<_>>());
         let (out, back) = mpsc::channel(64);
         heard.push(back);
@@ -186,10 +225,12 @@ async fn what_was_sent_is_durable_verified_and_acknowledged_in_order() {
     let words: Vec<String> = words.iter().map(|word| format!("{word:?}").chars().take(20).collect()).collect();
     let expected = ["HelloReply", "RoundAck(RoundAck { ", "RoundAck(RoundAck { ", "RoundAck(RoundAck { ", "Ready"];
     assert!(words.len() == 5 && words.iter().zip(expected).all(|(word, begin)| word.starts_with(begin)), "{words:?}");
-    let manifest = read::manifest(&scratch.bucket, &entry.manifest_key).await.unwrap();
-    assert_eq!(manifest.capabilities, [1, 2]);
-    read::verify(&scratch.bucket, &manifest, |_, _| ()).await.unwrap();
-    let stored: u32 = manifest.maps[0].extents.iter().map(|extent| extent.pages).sum();
+    let reader = reader(&scratch.bucket);
+    let opened = reader.manifest(&entry.manifest_key).await.unwrap();
+    assert_eq!(opened.manifest.capabilities, [1, 2]);
+    reader.verify(&opened, |_, _| ()).await.unwrap();
+    let extents = reader.extents(&opened).await.unwrap();
+    let stored: u32 = extents.iter().filter(|extent| extent.space == 0).map(|extent| extent.pages).sum();
     assert_eq!(stored, 256 + 246 + 100 + 1, "zero pages are not stored");
 }
 
@@ -198,7 +239,7 @@ async fn refused(lanes: Vec<Vec<Bytes>>) -> Failure {
     let scratch = Scratch::new();
     let (words, entry) = send(&scratch.bucket, lanes).await;
     let failure = entry.unwrap_err();
-    let key = manifest_key(VM_ID, expected(1).checkpoint);
+    let key = manifest_key(&VM.to_string(), expected(1).checkpoint);
     assert_eq!(scratch.bucket.get(&key).await.unwrap_err().to_string(), format!("the bucket has no {key}"));
     assert!(!words.iter().any(|word| matches!(word, Said::Ready(_))), "{words:?}");
     failure
@@ -280,7 +321,7 @@ async fn a_bucket_that_fails_fails_the_checkpoint() {
 #[tokio::test]
 async fn tickets_are_for_one_host_one_operation_and_each_lane_once() {
     let scratch = Scratch::new();
-    let ingest = Ingest::new(expected(1), scratch.bucket.clone());
+    let ingest = ingest(1, &scratch.bucket);
     let routes = Routes::default();
     let open = routes.open(&ticket("hostA", "controller"), Road::Ingest(ingest.clone()));
     let answer = async |from: &str, first: Bytes| {
@@ -342,12 +383,13 @@ impl Restore {
     async fn new() -> Restore {
         let (scratch, target) = (Scratch::new(), Scratch::new());
         let entry = send(&scratch.bucket, script(&rounds()).0).await.1.unwrap();
-        let ingest = Ingest::new(expected(2), target.bucket.clone());
+        let ingest = ingest(2, &target.bucket);
         Restore { scratch, entry, target, ingest, relayed: false }
     }
 
     async fn run(&self) -> Result<MachineDigest, Failure> {
-        let manifest = read::manifest(&self.scratch.bucket, &self.entry.manifest_key).await?;
+        let reader = reader(&self.scratch.bucket);
+        let opened = reader.manifest(&self.entry.manifest_key).await?;
         let ticket = ticket("controller", "hostB");
         let (there, between) = (Routes::default(), Routes::default());
         let _open = there.open(&ticket, Road::Ingest(self.ingest.clone()));
@@ -360,8 +402,8 @@ impl Restore {
             None
         };
         let load = Load {
-            bucket: &self.scratch.bucket,
-            manifest: &manifest,
+            reader: &reader,
+            opened: &opened,
             ticket: &ticket,
             target: "hostB",
             channel,
@@ -380,8 +422,7 @@ async fn what_is_restored_is_what_was_stored_directly_and_through_a_relay() {
         let digest = restore.run().await.unwrap();
         assert_eq!(digest, restore.entry.digest);
         let there = restore.ingest.finished().await.unwrap();
-        let manifest = read::manifest(&restore.target.bucket, &there.manifest_key).await.unwrap();
-        read::verify(&restore.target.bucket, &manifest, |_, _| ()).await.unwrap();
+        verify(&restore.target.bucket, &there).await.unwrap();
         assert_eq!(there.digest, restore.entry.digest);
     }
 }
@@ -392,7 +433,6 @@ async fn a_damaged_or_missing_pack_is_named_and_nothing_is_restored() {
     let key = restore.entry.pack_keys[0].clone();
     let path = restore.scratch.folder.join(&key);
     let sound = std::fs::read(&path).unwrap();
-    let manifest = read::manifest(&restore.scratch.bucket, &restore.entry.manifest_key).await.unwrap();
     let mut changed = sound.clone();
     changed[sound.len() / 2] ^= 1;
     for damaged in [Some(changed), Some(sound[..sound.len() - 1].to_vec()), None] {
@@ -400,11 +440,126 @@ async fn a_damaged_or_missing_pack_is_named_and_nothing_is_restored() {
             Some(bytes) => std::fs::write(&path, bytes).unwrap(),
             None => std::fs::remove_file(&path).unwrap(),
         }
-        let verified = read::verify(&restore.scratch.bucket, &manifest, |_, _| ()).await.unwrap_err();
-        restore.ingest = Ingest::new(expected(2), restore.target.bucket.clone());
+        let verified = verify(&restore.scratch.bucket, &restore.entry).await.unwrap_err();
+        restore.ingest = ingest(2, &restore.target.bucket);
         let restored = restore.run().await.unwrap_err();
         for failure in [verified, restored] {
             assert!(failure.code == Code::Corrupt && failure.message.contains(&key), "{failure}");
+        }
+    }
+}
+
+struct Nowhere;
+
+impl Sink for Nowhere {
+    async fn put(&mut self, _: Pack) {}
+}
+
+/// A checkpoint that builds on another: these frames on lane 0 alone, after which the machine is `contents`.
+async fn on_base(
+    scratch: &Scratch,
+    number: u8,
+    base: &CheckpointEntry,
+    runs: &[(u16, u64, u32, u8)],
+    contents: &Contents,
+    wants_leaves: bool,
+) -> (Vec<Said>, Result<CheckpointEntry, Failure>) {
+    let reader = reader(&scratch.bucket);
+    let opened = reader.manifest(&base.manifest_key).await.unwrap();
+    let lost = reader.lost(&opened).await.unwrap();
+    let ingest = Ingest::new(expected(number), reader, key(), Some(Base { opened, lost }));
+    let desk = desk();
+    let mut frames = vec![hello_on(0, &base.id, wants_leaves), hello_on(1, &base.id, wants_leaves)];
+    let second = vec![frames.remove(1), control(Said::RoundEnd(RoundEnd { round: 1, frames: 0, last: true }))];
+    frames.extend(runs.iter().map(|run| desk.sealer.seal(&pages(run.0, run.1, run.2, run.3)).into()));
+    frames.push(control(Said::RoundEnd(RoundEnd { round: 1, frames: runs.len() as u64, last: true })));
+    frames.extend(sections().iter().map(|section| {
+        Bytes::from(desk.sealer.seal(&frame::encode_message(Kind::Section, section)))
+    }));
+    let end = StateEnd { sections: 3, digest: Some(digest(contents)), verify_full: false };
+    frames.push(control(Said::StateEnd(end)));
+    send_to(ingest, vec![frames, second]).await
+}
+
+fn contents_of(rounds: &[Vec<(u16, u64, u32, u8)>]) -> Contents {
+    let mut contents = Contents::new();
+    for (space, first, count, fill) in rounds.iter().flatten() {
+        contents.extend((*first..first + u64::from(*count)).map(|page| ((*space, page), *fill)));
+    }
+    contents
+}
+
+#[tokio::test]
+async fn a_checkpoint_that_builds_on_another_stores_what_changed_and_outlives_it() {
+    let scratch = Scratch::new();
+    let first = send(&scratch.bucket, script(&rounds()).0).await.1.unwrap();
+    let mut contents = contents_of(&rounds());
+    let runs = [(0, 50, 3, 9), (0, 900, 10, 0), (1, 1, 1, 9)];
+    contents.extend(contents_of(&[runs.to_vec()]));
+    let second = on_base(&scratch, 2, &first, &runs, &contents, false).await.1.unwrap();
+    assert_eq!(second.digest, digest(&contents));
+    let own: Vec<&String> = second.pack_keys.iter().filter(|key| !first.pack_keys.contains(key)).collect();
+    assert_eq!(own.len(), 2, "pages, and state with page maps");
+    let stored = own.iter().map(|key| std::fs::metadata(scratch.folder.join(key)).unwrap().len()).sum::<u64>();
+    assert!(stored < 20_000 && second.own_bytes >= stored, "{stored} of {}", second.own_bytes);
+    verify(&scratch.bucket, &second).await.unwrap();
+    // The first one goes: its manifest, and its packs that the second does not need.
+    scratch.bucket.delete(&first.manifest_key).await.unwrap();
+    for key in first.pack_keys.iter().filter(|key| !second.pack_keys.contains(key)) {
+        scratch.bucket.delete(key).await.unwrap();
+    }
+    verify(&scratch.bucket, &second).await.unwrap();
+    // A third that says nothing new is as good as the second.
+    let third = on_base(&scratch, 3, &second, &[(0, 50, 3, 9)], &contents, false).await.1.unwrap();
+    assert_eq!(third.digest, second.digest);
+    verify(&scratch.bucket, &third).await.unwrap();
+}
+
+#[tokio::test]
+async fn pages_that_do_not_add_up_with_the_base_make_no_checkpoint() {
+    let scratch = Scratch::new();
+    let first = send(&scratch.bucket, script(&rounds()).0).await.1.unwrap();
+    let mut contents = contents_of(&rounds());
+    contents.insert((0, 77), 3);
+    let failure = on_base(&scratch, 2, &first, &[(0, 50, 3, 9)], &contents, false).await.1.unwrap_err();
+    assert!(failure.code == Code::Corrupt && failure.message.contains("RAM"), "{failure}");
+    let mut stranger = first.clone();
+    stranger.id = "ff".repeat(8);
+    let failure = on_base(&scratch, 2, &stranger, &[], &contents, false).await.1.unwrap_err();
+    assert!(failure.message.contains("which is not here"), "{failure}");
+}
+
+#[tokio::test]
+async fn a_lost_pack_is_asked_for_again_and_healed() {
+    let scratch = Scratch::new();
+    let first = send(&scratch.bucket, script(&rounds()).0).await.1.unwrap();
+    let contents = contents_of(&rounds());
+    // The pack of pages goes; that of the page maps stays.
+    let pages = first.pack_keys.iter().max_by_key(|key| std::fs::metadata(scratch.folder.join(key)).unwrap().len());
+    std::fs::remove_file(scratch.folder.join(pages.unwrap())).unwrap();
+    assert_eq!(verify(&scratch.bucket, &first).await.unwrap_err().code, Code::Corrupt);
+    let (words, _) = on_base(&scratch, 2, &first, &[], &contents, true).await;
+    let told: Vec<_> = words.iter().filter_map(|word| if let Said::BaseLeaves(told) = word { Some(told) } else { None }).collect();
+    assert_eq!((told.len(), told.last().unwrap().last), (3, true));
+    let unknown = told[0].leaves.chunks(32).filter(|leaf| leaf.iter().all(|byte| *byte == 0)).count();
+    assert_eq!(unknown, 256 + 246 + 100 + 1, "every page of the lost pack");
+    // The source sends them again, as they are.
+    let again: Vec<_> = contents.iter().map(|((space, page), fill)| (*space, *page, 1, *fill)).collect();
+    let healed = on_base(&scratch, 3, &first, &again, &contents, true).await.1.unwrap();
+    verify(&scratch.bucket, &healed).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_bucket_shows_nothing_of_the_content() {
+    let scratch = Scratch::new();
+    let mut lanes = script(&[vec![(0, 0, 1, 0x41)]]).0;
+    lanes[0][0] = desk().sealer.seal(&lanes[0][0]).into();
+    let entry = send(&scratch.bucket, lanes).await.1.unwrap();
+    let leaf = *blake3::hash(&[0x41; PAGE_BYTES]).as_bytes();
+    for object in entry.pack_keys.iter().chain([&entry.manifest_key]) {
+        let bytes = std::fs::read(scratch.folder.join(object)).unwrap();
+        for secret in [&b"AAAAAAAA"[..], &leaf, b"cpu/0", b"vm1", key().expose()] {
+            assert!(!bytes.windows(secret.len()).any(|window| window == secret), "{object} shows {secret:x?}");
         }
     }
 }
@@ -432,7 +587,9 @@ proptest! {
             }).collect()
         }).collect();
         let (lanes, digest) = script(&rounds);
-        let mut assembly = Assembly::new("00", &config(), LANES);
+        let scratch = Scratch::new();
+        let desk = desk();
+        let mut assembly = Assembly::new("00", Generation(3), &config(), LANES, true, desk.sealer.clone());
         let mut queues: Vec<_> = lanes.into_iter().map(|frames| frames.into_iter()).collect();
         let mut complete = false;
         let mut turns = order.into_iter().chain(std::iter::repeat(true));
@@ -442,12 +599,19 @@ proptest! {
             let Some((lane, frame)) = lanes.find_map(|lane| queues[lane].next().map(|frame| (lane, frame))) else {
                 break;
             };
-            let checked: Checked = check(&frame).unwrap();
+            let checked = desk.check(&frame).unwrap();
             let effects = assembly.take(lane, checked).unwrap();
             complete |= effects.iter().any(|effect| matches!(effect, Effect::Complete));
         }
         prop_assert!(complete);
-        let (finished, _) = assembly.finish().unwrap();
-        prop_assert_eq!(finished.digest, digest);
+        let (received, _) = assembly.finish().unwrap();
+        let reader = reader(&scratch.bucket);
+        let spaces = spaces(&config());
+        let layers = Layers {
+            reader: &reader, base: None, desk: &desk, spaces: &spaces, sink: Nowhere, checkpoint: "00",
+            generation: Generation(3),
+        };
+        let laid = tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(layers.lay(received));
+        prop_assert_eq!(laid.unwrap().digest, digest);
     }
 }

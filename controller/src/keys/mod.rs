@@ -54,6 +54,13 @@ impl Keys {
         Ok(Keys { path: Arc::new(path.into()), ring: Arc::new(RwLock::new(ring)), data: Arc::default() })
     }
 
+    /// A ring of one known key, kept nowhere.
+    #[cfg(test)]
+    pub(crate) fn fixed() -> Keys {
+        let ring = Ring::default().rotated([8; 32], 1);
+        Keys { path: Arc::default(), ring: Arc::new(RwLock::new(ring)), data: Arc::default() }
+    }
+
     fn ring(&self) -> Ring {
         self.ring.read().unwrap_or_else(PoisonError::into_inner).clone()
     }

@@ -89,6 +89,7 @@ pub(crate) fn entry(id: &str, vm: &str, generation: u64) -> CheckpointEntry {
         created_unix_ms: 5,
         ram_bytes: 2 << 20,
         stored_bytes: 10,
+        own_bytes: 10,
         stop_us: 1,
         manifest_key: format!("vms/{}/checkpoints/{id}.manifest", vm_id(vm)),
         pack_keys: vec![],

@@ -342,6 +342,7 @@ impl World for FakeWorld {
         _: &Voice,
     ) -> Result<CheckpointEntry, Failure> {
         let Expected { checkpoint, vm, vm_id, generation, .. } = expected;
+        let vm_id = vm_id.to_string();
         let pack = format!("{}{checkpoint}", packs_prefix(&vm_id, generation));
         // A pack is written before whatever strikes.
         self.field().bucket.insert(pack.clone());
