@@ -1,4 +1,4 @@
-//! What this host has and can: memory, processors, engines; what it will take on.
+//! What this host will take on: memory, files, and what a machine may ask for. What its engines can is in [`crate::facts`].
 //!
 //! Guest RAM is a memfd that fills as the guest touches it, so free memory alone says too little: what running guests
 //! may still touch is counted as taken. Checks are plain functions over numbers; only the readings look at the host.
@@ -8,9 +8,10 @@ use std::path::Path;
 
 use proto::status::Code;
 use proto::v1::{MachineConfig, NetConfig};
-use vmcb_engine::capability::{self, CapabilitySet, CpuModel};
+use vmcb_engine::capability::CpuModel;
 
 use crate::config::Engine;
+use crate::facts;
 use crate::migration::Failure;
 
 /// Left for the host itself when guests are admitted.
@@ -19,7 +20,7 @@ const RESERVE_BYTES: u64 = 128 << 20;
 const MEMORY_STEP_BYTES: u64 = 2 << 20;
 const MEMORY_BYTES: std::ops::RangeInclusive<u64> = 16 << 20..=1 << 40;
 /// Clock of a guest whose configuration names none.
-const TSC_HZ: u64 = 1_000_000_000;
+pub const TSC_HZ: u64 = 1_000_000_000;
 const TSC_PER_INSTRUCTION: u32 = 4;
 const DISKS_MAX: usize = 16;
 const NETS_MAX: usize = 8;
@@ -50,29 +51,6 @@ fn parse_memory(text: &str) -> Memory {
 /// Identifies this boot of the host: `CLOCK_BOOTTIME` readings are comparable within it.
 pub fn boot_id() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
-}
-
-/// What this host offers to guests, in the capability room's encoding.
-pub fn capabilities() -> Vec<u8> {
-    capability::soft_host().to_bytes()
-}
-
-/// Checks a guest's contract against this host; the refusal names every bit that is missing.
-///
-/// # Errors
-/// [`Code::Incapable`], or [`Code::Corrupt`] for bytes that are no contract. No bytes at all: nothing beyond the CPU
-/// model of the configuration, which is checked with it.
-pub fn check_contract(contract: &[u8]) -> Result<(), Failure> {
-    if contract.is_empty() {
-        return Ok(());
-    }
-    let guest = CapabilitySet::from_bytes(contract).map_err(|error| Failure::new(Code::Corrupt, error))?;
-    let failing = guest.failing_on(&capability::soft_host());
-    if failing.is_empty() {
-        return Ok(());
-    }
-    let missing: Vec<String> = failing.iter().map(ToString::to_string).collect();
-    Err(Failure::new(Code::Incapable, missing.join("; ")))
 }
 
 /// Checks that a guest of `asked` bytes fits. `promised` is what other guests have not touched yet.
@@ -129,11 +107,7 @@ pub fn settle(mut config: MachineConfig, vm: &str, default: Engine) -> Result<Ma
     if config.cpu_model.is_empty() {
         CpuModel::SoftV1.name().clone_into(&mut config.cpu_model);
     }
-    if CpuModel::by_name(&config.cpu_model).is_none() {
-        let known: Vec<&str> = CpuModel::ALL.iter().map(|model| model.name()).collect();
-        let text = format!("CPU model {:?} is not known here; known are: {}", config.cpu_model, known.join(", "));
-        return Err(Failure::new(Code::Incapable, text));
-    }
+    facts::model(&config.cpu_model)?;
     if config.tsc_hz == 0 {
         config.tsc_hz = TSC_HZ;
     }
@@ -289,16 +263,6 @@ mod tests {
         assert_eq!(settle(kvm, "vm1", Engine::Auto).unwrap_err().code, Code::Incapable);
         let group = MachineConfig { nets: vec![NetConfig { mac: vec![1; 6], ..NetConfig::default() }], ..machine() };
         assert_eq!(settle(group, "vm1", Engine::Auto).unwrap_err().code, Code::BadInput);
-    }
-
-    #[test]
-    fn a_contract_that_this_host_keeps_is_accepted_and_garbage_is_not() {
-        let contract = CpuModel::SoftV1.contract(1_000_000);
-        assert_eq!(check_contract(&contract.to_bytes()), Ok(()));
-        let mut foreign = contract;
-        foreign.facts.engines = ["kvm".to_owned()].into();
-        assert_eq!(check_contract(&foreign.to_bytes()).unwrap_err().code, Code::Incapable);
-        assert_eq!(check_contract(&[0xff; 7]).unwrap_err().code, Code::Corrupt);
     }
 
     #[test]

@@ -3,11 +3,13 @@
 //! - [`v1`]: the protobuf messages of `proto/godwit/v1/*.proto` and, with the feature `rpc`, their gRPC services.
 //! - [`frame`]: the one envelope of wire, bucket and journal: magic, kind, version, length, BLAKE3, body.
 //! - [`leaf`]: BLAKE3 of pages, many at once.
+//! - [`capability`]: what a guest needs and a host has, how the two compare, and their names.
 //! - [`ids`]: identifiers that cannot be confused with each other.
 //! - [`status`]: what can go wrong, as a code that travels.
 //!
 //! This crate refuses to know the engine, the runtime, files and policy.
 
+pub mod capability;
 pub mod frame;
 pub mod ids;
 pub mod leaf;

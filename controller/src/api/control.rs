@@ -16,7 +16,8 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::plans::{self, Candidate, unknown_checkpoint, unknown_vm};
+use super::placement::{Fleet, Need};
+use super::plans::{self, unknown_checkpoint, unknown_vm};
 use super::{Api, console, events, require, views};
 use crate::failure::Failure;
 use crate::ingest::read;
@@ -31,8 +32,9 @@ type Began = Result<Response<Operation>, Status>;
 const LOOK_MAX: Duration = Duration::from_secs(10);
 
 impl Api {
-    fn candidate(&self, host: &str) -> Candidate {
-        Candidate { name: host.into(), state: self.agents.host_state(host), info: self.agents.host(host) }
+    fn fleet(&self) -> Fleet {
+        let state = self.ledger.state();
+        Fleet { hosts: state.hosts.keys().map(|host| self.candidate(host)).collect() }
     }
 
     async fn begin(&self, operator: &Identity, plan: Result<Plan, Failure>) -> Began {
@@ -55,22 +57,33 @@ impl Api {
     }
 
     /// What a migration would do, without doing it.
-    fn rehearse(&self, plan: &Plan, target: &Candidate) -> Operation {
-        let info = target.info.clone().unwrap_or_default();
-        let source = plan.holder.as_ref().map(|holder| holder.host.clone()).unwrap_or_default();
-        let record = self.show(&plan.vm).ok();
-        let ram = record.as_ref().and_then(|vm| vm.config.as_ref()).map_or(0, |config| config.memory_bytes);
+    fn rehearse(&self, plan: &Plan, fleet: &Fleet, target: &str) -> Result<Operation, Failure> {
+        let state = self.ledger.state();
+        let vm = state.vms.get(&plan.vm).ok_or_else(|| unknown_vm(&plan.vm))?;
+        let contract = plans::contract(vm)?;
+        let need = Need { vm: &vm.name, config: &vm.config, contract: &contract };
+        let info = fleet.host(target)?.keeps(&need)?;
+        let (source, record) = (&vm.host, self.show(&plan.vm).ok());
+        let others = match &fleet.able(&need, &[target, source])[..] {
+            [] => "no other host would do".to_owned(),
+            able => format!("{} would do as well", able.join(", ")),
+        };
         let notes = [
-            format!("{} would move from {source} to {} as generation {}", plan.vm, target.name, plan.generation),
-            format!("{source} is {}", self.agents.host_state(&source).word()),
-            format!("{} is up, offers {}", target.name, info.engines.join(", ")),
-            format!("{} bytes of RAM are needed; {} has {} free", ram, target.name, info.memory_bytes_free),
+            format!("{} would move from {source} to {target} as generation {}", plan.vm, plan.generation),
+            format!("{source} is {}", self.agents.host_state(source).word()),
+            format!("{target} is up, offers {}", info.engines.join(", ")),
+            format!("{target} keeps the contract {}: {} things compared", contract.model, contract.demands()),
+            format!(
+                "{} bytes of RAM are needed; {target} has {} free",
+                need.config.memory_bytes, info.memory_bytes_free
+            ),
+            others,
         ];
         let done = Said::Done(OperationDone { vm: record, ..OperationDone::default() });
         let said = notes.into_iter().map(Said::Note).chain([done]);
         let events: Vec<_> =
             said.map(|event| Ok(OperationEvent { operation: String::new(), event: Some(event) })).collect();
-        Box::pin(tokio_stream::iter(events))
+        Ok(Box::pin(tokio_stream::iter(events)))
     }
 }
 
@@ -110,9 +123,9 @@ impl Control for Api {
     async fn create_vm_record(&self, request: Request<CreateVmRecordRequest>) -> Began {
         let operator = require(&request, Role::Operator)?;
         let asked = request.into_inner();
-        let host = self.candidate(&asked.host);
         let config = asked.config.unwrap_or_default();
-        let plan = plans::create(&self.ledger.state(), &asked.vm, &host, config, asked.on_isolation);
+        let fleet = self.fleet();
+        let plan = plans::create(&self.ledger.state(), &fleet, &asked.vm, &asked.host, config, asked.on_isolation);
         self.begin(&operator, plan).await
     }
 
@@ -143,11 +156,11 @@ impl Control for Api {
     async fn migrate(&self, request: Request<MigrateRequest>) -> Began {
         let operator = require(&request, Role::Operator)?;
         let asked = request.into_inner();
-        let target = self.candidate(&asked.to);
+        let fleet = self.fleet();
         let policy = asked.policy.unwrap_or_default();
-        let plan = plans::migrate(&self.ledger.state(), &asked.vm, &target, asked.via_controller, policy);
+        let plan = plans::migrate(&self.ledger.state(), &fleet, &asked.vm, &asked.to, asked.via_controller, policy);
         if asked.dry_run {
-            return Ok(Response::new(self.rehearse(&plan?, &target)));
+            return Ok(Response::new(self.rehearse(&plan?, &fleet, &asked.to)?));
         }
         self.begin(&operator, plan).await
     }
@@ -202,9 +215,8 @@ impl Control for Api {
         let state = self.ledger.state();
         let entry = plans::named_checkpoint(&state, &asked.name)?;
         let manifest = read::manifest(&self.bucket, &entry.manifest_key).await?;
-        let target = self.candidate(&asked.to);
-        let policy = asked.policy.unwrap_or_default();
-        let plan = plans::restore(&self.ledger.state(), entry, manifest, &target, &asked.as_name, policy);
+        let (fleet, policy) = (self.fleet(), asked.policy.unwrap_or_default());
+        let plan = plans::restore(&self.ledger.state(), &fleet, entry, manifest, &asked.to, &asked.as_name, policy);
         self.begin(&operator, plan).await
     }
 

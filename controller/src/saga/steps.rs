@@ -91,7 +91,9 @@ impl<W: World> Hands<'_, W> {
     /// The world's.
     pub async fn perform(&self, step: &str, memory: &mut Memory) -> Result<(), Failure> {
         match (&self.plan().task, step) {
-            (Task::Create { host, config, on_isolation, .. }, _) => self.create(host, config, *on_isolation).await,
+            (Task::Create { host, config, on_isolation, capabilities }, _) => {
+                self.create(host, config, *on_isolation, capabilities).await
+            }
             (Task::Pause { .. }, _) => self.pause("paused by the operator").await,
             (Task::Resume { .. }, _) => self.resume().await,
             (Task::Stop, _) => self.stop().await,
@@ -165,13 +167,20 @@ impl<W: World> Hands<'_, W> {
         }
     }
 
-    async fn create(&self, host: &str, config: &MachineConfig, on_isolation: i32) -> Result<(), Failure> {
+    async fn create(
+        &self,
+        host: &str,
+        config: &MachineConfig,
+        on_isolation: i32,
+        capabilities: &[u8],
+    ) -> Result<(), Failure> {
         let request = CreateVmRequest {
             vm: self.plan().vm.clone(),
             generation: self.plan().generation,
             operation: self.operation.id.clone(),
             config: Some(config.clone()),
             on_isolation,
+            capabilities: capabilities.to_vec(),
         };
         self.world.create(host, request).await.map(drop)
     }

@@ -36,6 +36,7 @@ use self::runner::{Launch, Runner};
 use self::store::{Store, StoreError, is_vm_name};
 use crate::clock::Clock;
 use crate::config::Engine;
+use crate::facts::Facts;
 use crate::host;
 use crate::migration::{Failure, Receiver};
 use crate::tls::Tls;
@@ -62,6 +63,8 @@ pub struct Host {
     pub launch: Launch,
     /// This host's identity.
     pub tls: Arc<Tls>,
+    /// What it can give a guest.
+    pub facts: Facts,
     /// Engine of guests whose configuration names none.
     pub engine: Engine,
     /// This boot.
@@ -256,9 +259,12 @@ impl Vms {
             memory_bytes_total: memory.total,
             memory_bytes_free: memory.available.saturating_sub(Vms::promised_bytes(&self.list())),
             cpus: std::thread::available_parallelism().map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(1)),
-            engines: vec!["soft".to_owned()],
-            capabilities: host::capabilities(),
+            engines: self.host.facts.offered(),
+            capabilities: Vec::new(),
             vms: self.list(),
+            engine_facts: self.host.facts.engines.clone(),
+            hardware: Some(self.host.facts.hardware.clone()),
+            withheld: self.host.facts.withheld.clone(),
         }
     }
 

@@ -2,7 +2,9 @@
 
 use proto::v1::transfer_event::Event;
 use proto::v1::vm_verdict::Verdict;
-use proto::v1::{ActivateRequest, OperationRef, PrepareRequest, SendRequest, Ticket, TransferPolicy, VmRef, VmState};
+use proto::v1::{
+    ActivateRequest, MachineConfig, OperationRef, PrepareRequest, SendRequest, Ticket, TransferPolicy, VmRef, VmState,
+};
 use tokio_stream::StreamExt;
 use tonic::Code;
 
@@ -32,9 +34,18 @@ fn send_request(ticket: &Ticket, target: &Host) -> SendRequest {
     }
 }
 
+/// What a guest of this configuration needs.
+fn contract(config: &Option<MachineConfig>) -> Vec<u8> {
+    node_agent::facts::contract_of(config.as_ref().unwrap()).unwrap()
+}
+
 async fn prepare(source: &mut Host, target: &mut Host, ticket: &Ticket) {
     let config = source.vm("vm1").await.unwrap().config;
-    let request = PrepareRequest { ticket: Some(ticket.clone()), config, ..PrepareRequest::default() };
+    let capabilities = contract(&config);
+    let request = PrepareRequest { ticket: Some(ticket.clone()), config, capabilities, ..PrepareRequest::default() };
+    let without = PrepareRequest { capabilities: Vec::new(), ..request.clone() };
+    let refused = target.client.prepare(without).await.unwrap_err();
+    assert!(refused.message().contains("without a contract"), "{refused}");
     let reply = target.client.prepare(request.clone()).await.unwrap().into_inner();
     assert_eq!(reply.address, target.address);
     target.client.prepare(request).await.unwrap();
@@ -188,7 +199,8 @@ async fn tickets_of_others_are_refused() {
     a.client.create_vm(fleet.create("vm1", 1)).await.unwrap();
     let foreign = ticket(&b, &a, 2, "foreign");
     let config = a.vm("vm1").await.unwrap().config;
-    let request = PrepareRequest { ticket: Some(foreign), config, ..PrepareRequest::default() };
+    let capabilities = contract(&config);
+    let request = PrepareRequest { ticket: Some(foreign), config, capabilities, ..PrepareRequest::default() };
     assert_eq!(b.client.prepare(request).await.unwrap_err().code(), Code::PermissionDenied);
 
     let right = ticket(&a, &b, 2, "right");
