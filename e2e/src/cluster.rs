@@ -77,6 +77,25 @@ impl Cluster {
         self.ok(["dev", "up", "--dir", self.path(), "--hosts", &hosts]);
     }
 
+    /// Has a host of a cluster of so many withhold features from guests, as its operator would: by its settings and a new
+    /// agent.
+    ///
+    /// # Panics
+    /// The host does not come back, or does not say so.
+    pub fn withhold(&self, host: &str, features: &[&str], hosts: u32) {
+        let path = self.dir.join("dev.toml");
+        let before = std::fs::read_to_string(&path).expect("a dev cluster has a dev.toml");
+        let name = format!("name = \"{host}\"\n");
+        let after = before.replace(&name, &format!("{name}withhold = {features:?}\n"));
+        assert_ne!(before, after, "dev.toml does not name {host}");
+        std::fs::write(&path, after).expect("dev.toml can be written");
+        self.kill(self.daemon(host));
+        self.start(hosts);
+        wait(&format!("{host} to withhold {features:?}"), || {
+            (self.json(["host", "show", host])["withheld"] == serde_json::json!(features)).then_some(())
+        });
+    }
+
     fn path(&self) -> &str {
         self.dir.to_str().expect("temporary paths are text")
     }

@@ -112,6 +112,51 @@ fn files(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
 }
 
 #[test]
+fn a_guest_goes_only_where_every_bit_is_that_it_was_promised() {
+    const MISSING: &str = "CPUID 0000_0001.0 ECX[23] popcnt";
+    let cluster = Cluster::up(3);
+    cluster.withhold("hostB", &["popcnt"], 3);
+    cluster.create("vm1", "hostA", BUSY);
+    cluster.goes_on("vm1", 5);
+    let vm = cluster.json(["vm", "show", "vm1"]);
+    assert_eq!(vm["contract"]["model"], "soft-v1");
+    assert!(vm["contract"]["atoms"].as_u64() > Some(50), "{:#}", vm["contract"]);
+    for more in [&["--dry-run"][..], &[]] {
+        let args = ["migrate", "vm1", "--to", "hostB"].into_iter().chain(more.iter().copied());
+        let said = cluster.fails(Code::Incapable, args);
+        assert!(said.contains(MISSING) && said.contains("hostC would do"), "{said}");
+    }
+    assert!(!cluster.ok(["events", "--vm", "vm1"]).contains("migrate.began"), "an operation began");
+    assert_eq!(
+        (cluster.running_on("vm1"), cluster.json(["vm", "show", "vm1"])["generation"].as_u64()),
+        (vec!["hostA".to_owned()], Some(1))
+    );
+    cluster.goes_on("vm1", 5);
+    // Neither is it made there, nor brought back there; without --to it comes back where it can run.
+    let kernel = cluster.dir().join("vm1.elf");
+    let kernel = kernel.to_str().expect("temporary paths are text");
+    let said = cluster
+        .fails(Code::Incapable, ["vm", "create", "vm3", "--host", "hostB", "--memory", "64M", "--kernel", kernel]);
+    assert!(said.contains(MISSING), "{said}");
+    let id = cluster.json(["checkpoint", "create", "vm1"])["id"].as_str().unwrap_or_default().to_owned();
+    let said = cluster.fails(Code::Incapable, ["restore", &id, "--to", "hostB", "--as", "vm2"]);
+    assert!(said.contains(MISSING) && said.contains("hostC"), "{said}");
+    assert_eq!(cluster.json(["vm", "ls"]).as_array().map(Vec::len), Some(1));
+    cluster.ok(["restore", &id, "--as", "vm2"]);
+    assert_ne!(cluster.host_of("vm2"), "hostB");
+    cluster.goes_on("vm2", 5);
+    // What differs is shown by bit, and between equal hosts nothing does.
+    let differences = |a, b| cluster.json(["host", "compare", a, b])["differences"].clone();
+    let row = serde_json::json!({ "of": "soft", "what": MISSING, "a": "yes", "b": "no" });
+    assert_eq!(differences("hostA", "hostB")[0], row);
+    assert_eq!(differences("hostA", "hostC"), serde_json::json!([]));
+    assert!(cluster.ok(["host", "show", "hostB"]).contains(&format!("soft-v1 cannot run here: {MISSING}")));
+    let there = cluster.json(["migrate", "vm1", "--to", "hostC"]);
+    digests_agree(&there);
+    cluster.goes_on("vm1", 10);
+}
+
+#[test]
 fn a_guest_does_not_notice_that_its_agent_is_killed_and_started_again() {
     let cluster = Cluster::up(2);
     cluster.create("vm1", "hostA", BUSY);

@@ -129,10 +129,17 @@ impl EngineChoice {
 pub enum HostCommand {
     /// All hosts.
     Ls,
-    /// One host and the VMs that it reports.
+    /// One host: what its engines can give a guest, and the VMs that it reports.
     Show {
         /// Its name.
         host: String,
+    },
+    /// What two hosts differ in, by bit and name: what a guest of one could miss on the other.
+    Compare {
+        /// A host.
+        a: String,
+        /// Another.
+        b: String,
     },
 }
 
@@ -313,9 +320,9 @@ pub struct RestoreArgs {
     /// A VM (its newest checkpoint) or the id of a checkpoint.
     #[arg(value_name = "VM|ID")]
     pub name: String,
-    /// Host that is to run it.
+    /// Host that is to run it [default: of those that can, the one with the most memory free].
     #[arg(long, value_name = "HOST")]
-    pub to: String,
+    pub to: Option<String>,
     /// Make a new VM of this name and leave the old one alone.
     #[arg(long = "as", value_name = "NAME")]
     pub as_name: Option<String>,
@@ -384,6 +391,7 @@ mod tests {
             "ctl dev down --dir D",
             "ctl host ls -o json",
             "ctl host show hostA",
+            "ctl host compare hostA hostB -o json",
             "ctl vm create vm1 --host hostA --memory 512M --vcpus 1 --kernel K --initrd I --cmdline quiet --disk d.img,ro \
              --disk /s,shared --net tap=t0,mac=02:00:00:00:00:01 --cpu soft-v1 --engine soft --unpaced",
             "ctl vm ls",
@@ -402,6 +410,7 @@ mod tests {
             "ctl checkpoint verify --all",
             "ctl checkpoint rm 00",
             "ctl restore vm1 --to hostB --as vm2",
+            "ctl restore vm1",
             "ctl vmcb show vm1 --vcpu 0",
             "ctl vmcb diff a b",
             "ctl inspect file",
