@@ -109,7 +109,7 @@ pub fn model(name: &str) -> Result<CpuModel, Failure> {
 /// KVM, if this host has its device.
 fn kvm(device: &Path) -> Option<EngineFacts> {
     let reason = match std::fs::OpenOptions::new().read(true).write(true).open(device) {
-        Ok(_) => "it can be used, but this release runs no guests on it".to_owned(),
+        Ok(_) => "its device opens, but this release runs no guests on it".to_owned(),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
         Err(error) => format!("{}: {error}", device.display()),
     };

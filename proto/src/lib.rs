@@ -4,12 +4,14 @@
 //! - [`frame`]: the one envelope of wire, bucket and journal: magic, kind, version, length, BLAKE3, body.
 //! - [`leaf`]: BLAKE3 of pages, many at once.
 //! - [`capability`]: what a guest needs and a host has, how the two compare, and their names.
+//! - [`digest`]: what two sides of a transfer compare.
 //! - [`ids`]: identifiers that cannot be confused with each other.
 //! - [`status`]: what can go wrong, as a code that travels.
 //!
 //! This crate refuses to know the engine, the runtime, files and policy.
 
 pub mod capability;
+pub mod digest;
 pub mod frame;
 pub mod ids;
 pub mod leaf;

@@ -246,10 +246,10 @@ impl Assembly {
             if space.rounds[page as usize] > round {
                 continue;
             }
-            let leaf = leaves.get(skip).copied().unwrap_or(*ZERO_LEAF);
+            let leaf = leaves.get(skip).copied().unwrap_or(ZERO_LEAF);
             space.rounds[page as usize] = round;
             // A page of zeros that was sent in full is stored with its frame but need not be read back.
-            space.latest[page as usize] = if leaf == *ZERO_LEAF { 0 } else { place };
+            space.latest[page as usize] = if leaf == ZERO_LEAF { 0 } else { place };
             space.digests.set(page, leaf);
         }
         Ok(())
@@ -347,7 +347,7 @@ impl Assembly {
     /// [`IngestError::Digest`], [`IngestError::Protocol`] if it is not complete.
     pub fn finish(mut self) -> Result<(Finished, Option<Pack>), IngestError> {
         let end = self.state_end.take().ok_or_else(|| protocol(0, "the state did not arrive"))?;
-        let roots: Vec<[u8; 32]> = self.spaces.iter().map(|space| space.digests.root()).collect();
+        let roots: Vec<Digest> = self.spaces.iter().map(|space| space.digests.root()).collect();
         let (sections, places): (Vec<Section>, Vec<SectionRef>) =
             std::mem::take(&mut self.sections).into_values().unzip();
         let computed = machine_digest(&roots, state_digest(&sections));

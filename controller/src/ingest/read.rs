@@ -112,7 +112,7 @@ pub async fn verify(bucket: &Bucket, manifest: &Manifest, progress: impl Fn(usiz
         digests = after;
         progress(number + 1, keys.len());
     }
-    let roots: Vec<[u8; 32]> = digests.iter().map(PageDigests::root).collect();
+    let roots: Vec<_> = digests.iter().map(PageDigests::root).collect();
     let computed = machine_digest(&roots, state_digest(&sections));
     compare(&manifest.digest.clone().unwrap_or_default(), &computed)
         .map_err(|error| damaged(&format!("checkpoint {}", manifest.checkpoint), error))

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use proptest::prelude::*;
 use proto::frame::{self, Encoding, Kind, PAGE_BYTES, PageRun};
-use proto::ids::{CheckpointId, Generation};
+use proto::ids::{CheckpointId, Digest, Generation};
 use proto::status::Code;
 use proto::v1::lane_message::Message as Said;
 use proto::v1::lanes_server::{Lanes, LanesServer};
@@ -89,7 +89,7 @@ fn control(message: Said) -> Bytes {
 type Contents = BTreeMap<(u16, u64), u8>;
 
 fn digest(contents: &Contents) -> MachineDigest {
-    let roots: Vec<[u8; 32]> = (0..)
+    let roots: Vec<Digest> = (0..)
         .zip([RAM_PAGES, DISK_PAGES])
         .map(|(space, pages)| {
             let mut digests = PageDigests::new(pages);
