@@ -245,6 +245,14 @@ impl Actor {
     }
 
     async fn build_and_boot(&mut self) -> Result<(), Failure> {
+        let boot = self.record.as_ref().and_then(|record| record.config.clone()?.boot).unwrap_or_default();
+        let directory = self.host.store.directory(&self.name);
+        self.on_disk(move || {
+            std::fs::create_dir_all(&directory)
+                .map_err(|e| Failure::new(Code::Internal, format!("{}: {e}", directory.display())))?;
+            host::make_boot_image(&boot, &directory)
+        })
+        .await?;
         self.create_on_disk().await?;
         let runner = self.start_runner(false).await?;
         let until = self.host.leases.initial(self.policy());

@@ -290,7 +290,7 @@ impl Runner {
         u64::try_from(blocks).unwrap_or(0).saturating_mul(512)
     }
 
-    /// The pages that travel: RAM, then local disks.
+    /// The pages that travel: RAM, then local disks, then what the guest boots from.
     ///
     /// # Errors
     /// A descriptor is missing or too short.
@@ -303,7 +303,9 @@ impl Runner {
         let ram = pages("ram", self.config.memory_bytes)?;
         let local = self.config.disks.iter().enumerate().filter(|(_, disk)| !disk.shared);
         let disks = local.map(|(index, disk)| pages(&format!("disk{index}"), disk.size_bytes));
-        Ok(Spaces::new(ram, disks.collect::<Result<_, _>>()?))
+        let boot = self.config.boot.as_ref().map_or(0, |boot| boot.image_bytes);
+        let boot = (boot > 0).then(|| pages("boot", boot));
+        Ok(Spaces::new(ram, disks.chain(boot).collect::<Result<_, _>>()?))
     }
 
     fn descriptor(&self, name: &str) -> Result<OwnedFd, Failure> {

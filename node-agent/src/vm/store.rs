@@ -3,7 +3,7 @@
 //! ```text
 //! <state_dir>/vms/<name>/vm.pb        StoredVm: generation, state, ticket (written before anything acts on it)
 //!                       config.pb     MachineConfig for the runner
-//!                       runner.sock runner.pid runner.log console.log disk<N>.img
+//!                       boot.img runner.sock runner.pid runner.log console.log disk<N>.img
 //! <state_dir>/seen/<name>.pb          newest generation ever owned; outlives the directory
 //! <state_dir>/trash/...               directories on their way out; emptied at start
 //! ```

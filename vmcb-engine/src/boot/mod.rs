@@ -87,6 +87,8 @@ pub struct Boot<'a> {
     pub command_line: &'a str,
     /// The machine's seed; the kernel gets one derived from it.
     pub seed: &'a [u8],
+    /// Instructions that retired before this boot: each boot of a machine gets a seed of its own.
+    pub position: u64,
     /// How many vCPUs.
     pub vcpus: usize,
     /// Virtio devices, in order.

@@ -8,7 +8,7 @@ const WINDOWS: [Window; 2] =
     [Window { gpa: 0xd000_0000, bytes: 0x1000, line: 5 }, Window { gpa: 0xd000_1000, bytes: 0x1000, line: 6 }];
 
 fn boot<'a>(kernel: &'a [u8], initrd: Option<&'a [u8]>) -> Boot<'a> {
-    Boot { kernel, initrd, command_line: "console=ttyS0", seed: &[7; 32], vcpus: 2, windows: &WINDOWS }
+    Boot { kernel, initrd, command_line: "console=ttyS0", seed: &[7; 32], position: 0, vcpus: 2, windows: &WINDOWS }
 }
 
 fn memory() -> GuestMemory {
