@@ -93,6 +93,16 @@ impl Process {
         self.gone_within(EXIT_DEADLINE).await;
     }
 
+    /// Ends it without waiting.
+    pub fn end(self) {
+        if self.is_alive()
+            && let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw)
+        {
+            // It may end by itself in between.
+            let _ended = rustix::process::kill_process(pid, Signal::KILL);
+        }
+    }
+
     async fn gone_within(self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         while self.is_alive() {

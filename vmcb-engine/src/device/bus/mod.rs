@@ -235,6 +235,10 @@ impl Bus {
 
     /// OUT.
     pub fn io_write(&mut self, tsc: u64, port: u16, size: u8, value: u32) {
+        // A byte of its own: it lies inside of PCI's configuration address, which guests write in words.
+        if (port, size) == (CHIPSET_RESET_PORT, 1) && value as u8 & CHIPSET_RESET != 0 {
+            return self.power.reset(RESET_VALUE);
+        }
         for n in 0..size.min(4) {
             self.write_port(tsc, port.wrapping_add(n.into()), (value >> (8 * n)) as u8);
         }
@@ -251,7 +255,6 @@ impl Bus {
             SLEEP_CONTROL_PORT => self.power.set_sleep_control(value),
             RESET_PORT => self.power.reset(value),
             KEYBOARD_PORT if value == KEYBOARD_RESET => self.power.reset(RESET_VALUE),
-            CHIPSET_RESET_PORT if value & CHIPSET_RESET != 0 => self.power.reset(RESET_VALUE),
             _ => {}
         }
     }
