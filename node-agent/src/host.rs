@@ -7,7 +7,7 @@ use std::io::Read;
 use std::path::Path;
 
 use proto::status::Code;
-use proto::v1::{MachineConfig, NetConfig};
+use proto::v1::{BootSource, MachineConfig, NetConfig};
 use vmcb_engine::capability::CpuModel;
 
 use crate::config::Engine;
@@ -114,6 +114,7 @@ pub fn settle(mut config: MachineConfig, vm: &str, default: Engine) -> Result<Ma
     if config.tsc_per_instruction == 0 {
         config.tsc_per_instruction = TSC_PER_INSTRUCTION;
     }
+    config.boot.as_ref().map_or(Ok(()), check_boot)?;
     for (card, net) in config.nets.iter_mut().enumerate() {
         settle_mac(net, vm, card)?;
     }
@@ -158,10 +159,9 @@ pub fn settle_files(config: &mut MachineConfig) -> Result<(), Failure> {
     if boot.kernel_path.is_empty() {
         return Err(bad("a kernel is needed: --kernel FILE"));
     }
-    readable(&boot.kernel_path, false)?;
-    if !boot.initrd_path.is_empty() {
-        readable(&boot.initrd_path, false)?;
-    }
+    boot.kernel_bytes = image_length(&boot.kernel_path)?;
+    boot.initrd_bytes = if boot.initrd_path.is_empty() { 0 } else { image_length(&boot.initrd_path)? };
+    boot.image_bytes = initrd_offset(boot) + boot.initrd_bytes;
     for disk in &mut config.disks {
         let bytes = readable(&disk.path, !disk.read_only)?;
         if bytes == 0 || !bytes.is_multiple_of(512) {
@@ -170,6 +170,57 @@ pub fn settle_files(config: &mut MachineConfig) -> Result<(), Failure> {
         disk.size_bytes = bytes;
     }
     Ok(())
+}
+
+/// Kernel and initrd in the VM's directory, from where they travel.
+pub const BOOT_IMAGE: &str = "boot.img";
+/// Longest kernel or initrd.
+const IMAGE_BYTES_MAX: u64 = 1 << 30;
+
+/// Where the initrd lies in a [`BOOT_IMAGE`]: on the page behind the kernel.
+pub fn initrd_offset(boot: &BootSource) -> u64 {
+    boot.kernel_bytes.next_multiple_of(4096)
+}
+
+fn image_length(path: &str) -> Result<u64, Failure> {
+    match readable(path, false)? {
+        bytes if bytes > IMAGE_BYTES_MAX => Err(bad(format!("{path} is longer than 1 GiB"))),
+        bytes => Ok(bytes),
+    }
+}
+
+/// Lengths that came from elsewhere and make no boot image.
+fn check_boot(boot: &BootSource) -> Result<(), Failure> {
+    let (kernel, initrd, image) = (boot.kernel_bytes, boot.initrd_bytes, boot.image_bytes);
+    let fits = kernel <= IMAGE_BYTES_MAX && initrd <= IMAGE_BYTES_MAX && image == initrd_offset(boot) + initrd;
+    if image == 0 || fits {
+        return Ok(());
+    }
+    Err(bad(format!("kernel of {kernel} bytes and initrd of {initrd} make no boot image of {image}")))
+}
+
+/// Copies kernel and initrd into the VM's directory: from now on they are part of the VM.
+///
+/// # Errors
+/// A file that cannot be read or has changed its length, or no room.
+pub fn make_boot_image(boot: &BootSource, directory: &Path) -> Result<(), Failure> {
+    let path = directory.join(BOOT_IMAGE);
+    let failed = |path: &Path, error: std::io::Error| {
+        let code = if error.kind() == std::io::ErrorKind::StorageFull { Code::Exhausted } else { Code::Internal };
+        Failure::new(code, format!("{}: {error}", path.display()))
+    };
+    let mut image = std::fs::File::create(&path).map_err(|e| failed(&path, e))?;
+    let parts =
+        [(&boot.kernel_path, 0, boot.kernel_bytes), (&boot.initrd_path, initrd_offset(boot), boot.initrd_bytes)];
+    for (from, offset, bytes) in parts.into_iter().filter(|(_, _, bytes)| *bytes > 0) {
+        let mut source = std::fs::File::open(from).map_err(|e| failed(Path::new(from), e))?;
+        std::io::Seek::seek(&mut image, std::io::SeekFrom::Start(offset)).map_err(|e| failed(&path, e))?;
+        let copied = std::io::copy(&mut source, &mut image).map_err(|e| failed(&path, e))?;
+        if copied != bytes {
+            return Err(bad(format!("{from} has changed while it was copied: {bytes} bytes, then {copied}")));
+        }
+    }
+    image.set_len(boot.image_bytes).map_err(|e| failed(&path, e))
 }
 
 /// Checks that a shared disk is there too.
@@ -201,15 +252,16 @@ fn readable(path: &str, write: bool) -> Result<u64, Failure> {
     })
 }
 
-/// Makes empty local disks in `directory` for a guest that arrives, and points the configuration at them.
+/// Makes an empty boot image and empty local disks in `directory` for a guest that arrives, and points the configuration at them.
 ///
 /// # Errors
 /// [`Code::Exhausted`] if they do not fit; otherwise what the file system says.
 pub fn make_local_disks(config: &mut MachineConfig, directory: &Path) -> Result<(), Failure> {
     let failed =
         |path: &Path, error: std::io::Error| Failure::new(Code::Internal, format!("{}: {error}", path.display()));
-    let needed: u64 =
-        config.disks.iter().filter(|disk| !disk.shared).fold(0, |sum, disk| sum.saturating_add(disk.size_bytes));
+    let boot_bytes = config.boot.as_ref().map_or(0, |boot| boot.image_bytes);
+    let local = config.disks.iter().filter(|disk| !disk.shared);
+    let needed: u64 = local.fold(boot_bytes, |sum, disk| sum.saturating_add(disk.size_bytes));
     let space = rustix::fs::statvfs(directory).map_err(|e| failed(directory, e.into()))?;
     let free = space.f_bavail.saturating_mul(space.f_frsize);
     if needed > free {
@@ -217,10 +269,16 @@ pub fn make_local_disks(config: &mut MachineConfig, directory: &Path) -> Result<
             format!("local disks need {} MiB, {} has {} MiB free", needed >> 20, directory.display(), free >> 20);
         return Err(Failure::new(Code::Exhausted, text));
     }
+    let make = |path: &Path, bytes: u64| {
+        let made = std::fs::File::create(path).and_then(|file| file.set_len(bytes));
+        made.map_err(|e| failed(path, e))
+    };
+    if boot_bytes > 0 {
+        make(&directory.join(BOOT_IMAGE), boot_bytes)?;
+    }
     for (index, disk) in config.disks.iter_mut().enumerate().filter(|(_, disk)| !disk.shared) {
         let path = directory.join(format!("disk{index}.img"));
-        let file = std::fs::File::create(&path).map_err(|e| failed(&path, e))?;
-        file.set_len(disk.size_bytes).map_err(|e| failed(&path, e))?;
+        make(&path, disk.size_bytes)?;
         disk.path = path.to_string_lossy().into_owned();
     }
     Ok(())

@@ -48,6 +48,7 @@ pub fn build(args: &VmCreateArgs) -> Result<v1::MachineConfig, Failure> {
             None => String::new(),
         },
         cmdline: args.cmdline.clone(),
+        ..v1::BootSource::default()
     };
     let seed = random_bytes::<32>()?;
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

@@ -64,7 +64,8 @@ pub fn parse(bytes: &[u8]) -> Result<Manifest, ManifestError> {
     }
     let Some(config) = &manifest.config else { return nonsense("there is no configuration in it") };
     let disks = config.disks.iter().map(|disk| disk.size_bytes);
-    if std::iter::once(config.memory_bytes).chain(disks).any(|bytes| bytes > SPACE_BYTES_MAX) {
+    let boot = config.boot.as_ref().map(|boot| boot.image_bytes);
+    if std::iter::once(config.memory_bytes).chain(disks).chain(boot).any(|bytes| bytes > SPACE_BYTES_MAX) {
         return nonsense("the machine is larger than this release can hold");
     }
     let expected = spaces(config);

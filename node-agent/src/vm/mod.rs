@@ -13,6 +13,7 @@
 pub mod actor;
 pub mod lease;
 mod recover;
+mod replace;
 pub mod requests;
 pub mod runner;
 pub mod store;
