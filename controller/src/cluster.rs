@@ -115,7 +115,7 @@ impl Controller {
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), ClusterError> {
         let Controller { config, listener, address, tls, api } = self;
         if let Some(address) = config.metrics {
-            let sources = Sources { ledger: api.ledger.clone(), agents: api.agents.clone() };
+            let sources = Sources { ledger: api.ledger.clone(), agents: api.agents.clone(), tls: tls.clone() };
             let bound = TcpListener::bind(address).await.map_err(|source| ClusterError::Listen { address, source })?;
             tokio::spawn(metrics::serve(bound, metrics::install()?, sources, shutdown.clone()));
         }

@@ -23,14 +23,20 @@ pub struct FileBucket {
 
 impl FileBucket {
     pub(super) fn open(root: &Path) -> Result<FileBucket, BucketError> {
-        let io = |source| BucketError::Io { key: root.display().to_string(), source };
+        let bucket = FileBucket { root: Arc::new(root.into()) };
+        let io = |source| BucketError::Io { bucket: bucket.name(), key: UNFINISHED.into(), source };
         let unfinished = root.join(UNFINISHED);
         match fs::remove_dir_all(&unfinished) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(io(error)),
             _ => {}
         }
         fs::create_dir_all(&unfinished).map_err(io)?;
-        Ok(FileBucket { root: Arc::new(root.into()) })
+        Ok(bucket)
+    }
+
+    /// How people name it.
+    pub(super) fn name(&self) -> String {
+        format!("file:{}", self.root.display())
     }
 
     pub(super) fn put(&self, key: &str, bytes: &[u8]) -> Result<(), BucketError> {
@@ -40,15 +46,15 @@ impl FileBucket {
             let _ = fs::remove_file(&unfinished);
             match source.kind() {
                 ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
-                    BucketError::Full { key: key.into(), bytes: bytes.len() }
+                    BucketError::Full { bucket: self.name(), key: key.into(), bytes: bytes.len(), source }
                 }
-                _ => BucketError::Io { key: key.into(), source },
+                _ => self.failed(key, source),
             }
         })
     }
 
     fn write(&self, key: &str, unfinished: &Path, bytes: &[u8]) -> io::Result<()> {
-        let mut file = File::create_new(unfinished)?;
+        let mut file = self.create(unfinished)?;
         file.write_all(bytes)?;
         file.sync_all()?;
         let path = self.root.join(key);
@@ -59,12 +65,24 @@ impl FileBucket {
         inside.into_iter().try_for_each(|folder| File::open(folder)?.sync_all())
     }
 
+    /// A bucket that was made again while the controller runs has no folder for what is unfinished. The bucket itself is
+    /// never made here: what is missing may be a mount, and what was written under it would vanish when it comes back.
+    fn create(&self, unfinished: &Path) -> io::Result<File> {
+        match File::create_new(unfinished) {
+            Err(error) if error.kind() == ErrorKind::NotFound && self.root.is_dir() => {
+                fs::create_dir(self.root.join(UNFINISHED))?;
+                File::create_new(unfinished)
+            }
+            created => created,
+        }
+    }
+
     pub(super) fn get(&self, key: &str) -> Result<Bytes, BucketError> {
-        fs::read(self.root.join(key)).map(Bytes::from).map_err(|source| missing(key, source))
+        fs::read(self.root.join(key)).map(Bytes::from).map_err(|source| self.failed(key, source))
     }
 
     pub(super) fn get_range(&self, key: &str, offset: u64, bytes: usize) -> Result<Bytes, BucketError> {
-        let io = |source| missing(key, source);
+        let io = |source| self.failed(key, source);
         let mut file = File::open(self.root.join(key)).map_err(io)?;
         let (found, expected) = (file.metadata().map_err(io)?.len(), offset.saturating_add(bytes as u64));
         if found < expected {
@@ -79,11 +97,12 @@ impl FileBucket {
     pub(super) fn list(&self, prefix: &str) -> Result<Vec<String>, BucketError> {
         let mut keys = Vec::new();
         let mut folders = vec![self.root.join(prefix)];
-        let io = |source| BucketError::Io { key: prefix.into(), source };
+        let io = |source| self.failed(prefix, source);
         while let Some(folder) = folders.pop() {
             let entries = match fs::read_dir(&folder) {
                 Ok(entries) => entries,
-                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                // A bucket that is not there has no empty folders.
+                Err(error) if error.kind() == ErrorKind::NotFound && self.root.is_dir() => continue,
                 Err(error) => return Err(io(error)),
             };
             for entry in entries {
@@ -102,16 +121,18 @@ impl FileBucket {
 
     pub(super) fn delete(&self, key: &str) -> Result<(), BucketError> {
         match fs::remove_file(self.root.join(key)) {
-            Err(error) if error.kind() != ErrorKind::NotFound => Err(missing(key, error)),
+            Err(error) if error.kind() != ErrorKind::NotFound || !self.root.is_dir() => Err(self.failed(key, error)),
             _ => Ok(()),
         }
     }
-}
 
-fn missing(key: &str, source: io::Error) -> BucketError {
-    match source.kind() {
-        ErrorKind::NotFound => BucketError::Missing(key.into()),
-        _ => BucketError::Io { key: key.into(), source },
+    /// An object that is missing in a bucket that is there is another trouble than a bucket that is not.
+    fn failed(&self, key: &str, source: io::Error) -> BucketError {
+        match source.kind() {
+            ErrorKind::NotFound if !self.root.is_dir() => BucketError::Gone { bucket: self.name(), source },
+            ErrorKind::NotFound => BucketError::Missing(key.into()),
+            _ => BucketError::Io { bucket: self.name(), key: key.into(), source },
+        }
     }
 }
 
@@ -173,6 +194,31 @@ pub(crate) mod tests {
         assert!(scratch.bucket.get(".tmp/half").await.is_err());
         Bucket::open(&format!("file:{}", scratch.folder.display())).unwrap();
         assert!(!unfinished.exists());
+    }
+
+    #[tokio::test]
+    async fn a_bucket_that_is_gone_is_named_and_never_made_again_by_itself() {
+        let scratch = Scratch::new();
+        scratch.bucket.put("a/b", Bytes::from_static(b"12")).await.unwrap();
+        let aside = scratch.folder.with_extension("aside");
+        fs::rename(&scratch.folder, &aside).unwrap();
+        for error in [
+            scratch.bucket.put("a/c", Bytes::from_static(b"x")).await.unwrap_err(),
+            scratch.bucket.get("a/b").await.unwrap_err(),
+            scratch.bucket.get_range("a/b", 0, 1).await.unwrap_err(),
+            scratch.bucket.list("a/").await.unwrap_err(),
+            scratch.bucket.delete("a/b").await.unwrap_err(),
+        ] {
+            assert!(
+                matches!(&error, BucketError::Gone { bucket, .. } if bucket.ends_with(scratch.folder.to_str().unwrap()))
+            );
+        }
+        assert!(!scratch.folder.exists());
+        fs::rename(&aside, &scratch.folder).unwrap();
+        // Made again by hand, without the folder of unfinished objects.
+        fs::remove_dir_all(scratch.folder.join(UNFINISHED)).unwrap();
+        scratch.bucket.put("a/c", Bytes::from_static(b"x")).await.unwrap();
+        assert_eq!(scratch.bucket.list("a/").await.unwrap(), ["a/b", "a/c"]);
     }
 
     #[tokio::test]

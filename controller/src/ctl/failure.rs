@@ -5,6 +5,8 @@
 use proto::status::Code;
 use proto::v1::OperationFailed;
 
+use crate::failure::HINT;
+
 /// The table of exit codes, as `--help` and the README show it.
 pub const EXIT_CODES: &str = "\
 Exit codes:
@@ -70,7 +72,9 @@ impl Failure {
             text => format!("cannot {doing}: {text}"),
         };
         let failure = Failure::new(code, message);
-        match default_hint(code) {
+        // Who refused knows best what helps.
+        let given = status.metadata().get(HINT).and_then(|value| value.to_str().ok());
+        match given.or_else(|| default_hint(code)) {
             Some(hint) => failure.hint(hint),
             None => failure,
         }
@@ -152,5 +156,8 @@ mod tests {
         let failure = Failure::from_status("show vm1", &tonic::Status::not_found("no VM is called vm1"));
         assert_eq!((failure.code, failure.message.as_str()), (Code::NotFound, "cannot show vm1: no VM is called vm1"));
         assert!(failure.hint.is_some());
+        let refused = crate::failure::Failure::new(Code::Conflict, "vm1 is on hostA already").hint("leave it there");
+        let failure = Failure::from_status("migrate vm1", &tonic::Status::from(refused));
+        assert_eq!(failure.hint.as_deref(), Some("leave it there"));
     }
 }

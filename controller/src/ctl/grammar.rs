@@ -52,6 +52,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// What happened, from the ledger.
     Events(EventsArgs),
+    /// Hosts and guests, and how fast each guest goes, again and again.
+    Top(TopArgs),
 }
 
 /// `ctl dev ...`
@@ -367,6 +369,17 @@ pub struct EventsArgs {
     pub since: u64,
 }
 
+/// `ctl top`
+#[derive(Args, Debug)]
+pub struct TopArgs {
+    /// Time between two looks. Hosts report every two seconds or so.
+    #[arg(long, default_value = "2s", value_parser = units::duration, value_name = "TIME")]
+    pub interval: Duration,
+    /// End after so many looks [default: go on for ever].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub count: Option<u32>,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -406,6 +419,8 @@ mod tests {
             "ctl vmcb diff a b",
             "ctl inspect file",
             "ctl events -f",
+            "ctl top",
+            "ctl top --interval 1s --count 3 -o json",
         ] {
             if let Err(error) = Cli::try_parse_from(line.split_whitespace()) {
                 panic!("{line}\n{error}");
