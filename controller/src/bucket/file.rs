@@ -1,7 +1,8 @@
 //! A bucket that is a directory on a local disk.
 //!
 //! An object appears by rename: written to a file of its own under `.tmp`, synced, renamed to its key, and the
-//! directories synced up to the root. A crash leaves at most a file under `.tmp`, which the next start removes.
+//! directories synced up to the root. A crash leaves at most a file under `.tmp`, which the next start removes. `.tmp` is
+//! also what a bucket is known by: a mount point whose disk is not there has none, and nothing is written there.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
@@ -22,9 +23,18 @@ pub struct FileBucket {
 }
 
 impl FileBucket {
-    pub(super) fn open(root: &Path) -> Result<FileBucket, BucketError> {
+    /// Opens it. Only a `fresh` bucket, in which nothing is expected yet, is made where there is none.
+    pub(super) fn open(root: &Path, fresh: bool) -> Result<FileBucket, BucketError> {
         let bucket = FileBucket { root: Arc::new(root.into()) };
         let io = |source| BucketError::Io { bucket: bucket.name(), key: UNFINISHED.into(), source };
+        if !fresh && !bucket.is_there() {
+            tracing::error!(
+                bucket = bucket.name(),
+                "checkpoints are expected in the bucket, but no bucket is there: is it mounted? \
+                 If it is lost for good, make a folder .tmp there"
+            );
+            return Ok(bucket);
+        }
         let unfinished = root.join(UNFINISHED);
         match fs::remove_dir_all(&unfinished) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(io(error)),
@@ -32,6 +42,10 @@ impl FileBucket {
         }
         fs::create_dir_all(&unfinished).map_err(io)?;
         Ok(bucket)
+    }
+
+    fn is_there(&self) -> bool {
+        self.root.join(UNFINISHED).is_dir()
     }
 
     /// How people name it.
@@ -54,7 +68,7 @@ impl FileBucket {
     }
 
     fn write(&self, key: &str, unfinished: &Path, bytes: &[u8]) -> io::Result<()> {
-        let mut file = self.create(unfinished)?;
+        let mut file = File::create_new(unfinished)?;
         file.write_all(bytes)?;
         file.sync_all()?;
         let path = self.root.join(key);
@@ -63,18 +77,6 @@ impl FileBucket {
         fs::rename(unfinished, &path)?;
         let inside = folder.ancestors().take_while(|folder| folder.starts_with(&*self.root));
         inside.into_iter().try_for_each(|folder| File::open(folder)?.sync_all())
-    }
-
-    /// A bucket that was made again while the controller runs has no folder for what is unfinished. The bucket itself is
-    /// never made here: what is missing may be a mount, and what was written under it would vanish when it comes back.
-    fn create(&self, unfinished: &Path) -> io::Result<File> {
-        match File::create_new(unfinished) {
-            Err(error) if error.kind() == ErrorKind::NotFound && self.root.is_dir() => {
-                fs::create_dir(self.root.join(UNFINISHED))?;
-                File::create_new(unfinished)
-            }
-            created => created,
-        }
     }
 
     pub(super) fn get(&self, key: &str) -> Result<Bytes, BucketError> {
@@ -102,7 +104,7 @@ impl FileBucket {
             let entries = match fs::read_dir(&folder) {
                 Ok(entries) => entries,
                 // A bucket that is not there has no empty folders.
-                Err(error) if error.kind() == ErrorKind::NotFound && self.root.is_dir() => continue,
+                Err(error) if error.kind() == ErrorKind::NotFound && self.is_there() => continue,
                 Err(error) => return Err(io(error)),
             };
             for entry in entries {
@@ -121,7 +123,7 @@ impl FileBucket {
 
     pub(super) fn delete(&self, key: &str) -> Result<(), BucketError> {
         match fs::remove_file(self.root.join(key)) {
-            Err(error) if error.kind() != ErrorKind::NotFound || !self.root.is_dir() => Err(self.failed(key, error)),
+            Err(error) if error.kind() != ErrorKind::NotFound || !self.is_there() => Err(self.failed(key, error)),
             _ => Ok(()),
         }
     }
@@ -129,7 +131,7 @@ impl FileBucket {
     /// An object that is missing in a bucket that is there is another trouble than a bucket that is not.
     fn failed(&self, key: &str, source: io::Error) -> BucketError {
         match source.kind() {
-            ErrorKind::NotFound if !self.root.is_dir() => BucketError::Gone { bucket: self.name(), source },
+            ErrorKind::NotFound if !self.is_there() => BucketError::Gone { bucket: self.name(), source },
             ErrorKind::NotFound => BucketError::Missing(key.into()),
             _ => BucketError::Io { bucket: self.name(), key: key.into(), source },
         }
@@ -150,7 +152,7 @@ pub(crate) mod tests {
     impl Scratch {
         pub(crate) fn new() -> Scratch {
             let folder = std::env::temp_dir().join(format!("godwit-{}", to_hex(&crate::entropy::bytes::<8>())));
-            let bucket = Bucket::open(&format!("file:{}", folder.display())).unwrap();
+            let bucket = Bucket::open(&format!("file:{}", folder.display()), true).unwrap();
             Scratch { bucket, folder }
         }
     }
@@ -192,7 +194,7 @@ pub(crate) mod tests {
         let unfinished = scratch.folder.join(UNFINISHED).join("half");
         fs::write(&unfinished, b"half").unwrap();
         assert!(scratch.bucket.get(".tmp/half").await.is_err());
-        Bucket::open(&format!("file:{}", scratch.folder.display())).unwrap();
+        Bucket::open(&format!("file:{}", scratch.folder.display()), true).unwrap();
         assert!(!unfinished.exists());
     }
 
@@ -214,11 +216,18 @@ pub(crate) mod tests {
             );
         }
         assert!(!scratch.folder.exists());
+        // The mount point is there, its disk is not.
+        fs::create_dir(&scratch.folder).unwrap();
+        let nowhere = scratch.bucket.put("a/c", Bytes::from_static(b"x")).await.unwrap_err();
+        assert!(matches!(nowhere, BucketError::Gone { .. }), "{nowhere}");
+        let url = format!("file:{}", scratch.folder.display());
+        let reopened = Bucket::open(&url, false).unwrap();
+        assert!(matches!(reopened.get("a/b").await.unwrap_err(), BucketError::Gone { .. }));
+        assert_eq!(fs::read_dir(&scratch.folder).unwrap().count(), 0);
+        fs::remove_dir(&scratch.folder).unwrap();
         fs::rename(&aside, &scratch.folder).unwrap();
-        // Made again by hand, without the folder of unfinished objects.
-        fs::remove_dir_all(scratch.folder.join(UNFINISHED)).unwrap();
         scratch.bucket.put("a/c", Bytes::from_static(b"x")).await.unwrap();
-        assert_eq!(scratch.bucket.list("a/").await.unwrap(), ["a/b", "a/c"]);
+        assert_eq!(reopened.list("a/").await.unwrap(), ["a/b", "a/c"]);
     }
 
     #[tokio::test]

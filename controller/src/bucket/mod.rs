@@ -101,15 +101,15 @@ pub enum Bucket {
 }
 
 impl Bucket {
-    /// Opens `file:DIR`, making the directory if it is not there.
+    /// Opens `file:DIR`. The directory is made if it is not there and the bucket is `fresh`: no checkpoint is expected in it.
     ///
     /// # Errors
     /// [`BucketError::Url`], [`BucketError::Io`].
-    pub fn open(url: &str) -> Result<Bucket, BucketError> {
+    pub fn open(url: &str, fresh: bool) -> Result<Bucket, BucketError> {
         match url.strip_prefix("file:") {
             Some(path) if !path.is_empty() => {
                 let path = path.strip_prefix("//").unwrap_or(path);
-                FileBucket::open(&PathBuf::from(path)).map(Bucket::File)
+                FileBucket::open(&PathBuf::from(path), fresh).map(Bucket::File)
             }
             _ => Err(BucketError::Url(url.into())),
         }
@@ -223,7 +223,7 @@ mod tests {
     #[test]
     fn other_urls_are_refused() {
         for url in ["s3://bucket", "file:", "/plain/path", ""] {
-            assert!(matches!(Bucket::open(url), Err(BucketError::Url(_))), "{url:?}");
+            assert!(matches!(Bucket::open(url, true), Err(BucketError::Url(_))), "{url:?}");
         }
     }
 }

@@ -391,6 +391,32 @@ mod tests {
     }
 
     #[test]
+    fn every_help_page_explains_every_word() {
+        fn look(command: &mut clap::Command, path: &str, missing: &mut Vec<String>) {
+            let path = format!("{path} {}", command.get_name());
+            if command.get_about().is_none() {
+                missing.push(path.clone());
+            }
+            for argument in command.get_arguments().filter(|argument| !argument.is_hide_set()) {
+                if argument.get_help().is_none() {
+                    missing.push(format!("{path} {}", argument.get_id()));
+                }
+            }
+            for line in command.render_long_help().to_string().lines() {
+                if line.chars().count() > 140 {
+                    missing.push(format!("{path}: a long line: {line}"));
+                }
+            }
+            command.get_subcommands_mut().filter(|sub| !sub.is_hide_set()).for_each(|sub| look(sub, &path, missing));
+        }
+        let mut missing = Vec::new();
+        let mut cli = Cli::command();
+        cli.build();
+        look(&mut cli, "", &mut missing);
+        assert_eq!(missing, Vec::<String>::new());
+    }
+
+    #[test]
     fn the_words_of_the_contract_are_understood() {
         for line in [
             "ctl dev up --dir D --hosts 2 --engine soft --bucket file:///b --store redb:///s",
