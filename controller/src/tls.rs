@@ -39,6 +39,16 @@ pub enum Role {
     Operator,
 }
 
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Role::Host => "host",
+            Role::Controller => "controller",
+            Role::Operator => "operator",
+        })
+    }
+}
+
 /// Who is at the other end of a connection.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
 pub struct Identity {
@@ -50,12 +60,7 @@ pub struct Identity {
 
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let role = match self.role {
-            Role::Host => "host",
-            Role::Controller => "controller",
-            Role::Operator => "operator",
-        };
-        write!(f, "{role}/{}", self.name)
+        write!(f, "{}/{}", self.role, self.name)
     }
 }
 

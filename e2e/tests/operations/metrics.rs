@@ -97,11 +97,14 @@ fn every_promised_number_is_there_and_no_other() {
     cluster.create("vm1", "hostA", BUSY);
     cluster.goes_on("vm1", 3);
     let mut moving =
-        cluster.begins("vm1", ["migrate", "vm1", "--to", "hostB", "--via", "controller", "--bandwidth", "12M"]);
+        cluster.begins("vm1", ["migrate", "vm1", "--to", "hostB", "--via", "controller", "--bandwidth", "6M"]);
     let during = Page::of(&cluster, "controller");
     assert_eq!(during.get("godwit_operations_active"), 1.0);
     Page::of(&cluster, "hostA");
-    assert_eq!(Page::of(&cluster, "hostB").get("godwit_agent_vms{state=\"incoming\"}"), 1.0);
+    // The target makes room a moment after the operation began.
+    wait("hostB to show what comes", || {
+        (Page::of(&cluster, "hostB").get("godwit_agent_vms{state=\"incoming\"}") == 1.0).then_some(())
+    });
     assert!(moving.wait().unwrap().success());
     cluster.ok(["checkpoint", "create", "vm1"]);
     wait("the new host to be heard", || (cluster.observed("vm1") == "running").then_some(()));

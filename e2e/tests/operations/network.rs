@@ -38,7 +38,7 @@ fn ip(line: &str) {
     assert!(runs("ip", &line.split_whitespace().collect::<Vec<_>>()), "ip {line}");
 }
 
-/// The middle: bridge `wire` with 10.77.0.254. Each host: a namespace with bridge `lan`, on it `up` (to the wire) and `tap0`.
+/// The middle: bridge `wire` with 10.77.0.254. Each host: a namespace with bridge `lan`, on it `uplink` (to the wire) and `tap0`.
 fn lay_wires() {
     ip("link set lo up");
     ip("link add wire type bridge forward_delay 0");
@@ -46,13 +46,13 @@ fn lay_wires() {
     ip("link set wire up");
     for (host, address) in [("hostA", "10.77.0.1/24"), ("hostB", "10.77.0.2/24")] {
         ip(&format!("netns add {host}"));
-        ip(&format!("link add to-{host} type veth peer name up netns {host}"));
+        ip(&format!("link add to-{host} type veth peer name uplink netns {host}"));
         ip(&format!("link set to-{host} master wire up"));
         ip(&format!("-n {host} link set lo up"));
         ip(&format!("-n {host} link add lan type bridge forward_delay 0"));
         ip(&format!("-n {host} addr add {address} dev lan"));
         ip(&format!("-n {host} tuntap add dev tap0 mode tap"));
-        for port in ["up", "tap0"] {
+        for port in ["uplink", "tap0"] {
             ip(&format!("-n {host} link set {port} master lan up"));
         }
         ip(&format!("-n {host} link set lan up"));

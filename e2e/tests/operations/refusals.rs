@@ -110,7 +110,7 @@ fn what_no_host_can_run_is_refused_before_anything_is_kept() {
         (Code::BadInput, &["--memory", "12Q", "--kernel", elf], "12Q"),
         (Code::BadInput, &["--memory", "64M", "--kernel", elf, "--vcpus", "0"], "processor"),
         (Code::BadInput, &["--memory", "64M", "--kernel", elf, "--engine", "tcg"], "tcg"),
-        (Code::BadInput, &["--memory", "64M", "--kernel", elf, "--cpu", "z80"], "z80"),
+        (Code::Incapable, &["--memory", "64M", "--kernel", elf, "--cpu", "z80"], "z80"),
         (Code::BadInput, &["--memory", "64M", "--kernel", elf, "--cmdline", &"x".repeat(100_000)], "command line"),
         (Code::Incapable, &["--memory", "64M", "--kernel", elf, "--engine", "kvm"], "kvm"),
         (Code::Exhausted, &["--memory", "1000G", "--kernel", elf], "memory"),
