@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use tonic::metadata::MetadataValue;
 
 /// Header of a gRPC status that carries [`Failure::hint`].
-const HINT: &str = "godwit-hint";
+pub const HINT: &str = "godwit-hint";
 
 /// A failed call, step or operation.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]

@@ -28,3 +28,7 @@ pub mod status;
 pub mod v1 {
     include!(concat!(env!("OUT_DIR"), "/godwit.v1.rs"));
 }
+
+/// The schema of [`v1`], an encoded `google.protobuf.FileDescriptorSet`: what tools need that show messages by the names of
+/// their fields.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

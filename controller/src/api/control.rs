@@ -5,6 +5,7 @@
 use std::pin::Pin;
 use std::time::Duration;
 
+use proto::ids::Generation;
 use proto::v1::control_server::Control;
 use proto::v1::operation_event::Event as Said;
 use proto::v1::{
@@ -19,9 +20,10 @@ use tonic::{Request, Response, Status, Streaming};
 use super::placement::{Fleet, Need};
 use super::plans::{self, unknown_checkpoint, unknown_vm};
 use super::{Api, console, events, require, views};
+use crate::bucket::packs_prefix;
 use crate::failure::Failure;
-use crate::ingest::read;
-use crate::ledger::event::{Plan, Task};
+use crate::ingest::{manifest, read};
+use crate::ledger::event::{CheckpointEntry, Plan, Task};
 use crate::saga::report::record;
 use crate::tls::{Identity, Role};
 
@@ -48,6 +50,21 @@ impl Api {
 
     fn checkpoint(&self, id: &str) -> Result<CheckpointRecord, Failure> {
         self.ledger.state().checkpoints.get(id).map(|entry| record(entry)).ok_or_else(|| unknown_checkpoint(id))
+    }
+
+    /// Bodies of a checkpoint's sections `cpu/N`, by vCPU: bytes that were hashed, which the caller decodes.
+    async fn cpu_states(&self, entry: &CheckpointEntry) -> Result<Vec<Vec<u8>>, Failure> {
+        let manifest = read::manifest(&self.bucket, &entry.manifest_key).await?;
+        let keys = manifest::pack_keys(&manifest);
+        let mut states = Vec::new();
+        for place in manifest.sections.iter().filter(|place| place.name.starts_with("cpu/")) {
+            let number = place.pack as usize;
+            let bytes = read::pack(&self.bucket, &manifest, number).await?;
+            let (section, _) = read::section(&keys[number], &bytes, place)?;
+            states.push((section.name["cpu/".len()..].parse().unwrap_or(u32::MAX), section.body));
+        }
+        states.sort();
+        Ok(states.into_iter().map(|(_, body)| body).collect())
     }
 
     async fn power(&self, request: Request<VmName>, task: impl FnOnce(crate::ledger::event::Intent) -> Task) -> Began {
@@ -203,6 +220,11 @@ impl Control for Api {
 
     async fn remove_checkpoint(&self, request: Request<CheckpointName>) -> Began {
         let operator = require(&request, Role::Operator)?;
+        let id = request.get_ref().id.clone();
+        if let Some(entry) = self.ledger.state().checkpoints.get(&id) {
+            // What the ledger forgets nobody would look for: the bucket must be there to forget it, too.
+            self.bucket.list(&packs_prefix(&entry.vm_id, Generation(entry.generation))).await.map_err(Failure::from)?;
+        }
         let plan = plans::on_checkpoint(&self.ledger.state(), &request.into_inner().id, |entry| {
             Task::RemoveCheckpoint { checkpoint: entry.id.clone(), generation: entry.generation }
         });
@@ -224,7 +246,10 @@ impl Control for Api {
         require(&request, Role::Operator)?;
         let name = request.into_inner().name;
         let state = self.ledger.state();
-        let vm = state.vms.get(&name).ok_or_else(|| unknown_vm(&name))?;
+        let Some(vm) = state.vms.get(&name) else {
+            let cpu_states = self.cpu_states(plans::named_checkpoint(&state, &name)?).await?;
+            return Ok(Response::new(VmcbReply { cpu_states, ..VmcbReply::default() }));
+        };
         let itself = VmRef { vm: name, generation: vm.generation, ..VmRef::default() };
         let reply = self.agents.call(&vm.host, LOOK_MAX, async |mut agent| agent.get_vmcb(itself).await).await?;
         Ok(Response::new(reply))

@@ -73,7 +73,7 @@ fn require<T>(request: &Request<T>, role: Role) -> Result<Identity, Status> {
     if identity.role == role {
         return Ok(identity);
     }
-    tracing::warn!(%identity, "refused a call that is for {role:?} only");
-    let text = format!("{identity} may not do this: a certificate of role {role:?} is needed");
-    Err(Failure::new(Code::Denied, text.to_lowercase()).hint("use the certificate of an operator").into())
+    tracing::warn!(%identity, "refused a call that is for role {role} only");
+    let text = format!("{identity} may not do this: a certificate of role {role} is needed");
+    Err(Failure::new(Code::Denied, text).hint("use the certificate of an operator").into())
 }

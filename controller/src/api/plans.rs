@@ -50,11 +50,11 @@ fn plan(vm: &Vm, generation: u64, task: Task) -> Plan {
 pub fn check_name(name: &str) -> Result<(), Failure> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     let first = name.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
-    if first && name.len() <= 63 && name.chars().all(plain) {
+    if first && name.len() <= 40 && name.chars().all(plain) {
         return Ok(());
     }
     Err(Failure::new(Code::BadInput, format!("{name:?} cannot name a VM"))
-        .hint("1 to 63 letters, digits, `-`, `_` and `.`; the first a letter or digit"))
+        .hint("1 to 40 letters, digits, `-`, `_` and `.`; the first a letter or digit"))
 }
 
 fn check_config(config: &MachineConfig) -> Result<(), Failure> {
@@ -365,7 +365,7 @@ mod tests {
 
     #[test]
     fn names_that_could_leave_their_directory_are_refused() {
-        for name in ["", ".", "..", "a/b", "-x", "a b", "é", &"x".repeat(64)] {
+        for name in ["", ".", "..", "a/b", "-x", "a b", "é", &"x".repeat(41)] {
             assert_eq!(code(check_name(name)), Code::BadInput, "{name:?}");
         }
         check_name("vm1.test-2_b").unwrap();

@@ -72,11 +72,11 @@ pub fn build(args: &VmCreateArgs) -> Result<v1::MachineConfig, Failure> {
 fn check_name(name: &str) -> Result<(), Failure> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     let first = name.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
-    if first && name.len() <= 63 && name.chars().all(allowed) {
+    if first && name.len() <= 40 && name.chars().all(allowed) {
         return Ok(());
     }
     Err(Failure::bad_input(format!("{name:?} cannot be the name of a VM"))
-        .hint("1 to 63 letters, digits, '-', '_' and '.', beginning with a letter or digit"))
+        .hint("1 to 40 letters, digits, '-', '_' and '.', beginning with a letter or digit"))
 }
 
 /// The absolute path of a file that can be read.

@@ -131,6 +131,11 @@ mod tests {
             assert_eq!(u32::from(Failure::new(code, "").exit_code()), code as u32);
         }
         assert_eq!(EXIT_CODES.lines().count(), 2 + Code::ALL.len());
+        let readme = include_str!("../../../README.md");
+        for line in EXIT_CODES.lines().skip(1) {
+            let (number, meaning) = line.trim().split_once("  ").unwrap();
+            assert!(readme.contains(&format!("| {number} | {meaning} |")), "README.md lacks {line}");
+        }
     }
 
     #[test]

@@ -52,6 +52,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// What happened, from the ledger.
     Events(EventsArgs),
+    /// Hosts and guests, and how fast each guest goes, again and again.
+    Top(TopArgs),
 }
 
 /// `ctl dev ...`
@@ -374,6 +376,17 @@ pub struct EventsArgs {
     pub since: u64,
 }
 
+/// `ctl top`
+#[derive(Args, Debug)]
+pub struct TopArgs {
+    /// Time between two looks. Hosts report every two seconds or so.
+    #[arg(long, default_value = "2s", value_parser = units::duration, value_name = "TIME")]
+    pub interval: Duration,
+    /// End after so many looks [default: go on for ever].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub count: Option<u32>,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -382,6 +395,32 @@ mod tests {
     #[test]
     fn the_grammar_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_help_page_explains_every_word() {
+        fn look(command: &mut clap::Command, path: &str, missing: &mut Vec<String>) {
+            let path = format!("{path} {}", command.get_name());
+            if command.get_about().is_none() {
+                missing.push(path.clone());
+            }
+            for argument in command.get_arguments().filter(|argument| !argument.is_hide_set()) {
+                if argument.get_help().is_none() {
+                    missing.push(format!("{path} {}", argument.get_id()));
+                }
+            }
+            for line in command.render_long_help().to_string().lines() {
+                if line.chars().count() > 140 {
+                    missing.push(format!("{path}: a long line: {line}"));
+                }
+            }
+            command.get_subcommands_mut().filter(|sub| !sub.is_hide_set()).for_each(|sub| look(sub, &path, missing));
+        }
+        let mut missing = Vec::new();
+        let mut cli = Cli::command();
+        cli.build();
+        look(&mut cli, "", &mut missing);
+        assert_eq!(missing, Vec::<String>::new());
     }
 
     #[test]
@@ -415,6 +454,8 @@ mod tests {
             "ctl vmcb diff a b",
             "ctl inspect file",
             "ctl events -f",
+            "ctl top",
+            "ctl top --interval 1s --count 3 -o json",
         ] {
             if let Err(error) = Cli::try_parse_from(line.split_whitespace()) {
                 panic!("{line}\n{error}");

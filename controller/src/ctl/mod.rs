@@ -24,7 +24,9 @@ mod progress;
 #[cfg(test)]
 mod rehearsal;
 mod report;
+mod schema;
 mod settings;
+mod top;
 mod units;
 mod vm;
 mod vmcb;
@@ -90,6 +92,7 @@ async fn dispatch(command: Command, format: Format, config: Option<&std::path::P
         Command::Vmcb(command) => vmcb::run(Some(client), command, format).await,
         Command::Inspect(args) => inspect::checkpoint(client, &args.what, format).await,
         Command::Events(args) => events(client, args, format).await,
+        Command::Top(args) => top::run(client, args, format).await,
         Command::Dev(_) => unreachable!("handled above: a dev command needs no cluster"),
     }
 }

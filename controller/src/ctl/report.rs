@@ -83,7 +83,8 @@ impl From<v1::HostRecord> for Host {
     }
 }
 
-fn vm_state(state: v1::VmState) -> &'static str {
+/// The word for a state.
+pub fn vm_state(state: v1::VmState) -> &'static str {
     match state {
         v1::VmState::Unspecified => "unknown",
         v1::VmState::Starting => "starting",

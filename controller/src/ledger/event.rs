@@ -289,6 +289,10 @@ impl Task {
     }
 }
 
+/// The labels of all tasks.
+pub const LABELS: [&str; 10] =
+    ["create", "pause", "resume", "stop", "remove", "migrate", "checkpoint", "restore", "verify", "remove-checkpoint"];
+
 /// The steps of the task with this label, as records name it.
 pub fn shape(label: &str) -> Option<Shape> {
     let (steps, commit): (&[&str], usize) = match label {

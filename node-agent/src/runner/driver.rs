@@ -501,7 +501,11 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
             }
             Request::Vmcbs(_) => {
                 let vmcbs = self.guest.vmcbs().iter().map(|page| page.to_vec()).collect();
-                return Ok(Reply::Vmcbs(VmcbReply { vmcbs, retired_instructions: self.guest.retired() }));
+                return Ok(Reply::Vmcbs(VmcbReply {
+                    vmcbs,
+                    retired_instructions: self.guest.retired(),
+                    cpu_states: Vec::new(),
+                }));
             }
             Request::Announce(_) => self.announce(),
         }

@@ -217,7 +217,7 @@ impl Vms {
     pub async fn actor(&self, name: &str) -> Result<Handle, Failure> {
         if !is_vm_name(name) {
             let name: String = name.chars().take(60).collect();
-            let text = format!("{name:?} is not the name of a VM: 1 to 40 of a-z, 0-9 and - are");
+            let text = format!("{name:?} is not the name of a VM: 1 to 40 letters, digits, -, _ and . are");
             return Err(Failure::new(Code::BadInput, text));
         }
         if let Some(handle) = self.find(name) {

@@ -67,9 +67,10 @@ pub struct Store {
     root: PathBuf,
 }
 
-/// VM names: 1 to 40 of `a-z`, `0-9` and `-`.
+/// VM names: 1 to 40 letters, digits, `-`, `_` and `.`; the first is a letter or digit. They name directories.
 pub fn is_vm_name(name: &str) -> bool {
-    (1..=40).contains(&name.len()) && name.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'))
+    let first = name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
+    first && name.len() <= 40 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
 }
 
 impl Store {
@@ -366,9 +367,9 @@ mod tests {
 
     #[test]
     fn names_cannot_leave_the_directory() {
-        for name in ["", "..", "a/b", "VM1", "a b", &"x".repeat(41)] {
+        for name in ["", ".", "..", ".tmp", "-x", "a/b", "a b", "ä", &"x".repeat(41)] {
             assert!(!is_vm_name(name), "{name:?}");
         }
-        assert!(is_vm_name("web-01"));
+        assert!(is_vm_name("web-01") && is_vm_name("Vm_1.test"));
     }
 }

@@ -330,6 +330,8 @@ impl Actor {
         for reply in transfer.abandoned {
             let _gone = reply.send(Ok(()));
         }
+        let bytes_sent = if let Told::HandedOver(handed) = &told { Some(handed.bytes_sent) } else { None };
+        crate::metrics::transfer_ended(transfer.checkpoint, bytes_sent);
         told
     }
 
