@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use e2e::cluster::{Answer, binaries, wait};
-use e2e::guest::Program;
+use e2e::guest::{Program, REGION};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
@@ -322,7 +322,8 @@ fn the_steps_of_the_page_make_a_cluster() {
         let up = hosts.as_array()?.iter().filter(|host| host["state"] == "up").count();
         (up == 2).then_some(())
     });
-    let program = Program { region_bytes: 4 << 20, pages_per_s: 100, tick_ms: 20, tsc_hz: 1_000_000_000 };
+    let program =
+        Program { start: REGION, region_bytes: 4 << 20, pages_per_s: 100, tick_ms: 20, tsc_hz: 1_000_000_000 };
     let kernel = scratch.0.join("guest.elf");
     std::fs::write(&kernel, program.elf().unwrap()).unwrap();
     succeeds(&mut ctl(&[

@@ -14,10 +14,11 @@ mod output;
 mod refusals;
 mod tickets;
 
-use e2e::guest::Program;
+use e2e::guest::{Program, REGION};
 
 /// A guest of about 40 MiB that rewrites 4 MiB/s.
-const BUSY: Program = Program { region_bytes: 16 << 20, pages_per_s: 1000, tick_ms: 20, tsc_hz: 1_000_000_000 };
+const BUSY: Program =
+    Program { start: REGION, region_bytes: 16 << 20, pages_per_s: 1000, tick_ms: 20, tsc_hz: 1_000_000_000 };
 
 /// Says that a test could not be made, where people look.
 fn skip(why: &str) {

@@ -150,7 +150,7 @@ async fn an_abandoned_move_leaves_the_guest_running_and_nothing_at_the_target() 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_restore_in_place_replaces_comes_back_if_the_restore_fails() {
     let fleet = TestFleet::start().await;
-    let (mut a, mut b) = (fleet.host("hostA").await, fleet.host("hostB").await);
+    let (mut a, b) = (fleet.host("hostA").await, fleet.host("hostB").await);
     a.client.create_vm(fleet.create("vm1", 1)).await.unwrap();
     let config = a.until("vm1", |vm| runs(vm) && vm.retired_instructions > 0).await.config;
     let of_first = VmRef { vm: "vm1".into(), generation: 1, ..VmRef::default() };
