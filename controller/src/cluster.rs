@@ -85,7 +85,10 @@ impl Controller {
         let ledger = Ledger::open(&config.store)?;
         // Until the leases of a longer lease have ended, they count: `Agents` takes the larger of the two.
         let lease = Duration::from_millis(config.lease_ms.max(ledger.state().lease_ms));
-        let reader = Reader { bucket: Bucket::open(&config.bucket)?, keys: Keys::open(&config.keys_file())? };
+        let reader = Reader {
+            bucket: Bucket::open(&config.bucket, ledger.state().checkpoints.is_empty())?,
+            keys: Keys::open(&config.keys_file())?,
+        };
         let listen = |source| ClusterError::Listen { address: config.listen, source };
         let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
@@ -120,7 +123,7 @@ impl Controller {
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), ClusterError> {
         let Controller { config, listener, address, tls, api } = self;
         if let Some(address) = config.metrics {
-            let sources = Sources { ledger: api.ledger.clone(), agents: api.agents.clone() };
+            let sources = Sources { ledger: api.ledger.clone(), agents: api.agents.clone(), tls: tls.clone() };
             let bound = TcpListener::bind(address).await.map_err(|source| ClusterError::Listen { address, source })?;
             tokio::spawn(metrics::serve(bound, metrics::install()?, sources, shutdown.clone()));
         }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use tonic::metadata::MetadataValue;
 
 /// Header of a gRPC status that carries [`Failure::hint`].
-const HINT: &str = "godwit-hint";
+pub const HINT: &str = "godwit-hint";
 
 /// A failed call, step or operation.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
@@ -49,7 +49,7 @@ impl Failure {
             tonic::Code::Unknown => Code::Unreachable,
             code => Code::from(code),
         };
-        let hint = status.metadata().get(HINT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let hint = hint_of(status).unwrap_or_default();
         let text = if status.message().is_empty() { "no reason given" } else { status.message() };
         Failure::new(code, format!("{place}: {text}")).hint(hint)
     }
@@ -58,6 +58,11 @@ impl Failure {
     pub fn passes(&self) -> bool {
         matches!(self.code, Code::Unreachable)
     }
+}
+
+/// The advice that a status carries.
+pub fn hint_of(status: &tonic::Status) -> Option<&str> {
+    status.metadata().get(HINT)?.to_str().ok()
 }
 
 impl From<Failure> for tonic::Status {

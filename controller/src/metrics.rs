@@ -4,6 +4,8 @@
 //! |-------------------------------------|-----------|--------------|--------------------------------------------------|
 //! | `godwit_hosts`                      | gauge     | state        | hosts that are up, silent or lost                |
 //! | `godwit_vms`                        | gauge     | intent       | VMs by what was asked for                        |
+//! | `godwit_checkpoints`                | gauge     |              | checkpoints in the ledger                        |
+//! | `godwit_checkpoint_stored_bytes`    | gauge     |              | bytes of those checkpoints in the bucket         |
 //! | `godwit_heartbeats_total`           | counter   | host         | heartbeats taken                                 |
 //! | `godwit_verdicts_total`             | counter   | verdict      | verdicts given: hold, wait, discard              |
 //! | `godwit_operations_total`           | counter   | task, result | operations ended: done, undone, left             |
@@ -14,11 +16,18 @@
 //! | `godwit_checkpoint_stop_seconds`    | histogram |              | guest stopped for a checkpoint                   |
 //! | `godwit_relay_bytes_total`          | counter   |              | bytes of chunks forwarded between hosts          |
 //! | `godwit_damaged_total`              | counter   |              | frames, packs and manifests that fail their hash |
+//! | `godwit_bucket_failures_total`      | counter   | kind         | failed accesses: full, gone, io                  |
 //! | `godwit_handshakes_refused_total`   | counter   |              | connections refused before any call              |
+//! | `godwit_certificate_expiry_timestamp_seconds` | gauge |        | when this controller's certificate ends, Unix time |
+//! | `godwit_certificate_refusals_total` | counter   |              | changed certificate files that could not be used |
+//!
+//! Counters begin at 0, so that rates have a first value, except those per host; a histogram appears with its first
+//! value. The table is compared with [`METRICS`] by a test.
 
 use std::sync::Arc;
 
 use axum::Router;
+use axum::http::header::CONTENT_TYPE;
 use axum::routing::get;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use tokio::net::TcpListener;
@@ -26,6 +35,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agents::Agents;
 use crate::ledger::Ledger;
+use crate::ledger::event::LABELS;
+use crate::tls::Tls;
 
 /// See the table above.
 pub const HOSTS: &str = "godwit_hosts";
@@ -53,6 +64,48 @@ pub const RELAY_BYTES: &str = "godwit_relay_bytes_total";
 pub const DAMAGED: &str = "godwit_damaged_total";
 /// See the table above.
 pub const HANDSHAKES_REFUSED: &str = "godwit_handshakes_refused_total";
+/// See the table above.
+pub const CHECKPOINTS: &str = "godwit_checkpoints";
+/// See the table above.
+pub const CHECKPOINT_STORED: &str = "godwit_checkpoint_stored_bytes";
+/// See the table above.
+pub const BUCKET_FAILURES: &str = "godwit_bucket_failures_total";
+/// See the table above.
+pub const CERTIFICATE_EXPIRY: &str = "godwit_certificate_expiry_timestamp_seconds";
+/// See the table above.
+pub const CERTIFICATE_REFUSALS: &str = "godwit_certificate_refusals_total";
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Kind {
+    Gauge,
+    Counter,
+    Histogram,
+}
+
+/// Every metric: name, kind, what it says.
+const METRICS: [(&str, Kind, &str); 18] = [
+    (HOSTS, Kind::Gauge, "hosts that are up, silent or lost"),
+    (VMS, Kind::Gauge, "VMs by what was asked for"),
+    (CHECKPOINTS, Kind::Gauge, "checkpoints in the ledger"),
+    (CHECKPOINT_STORED, Kind::Gauge, "bytes of those checkpoints in the bucket"),
+    (HEARTBEATS, Kind::Counter, "heartbeats taken"),
+    (VERDICTS, Kind::Counter, "verdicts given: hold, wait, discard"),
+    (OPERATIONS, Kind::Counter, "operations ended: done, undone, left"),
+    (OPERATIONS_ACTIVE, Kind::Gauge, "operations under way"),
+    (OPERATION_SECONDS, Kind::Histogram, "from the beginning to the end of an operation"),
+    (MIGRATION_DOWNTIME, Kind::Histogram, "guest stopped, up to the target's answer"),
+    (CHECKPOINT_BYTES, Kind::Counter, "bytes of packs and manifests written"),
+    (CHECKPOINT_STOP, Kind::Histogram, "guest stopped for a checkpoint"),
+    (RELAY_BYTES, Kind::Counter, "bytes of chunks forwarded between hosts"),
+    (DAMAGED, Kind::Counter, "frames, packs and manifests that fail their hash"),
+    (BUCKET_FAILURES, Kind::Counter, "failed accesses: full, gone, io"),
+    (HANDSHAKES_REFUSED, Kind::Counter, "connections refused before any call"),
+    (CERTIFICATE_EXPIRY, Kind::Gauge, "when this controller's certificate ends, Unix time"),
+    (CERTIFICATE_REFUSALS, Kind::Counter, "changed certificate files that could not be used"),
+];
+
+/// Version 0.0.4 of the text form.
+const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 const DOWNTIME_BUCKETS: [f64; 10] = [0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0];
 const OPERATION_BUCKETS: [f64; 9] = [0.05, 0.2, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0];
@@ -81,7 +134,33 @@ pub fn install() -> Result<PrometheusHandle, MetricsError> {
         .build_recorder();
     let handle = recorder.handle();
     metrics::set_global_recorder(recorder).map_err(|e| failed(e.to_string()))?;
+    introduce();
     Ok(handle)
+}
+
+/// Says what each metric is, and lets counters begin at 0.
+fn introduce() {
+    for (name, kind, what) in METRICS {
+        match kind {
+            Kind::Gauge => metrics::describe_gauge!(name, what),
+            Kind::Counter => metrics::describe_counter!(name, what),
+            Kind::Histogram => metrics::describe_histogram!(name, what),
+        }
+    }
+    for verdict in ["hold", "wait", "discard"] {
+        metrics::counter!(VERDICTS, "verdict" => verdict).increment(0);
+    }
+    for task in LABELS {
+        for result in ["done", "undone", "left"] {
+            metrics::counter!(OPERATIONS, "task" => task, "result" => result).increment(0);
+        }
+    }
+    for kind in ["full", "gone", "io"] {
+        metrics::counter!(BUCKET_FAILURES, "kind" => kind).increment(0);
+    }
+    for name in [CHECKPOINT_BYTES, RELAY_BYTES, DAMAGED, HANDSHAKES_REFUSED, CERTIFICATE_REFUSALS] {
+        metrics::counter!(name).increment(0);
+    }
 }
 
 /// What the gauges are computed from when they are asked for.
@@ -91,6 +170,8 @@ pub struct Sources {
     pub ledger: Ledger,
     /// Who was heard.
     pub agents: Arc<Agents>,
+    /// This controller's certificate.
+    pub tls: Arc<Tls>,
 }
 
 /// Serves the numbers until shutdown.
@@ -108,7 +189,7 @@ pub async fn serve(
         let (handle, sources) = (handle.clone(), sources.clone());
         async move {
             measure(&sources);
-            handle.render()
+            ([(CONTENT_TYPE, TEXT)], handle.render())
         }
     };
     let router = Router::new().route("/metrics", get(text)).route("/healthz", get(async || "ok\n"));
@@ -127,4 +208,27 @@ fn measure(sources: &Sources) {
         metrics::gauge!(VMS, "intent" => word).set(count as f64);
     }
     metrics::gauge!(OPERATIONS_ACTIVE).set(state.active().count() as f64);
+    metrics::gauge!(CHECKPOINTS).set(state.checkpoints.len() as f64);
+    let stored: u64 = state.checkpoints.values().map(|entry| entry.stored_bytes).sum();
+    metrics::gauge!(CHECKPOINT_STORED).set(stored as f64);
+    metrics::gauge!(CERTIFICATE_EXPIRY).set(sources.tls.expires_unix_s() as f64);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_at_the_head_is_what_is_served() {
+        let rows = include_str!("metrics.rs").lines().filter_map(|line| line.strip_prefix("//! | `godwit_"));
+        let row = |row: &str| -> Vec<String> {
+            format!("godwit_{row}").split('|').map(|cell| cell.trim().trim_matches('`').to_owned()).collect()
+        };
+        let told: Vec<Vec<String>> = rows.map(row).collect();
+        assert_eq!(told.len(), METRICS.len());
+        for (cells, (name, kind, what)) in told.iter().zip(METRICS) {
+            let kind = format!("{kind:?}").to_lowercase();
+            assert_eq!((cells[0].as_str(), cells[1].as_str(), cells[3].as_str()), (name, kind.as_str(), what));
+        }
+    }
 }

@@ -39,6 +39,16 @@ pub enum Role {
     Operator,
 }
 
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Role::Host => "host",
+            Role::Controller => "controller",
+            Role::Operator => "operator",
+        })
+    }
+}
+
 /// Who is at the other end of a connection.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
 pub struct Identity {
@@ -50,12 +60,7 @@ pub struct Identity {
 
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let role = match self.role {
-            Role::Host => "host",
-            Role::Controller => "controller",
-            Role::Operator => "operator",
-        };
-        write!(f, "{role}/{}", self.name)
+        write!(f, "{}/{}", self.role, self.name)
     }
 }
 
@@ -106,6 +111,18 @@ pub enum TlsError {
     /// A certificate that is not X.509.
     #[error("the certificate does not parse")]
     Malformed,
+    /// A certificate outside of its days.
+    #[error("{path} {word} valid (from {from} to {until})")]
+    Days {
+        /// The file.
+        path: std::path::PathBuf,
+        /// "is not yet" or "is no longer".
+        word: &'static str,
+        /// First instant.
+        from: String,
+        /// Last instant.
+        until: String,
+    },
 }
 
 /// The identity that a certificate bears.
@@ -135,6 +152,7 @@ struct Loaded {
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
     identity: Identity,
+    expires_unix_s: i64,
 }
 
 /// This process's certificates, always as they are in the files now.
@@ -155,6 +173,11 @@ impl Tls {
     /// Who this process is.
     pub fn identity(&self) -> Identity {
         self.loaded.load().identity.clone()
+    }
+
+    /// When this process's own certificate ends, Unix time in seconds.
+    pub fn expires_unix_s(&self) -> i64 {
+        self.loaded.load().expires_unix_s
     }
 
     /// Configuration of a server: any client of the cluster's authority.
@@ -196,7 +219,10 @@ impl Tls {
                     seen = now;
                 }
                 // Likely half written: the old ones are kept, and the next look tries again.
-                Err(error) => tracing::warn!(%error, "changed certificates cannot be used yet"),
+                Err(error) => {
+                    metrics::counter!(crate::metrics::CERTIFICATE_REFUSALS).increment(1);
+                    tracing::warn!(%error, "changed certificates cannot be used: the old ones stay");
+                }
             }
         }
     }
@@ -220,7 +246,9 @@ fn load(files: &TlsFiles) -> Result<Loaded, TlsError> {
         roots.add(certificate)?;
     }
     let roots = Arc::new(roots);
-    let identity = identity_of(chain.first().ok_or(TlsError::Malformed)?)?;
+    let own = chain.first().ok_or(TlsError::Malformed)?;
+    let identity = identity_of(own)?;
+    let expires_unix_s = check_days(&files.cert, own)?;
     let provider = Arc::new(ring::default_provider());
     let clients = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone()).build()?;
     let mut server = ServerConfig::builder_with_provider(provider)
@@ -228,7 +256,24 @@ fn load(files: &TlsFiles) -> Result<Loaded, TlsError> {
         .with_client_cert_verifier(clients)
         .with_single_cert(chain.clone(), key.clone_key())?;
     server.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(Loaded { server: Arc::new(server), roots, chain, key, identity })
+    Ok(Loaded { server: Arc::new(server), roots, chain, key, identity, expires_unix_s })
+}
+
+/// A certificate that nobody would believe is not taken: who has a good one keeps it. Returns when it ends.
+///
+/// # Errors
+/// [`TlsError::Days`], [`TlsError::Malformed`].
+pub fn check_days(path: &std::path::Path, certificate: &CertificateDer<'_>) -> Result<i64, TlsError> {
+    let (_, parsed) = x509_parser::parse_x509_certificate(certificate).map_err(|_| TlsError::Malformed)?;
+    let days = parsed.validity();
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64);
+    let word = match now {
+        now if now < days.not_before.timestamp() => "is not yet",
+        now if now > days.not_after.timestamp() => "is no longer",
+        _ => return Ok(days.not_after.timestamp()),
+    };
+    let (from, until) = (days.not_before.to_string(), days.not_after.to_string());
+    Err(TlsError::Days { path: path.to_owned(), word, from, until })
 }
 
 /// Checks a server's chain and its SPIFFE identity instead of a host name.

@@ -9,19 +9,22 @@ use std::time::{Duration, Instant};
 use controller::agents::link;
 use controller::cluster::Controller;
 use controller::config::{Config, LogFormat, TlsFiles};
+use controller::ledger::Ledger;
+use controller::ledger::event::{Event, Outcome, Plan, Task};
 use controller::tls::{Identity, Tls};
 use proto::v1::control_client::ControlClient;
 use proto::v1::fleet_client::FleetClient;
 use proto::v1::lanes_client::LanesClient;
 use proto::v1::vm_verdict::Verdict;
 use proto::v1::{
-    CheckpointName, CreateVmRecordRequest, Empty, EventsRequest, HeartbeatRequest, HostInfo, MachineConfig,
-    MigrateRequest, OperationRef, VmInfo, VmName, VmState,
+    CheckpointName, CreateVmRecordRequest, Empty, EngineFacts, EventsRequest, HeartbeatRequest, HostInfo,
+    MachineConfig, MigrateRequest, OperationRef, VmInfo, VmName, VmState,
 };
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SanType};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 use tonic::transport::Channel;
+use vmcb_engine::capability::{CpuModel, soft_host};
 
 /// A directory with an authority, and certificates from it.
 struct Cluster {
@@ -112,6 +115,13 @@ fn beat(host: &str, vms: Vec<VmInfo>) -> HeartbeatRequest {
         address: "127.0.0.1:1".into(),
         engines: vec!["soft".into()],
         memory_bytes_free: 1 << 30,
+        engine_facts: vec![EngineFacts {
+            engine: "soft".into(),
+            offered: true,
+            capabilities: Some(soft_host().encode()),
+            models: vec![CpuModel::SoftV1.contract(1_000_000).encode()],
+            ..EngineFacts::default()
+        }],
         vms,
         ..HostInfo::default()
     };
@@ -208,6 +218,45 @@ async fn what_is_unknown_is_discarded_and_what_failed_is_told_and_remembered() {
     assert!(watched.message().await.unwrap().is_none());
     let hosts = control.list_hosts(Empty {}).await.unwrap().into_inner().hosts;
     assert_eq!((hosts.len(), hosts[0].state.as_str()), (1, "lost"));
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_of_a_release_before_contracts_gets_that_of_its_model() {
+    let cluster = Cluster::new("contracts");
+    let config = MachineConfig { cpu_model: "soft-v1".into(), engine: "soft".into(), ..MachineConfig::default() };
+    {
+        let ledger = Ledger::open(&cluster.config().store).unwrap();
+        let task = Task::Create { host: "hostA".into(), config, on_isolation: 0, capabilities: Vec::new() };
+        let (vm_id, locks) = ("00".repeat(16), vec!["VM vm1".to_owned()]);
+        let plan = Plan { vm: "vm1".into(), vm_id, locks, holder: None, generation: 1, task };
+        let operation = "op1".to_owned();
+        let began = Event::OperationBegan { operation: operation.clone(), plan: Box::new(plan) };
+        let committed = Event::Committed { operation: operation.clone(), result: Box::new(Outcome::AsPlanned) };
+        for event in [began, Event::StepDone { operation, step: 0 }, committed] {
+            ledger.append("operator/admin", event).await.unwrap();
+        }
+    }
+    let running = start(cluster.config()).await;
+    let (admin, host) = (cluster.certificate("operator/admin"), cluster.certificate("host/hostB"));
+    let mut control = ControlClient::new(running.channel(&admin, "controller/main"));
+    let name = || VmName { vm: "vm1".into() };
+    assert_eq!(control.get_vm_record(name()).await.unwrap().into_inner().capabilities, Vec::<u8>::new());
+    let mut fleet = FleetClient::new(running.channel(&host, "controller/main"));
+    for _ in 0..2 {
+        fleet.heartbeat(beat("hostB", vec![])).await.unwrap();
+        let vm = control.get_vm_record(name()).await.unwrap().into_inner();
+        // The configuration names no TSC rate: the model's.
+        assert_eq!(vm.capabilities, CpuModel::SoftV1.contract(1_000_000).to_bytes());
+    }
+    let mut events =
+        control.events(EventsRequest { vm: "vm1".into(), ..EventsRequest::default() }).await.unwrap().into_inner();
+    let mut frozen = 0;
+    while let Some(event) = events.message().await.unwrap() {
+        frozen += usize::from(event.kind == "vm.contract");
+    }
+    assert_eq!(frozen, 1, "a contract is frozen once");
+    drop((fleet, control));
     running.stop().await;
 }
 

@@ -4,8 +4,9 @@
 //! them. It refuses to know gRPC: what `ctl` cannot show, a user cannot see.
 
 use std::ffi::OsStr;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -62,12 +63,21 @@ impl Cluster {
     /// # Panics
     /// It does not come up.
     pub fn up(hosts: u32) -> Self {
+        Self::up_with(hosts, &[])
+    }
+
+    /// `ctl dev up` with so many hosts and more arguments.
+    ///
+    /// # Panics
+    /// It does not come up.
+    pub fn up_with(hosts: u32, more: &[&str]) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("godwit-e2e-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let dir = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&dir).expect("a directory for the cluster");
         let cluster = Self { dir, bin: binaries() };
-        cluster.start(hosts);
+        let hosts = hosts.to_string();
+        cluster.ok(["dev", "up", "--dir", cluster.path(), "--hosts", &hosts].iter().chain(more));
         cluster
     }
 
@@ -77,6 +87,25 @@ impl Cluster {
         self.ok(["dev", "up", "--dir", self.path(), "--hosts", &hosts]);
     }
 
+    /// Has a host of a cluster of so many withhold features from guests, as its operator would: by its settings and a new
+    /// agent.
+    ///
+    /// # Panics
+    /// The host does not come back, or does not say so.
+    pub fn withhold(&self, host: &str, features: &[&str], hosts: u32) {
+        let path = self.dir.join("dev.toml");
+        let before = std::fs::read_to_string(&path).expect("a dev cluster has a dev.toml");
+        let name = format!("name = \"{host}\"\n");
+        let after = before.replace(&name, &format!("{name}withhold = {features:?}\n"));
+        assert_ne!(before, after, "dev.toml does not name {host}");
+        std::fs::write(&path, after).expect("dev.toml can be written");
+        self.kill(self.daemon(host));
+        self.start(hosts);
+        wait(&format!("{host} to withhold {features:?}"), || {
+            (self.json(["host", "show", host])["withheld"] == serde_json::json!(features)).then_some(())
+        });
+    }
+
     fn path(&self) -> &str {
         self.dir.to_str().expect("temporary paths are text")
     }
@@ -84,6 +113,86 @@ impl Cluster {
     /// The cluster's directory.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// A program of the workspace ("node-agent") with its arguments.
+    pub fn program(&self, name: &str) -> Command {
+        let mut command = Command::new(self.bin.join(name));
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// Kills a daemon and starts it again with its settings changed: lines `KEY = ...` are replaced or come on top. Words in front of the
+    /// program ("ip netns exec a") become it.
+    ///
+    /// It is the test's own process then; `dev down` finds it all the same.
+    ///
+    /// # Panics
+    /// It cannot be started.
+    pub fn restart_with(&self, name: &str, changes: &[(&str, &str)], front: &[&str]) -> Child {
+        self.kill(self.daemon(name));
+        let path = self.dir.join(format!("{name}.toml"));
+        let text = std::fs::read_to_string(&path).expect("the daemon's settings");
+        let line = |line: &str| {
+            let changed = changes.iter().find(|(key, _)| line.starts_with(&format!("{key} = ")));
+            changed.map_or(line.to_owned(), |(key, value)| format!("{key} = {value}")) + "\n"
+        };
+        let missing =
+            changes.iter().filter(|(key, _)| !text.lines().any(|line| line.starts_with(&format!("{key} = "))));
+        let missing: String = missing.map(|(key, value)| format!("{key} = {value}\n")).collect();
+        let text = missing + &text.lines().map(line).collect::<String>();
+        std::fs::write(&path, text).expect("the daemon's settings");
+        let log = std::fs::File::options().append(true).open(self.log(name)).expect("the daemon's log");
+        let program = if name == "controller" { "controller" } else { "node-agent" };
+        let program = self.bin.join(program);
+        let mut words = front.iter().map(OsStr::new).chain([program.as_os_str()]);
+        let mut command = Command::new(words.next().expect("there is a program"));
+        command.args(words).arg("--config").arg(&path).stdin(Stdio::null());
+        command.stdout(Stdio::null()).stderr(log).spawn().expect("the daemon can be run")
+    }
+
+    /// Where a daemon writes what it does.
+    pub fn log(&self, name: &str) -> PathBuf {
+        self.dir.join("logs").join(format!("{name}.log"))
+    }
+
+    /// Value of `KEY = "VALUE"` in the settings of a daemon.
+    ///
+    /// # Panics
+    /// There is none.
+    pub fn setting(&self, name: &str, key: &str) -> String {
+        let text = std::fs::read_to_string(self.dir.join(format!("{name}.toml"))).expect("the daemon's settings");
+        let value = text.lines().find_map(|line| line.strip_prefix(&format!("{key} = ")));
+        value.unwrap_or_else(|| panic!("no {key} in\n{text}")).trim_matches('"').to_owned()
+    }
+
+    /// The page that a daemon shows to Prometheus.
+    ///
+    /// # Panics
+    /// It shows none.
+    pub fn metrics(&self, name: &str) -> String {
+        let mut stream = std::net::TcpStream::connect(self.setting(name, "metrics")).expect("metrics are served");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a socket takes a timeout");
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n").expect("a request");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer in UTF-8");
+        let (head, page) = answer.split_once("\r\n\r\n").expect("head and page");
+        assert!(head.starts_with("HTTP/1.1 200") && head.contains("text/plain; version=0.0.4"), "{head}");
+        page.to_owned()
+    }
+
+    /// Starts `ctl ARGS` and waits until the VM is held by the operation that it asked for.
+    ///
+    /// # Panics
+    /// It ends before.
+    pub fn begins<S: AsRef<OsStr>>(&self, vm: &str, args: impl IntoIterator<Item = S>) -> Child {
+        let mut command = self.command(args);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("ctl can be run");
+        wait(&format!("an operation on {vm} to begin"), || {
+            assert!(child.try_wait().expect("ctl can be waited for").is_none(), "it ended at once\n{}", self.logs());
+            (!self.json(["vm", "show", vm])["operation"].as_str()?.is_empty()).then_some(())
+        });
+        child
     }
 
     /// `ctl ARGS` as a command, for those who want to watch it run.
@@ -292,7 +401,8 @@ fn pid_of(path: &Path) -> Option<i32> {
     std::fs::read_to_string(path).ok()?.split_whitespace().next()?.parse().ok()
 }
 
-fn signal(pid: i32, signal: Signal) {
+/// Sends a signal; a process that is gone has what it needs.
+pub fn signal(pid: i32, signal: Signal) {
     if let Some(pid) = Pid::from_raw(pid) {
         // It may be gone already, which is what is wanted.
         let _ = kill_process(pid, signal);

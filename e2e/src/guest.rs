@@ -14,7 +14,9 @@ use iced_x86::code_asm::*;
 /// What the guest does.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Program {
-    /// Bytes of the region that is filled and rewritten; a multiple of 4096. It begins at [`REGION`].
+    /// Where in RAM the region begins, [`REGION`] or above; RAM above 3 GiB lies at 4 GiB.
+    pub start: u64,
+    /// Bytes of the region that is filled and rewritten; a multiple of 4096. The shadow table (8 bytes a page) lies behind it.
     pub region_bytes: u64,
     /// Pages rewritten a second of guest time.
     pub pages_per_s: u64,
@@ -24,8 +26,11 @@ pub struct Program {
     pub tsc_hz: u64,
 }
 
-/// Where the region begins. The shadow table (8 bytes a page) lies right behind the region.
+/// Where the region begins at the lowest.
 pub const REGION: u64 = 16 << 20;
+/// What lies here in RAM, and above, is found this much higher.
+const HOLE_START: u64 = 3 << 30;
+const HOLE_BYTES: u64 = 1 << 30;
 
 const ENTRY: u64 = 0x10_0000;
 const MAIN: u64 = 0x10_1000;
@@ -42,7 +47,7 @@ const PAGE: u64 = 4096;
 impl Program {
     /// Bytes of RAM that the guest needs.
     pub fn memory_bytes(&self) -> u64 {
-        (REGION + self.region_bytes + self.region_bytes / PAGE * 8 + PAGE).next_multiple_of(2 << 20)
+        (self.start + self.region_bytes + self.region_bytes / PAGE * 8 + PAGE).next_multiple_of(2 << 20)
     }
 
     /// The ELF file.
@@ -59,7 +64,7 @@ impl Program {
     /// 64-bit code, and the address of the timer's interrupt handler.
     fn main(&self) -> Result<(Vec<u8>, u64), IcedError> {
         let mut asm = CodeAssembler::new(64)?;
-        let mut routines = Routines::new(&mut asm);
+        let mut routines = Routines::new(&mut asm, self.start, self.shadow());
         asm.mov(rsp, STACK)?;
         asm.lidt(ptr(TABLES + 0xff0))?;
         start_apic(&mut asm)?;
@@ -86,7 +91,9 @@ impl Program {
     }
 
     fn shadow(&self) -> u64 {
-        REGION + self.region_bytes
+        let (at, bytes) = (self.start + self.region_bytes, self.region_bytes / PAGE * 8);
+        assert!(at >= HOLE_START || at + bytes <= HOLE_START, "the shadow table lies on one side of the hole");
+        if at >= HOLE_START { at + HOLE_BYTES } else { at }
     }
 
     /// Every page is written once; its count is 1.
@@ -195,7 +202,6 @@ impl Program {
         asm.hlt()?;
         asm.cli()?;
         asm.jmp(again)?;
-        routines.shadow = self.shadow();
         Ok(())
     }
 }
@@ -226,11 +232,12 @@ struct Routines {
     print_number: CodeLabel,
     handler: CodeLabel,
     texts: Vec<(CodeLabel, Vec<u8>)>,
+    start: u64,
     shadow: u64,
 }
 
 impl Routines {
-    fn new(asm: &mut CodeAssembler) -> Self {
+    fn new(asm: &mut CodeAssembler, start: u64, shadow: u64) -> Self {
         Self {
             write_page: asm.create_label(),
             check_page: asm.create_label(),
@@ -239,7 +246,8 @@ impl Routines {
             print_number: asm.create_label(),
             handler: asm.create_label(),
             texts: Vec::new(),
-            shadow: 0,
+            start,
+            shadow,
         }
     }
 
@@ -268,7 +276,7 @@ impl Routines {
         let (mut word, mut compare) = (asm.create_label(), asm.create_label());
         let mut bad = asm.create_label();
         asm.set_label(&mut self.write_page)?;
-        page_seed(asm)?;
+        page_seed(asm, self.start)?;
         asm.mov(qword_ptr(rdi), rbx)?;
         asm.mov(qword_ptr(rdi + 8), rcx)?;
         asm.mov(esi, 2u32)?;
@@ -283,7 +291,7 @@ impl Routines {
         asm.set_label(&mut self.check_page)?;
         asm.mov(rdi, self.shadow)?;
         asm.mov(rcx, qword_ptr(rdi + rbx * 8))?;
-        page_seed(asm)?;
+        page_seed(asm, self.start)?;
         asm.cmp(qword_ptr(rdi), rbx)?;
         asm.jne(bad)?;
         asm.cmp(qword_ptr(rdi + 8), rcx)?;
@@ -346,10 +354,17 @@ impl Routines {
 }
 
 /// rbx page, rcx count -> rdi address of the page, rax seed of its words (never 0). Clobbers rdx.
-fn page_seed(asm: &mut CodeAssembler) -> Result<(), IcedError> {
+fn page_seed(asm: &mut CodeAssembler, start: u64) -> Result<(), IcedError> {
+    let mut low = asm.create_label();
     asm.mov(rdi, rbx)?;
     asm.shl(rdi, 12)?;
-    asm.add(rdi, REGION as i32)?;
+    asm.mov(rax, start)?;
+    asm.add(rdi, rax)?;
+    asm.mov(rax, HOLE_START)?;
+    asm.cmp(rdi, rax)?;
+    asm.jb(low)?;
+    asm.add(rdi, HOLE_BYTES as i32)?;
+    asm.set_label(&mut low)?;
     asm.mov(rax, MULTIPLIER)?;
     asm.imul_2(rax, rcx)?;
     asm.mov(rdx, rbx)?;
@@ -503,7 +518,8 @@ mod tests {
 
     #[test]
     fn the_guest_assembles_and_fits_its_places() {
-        let program = Program { region_bytes: 4 << 20, pages_per_s: 1000, tick_ms: 10, tsc_hz: 1_000_000_000 };
+        let program =
+            Program { start: REGION, region_bytes: 4 << 20, pages_per_s: 1000, tick_ms: 10, tsc_hz: 1_000_000_000 };
         let (main, handler) = program.main().unwrap();
         assert!(MAIN + main.len() as u64 <= TABLES && (MAIN..TABLES).contains(&handler));
         let elf = program.elf().unwrap();

@@ -2,4 +2,5 @@
 
 pub mod bench;
 pub mod cluster;
+pub mod fault;
 pub mod guest;

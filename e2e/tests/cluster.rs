@@ -1,11 +1,12 @@
 //! Whole clusters of real binaries with the in-tree guest: what an operator does, and that it holds.
 
-use e2e::cluster::{Cluster, Ticks, wait};
-use e2e::guest::Program;
+use e2e::cluster::{Cluster, Ticks, alive, wait};
+use e2e::guest::{Program, REGION};
 use proto::status::Code;
 
 /// A guest of about 40 MiB that rewrites 8 MiB/s.
-const BUSY: Program = Program { region_bytes: 16 << 20, pages_per_s: 2000, tick_ms: 20, tsc_hz: 1_000_000_000 };
+const BUSY: Program =
+    Program { start: REGION, region_bytes: 16 << 20, pages_per_s: 2000, tick_ms: 20, tsc_hz: 1_000_000_000 };
 
 fn digests_agree(migration: &serde_json::Value) {
     let digest = |side: &str| migration[side].as_str().unwrap_or_default().to_owned();
@@ -60,6 +61,62 @@ fn an_attached_console_stays_attached_through_a_migration() {
 }
 
 #[test]
+fn what_is_typed_during_a_migration_comes_out_once_and_whole() {
+    let cluster = Cluster::up(2);
+    cluster.create("vm1", "hostA", BUSY);
+    cluster.goes_on("vm1", 5);
+    let said = cluster.dir().join("attached.txt");
+    let file = std::fs::File::create(&said).expect("a file for the console");
+    let mut attached = cluster.command(["vm", "console", "vm1"]);
+    let mut attached = attached.stdin(std::process::Stdio::piped()).stdout(file).spawn().expect("ctl can be run");
+    let heard = || String::from_utf8_lossy(&std::fs::read(&said).unwrap_or_default()).into_owned();
+    wait("the console to be attached", || Ticks::last(&heard()));
+    let mut keys = attached.stdin.take().expect("stdin is piped");
+    let mut migration = cluster.command(["migrate", "vm1", "--to", "hostB"]).spawn().expect("ctl can be run");
+    // Capitals are the echo: the guest itself prints none.
+    let mut typed = String::new();
+    let mut ended = None;
+    while ended.is_none() {
+        ended = migration.try_wait().expect("ctl runs");
+        for _ in 0..8 {
+            let word: String = (0..64).map(|n| char::from(b'A' + ((typed.len() + n * 7) % 26) as u8)).collect();
+            std::io::Write::write_all(&mut keys, word.as_bytes()).expect("ctl reads its input");
+            typed += &word;
+        }
+        wait("the guest to keep up", || {
+            (heard().matches(char::is_uppercase).count() + 6000 > typed.len()).then_some(())
+        });
+    }
+    assert!(ended.is_some_and(|status| status.success()), "the migration failed\n{}", cluster.logs());
+    let echo = || heard().chars().filter(char::is_ascii_uppercase).collect::<String>();
+    wait("the whole echo", || (echo().len() >= typed.len()).then_some(()));
+    assert!(echo() == typed, "typed {} bytes, {} came back", typed.len(), echo().len());
+    cluster.goes_on("vm1", 5);
+    attached.kill().expect("ctl is running");
+    attached.wait().expect("ctl ends");
+}
+
+/// A guest of 4 GiB whose pages lie on both sides of the hole below 4 GiB.
+const HIGH: Program = Program { start: (3 << 30) - (6 << 20), region_bytes: 12 << 20, pages_per_s: 1500, ..BUSY };
+
+#[test]
+fn memory_above_the_hole_moves_and_comes_back() {
+    let cluster = Cluster::up(2);
+    cluster.create_with("vm1", "hostA", HIGH, &["--memory", "4G"]);
+    cluster.goes_on("vm1", 5);
+    digests_agree(&cluster.json(["migrate", "vm1", "--to", "hostB"]));
+    cluster.goes_on("vm1", 20);
+    cluster.ok(["checkpoint", "create", "vm1"]);
+    cluster.goes_on("vm1", 5);
+    let runner = cluster.runner("hostB", "vm1").expect("the guest has a runner");
+    cluster.kill(cluster.daemon("hostB"));
+    cluster.kill(runner);
+    cluster.ok(["restore", "vm1", "--to", "hostA"]);
+    // Long enough to check each of the 3072 pages.
+    cluster.goes_on("vm1", 150);
+}
+
+#[test]
 fn a_checkpoint_brings_the_guest_back_after_its_host_died() {
     let cluster = Cluster::up(2);
     cluster.create("vm1", "hostA", BUSY);
@@ -100,15 +157,68 @@ fn a_damaged_checkpoint_is_named_and_nothing_starts() {
         assert!(said.contains(&name[..16.min(name.len())]), "{said} does not name {name}");
         cluster.fails(Code::Corrupt, ["restore", &id, "--to", "hostB", "--as", "vm2"]);
         assert_eq!(cluster.running_on("vm2"), Vec::<String>::new());
+        // In place too: what the checkpoint was to replace is as it was, and goes on.
+        cluster.fails(Code::Corrupt, ["restore", "vm1", "--to", "hostA"]);
+        cluster.goes_on("vm1", 2);
         std::fs::write(&file, &good).expect("a file of the bucket");
     }
     cluster.ok(["checkpoint", "verify", &id]);
+    let later = cluster.goes_on("vm1", 5);
+    let runner = cluster.runner("hostA", "vm1").expect("the guest has a runner");
+    cluster.ok(["restore", "vm1", "--to", "hostA"]);
+    assert!(cluster.ticks("vm1").is_none_or(|now| now.tick < later.tick), "the checkpoint is of an earlier time");
+    wait("the old copy's process to end", || (!alive(runner)).then_some(()));
     cluster.goes_on("vm1", 5);
 }
 
 fn files(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
     entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
+}
+
+#[test]
+fn a_guest_goes_only_where_every_bit_is_that_it_was_promised() {
+    const MISSING: &str = "CPUID 0000_0001.0 ECX[23] popcnt";
+    let cluster = Cluster::up(3);
+    cluster.withhold("hostB", &["popcnt"], 3);
+    cluster.create("vm1", "hostA", BUSY);
+    cluster.goes_on("vm1", 5);
+    let vm = cluster.json(["vm", "show", "vm1"]);
+    assert_eq!(vm["contract"]["model"], "soft-v1");
+    assert!(vm["contract"]["atoms"].as_u64() > Some(50), "{:#}", vm["contract"]);
+    for more in [&["--dry-run"][..], &[]] {
+        let args = ["migrate", "vm1", "--to", "hostB"].into_iter().chain(more.iter().copied());
+        let said = cluster.fails(Code::Incapable, args);
+        assert!(said.contains(MISSING) && said.contains("hostC would do"), "{said}");
+    }
+    assert!(!cluster.ok(["events", "--vm", "vm1"]).contains("migrate.began"), "an operation began");
+    assert_eq!(
+        (cluster.running_on("vm1"), cluster.json(["vm", "show", "vm1"])["generation"].as_u64()),
+        (vec!["hostA".to_owned()], Some(1))
+    );
+    cluster.goes_on("vm1", 5);
+    // Neither is it made there, nor brought back there; without --to it comes back where it can run.
+    let kernel = cluster.dir().join("vm1.elf");
+    let kernel = kernel.to_str().expect("temporary paths are text");
+    let said = cluster
+        .fails(Code::Incapable, ["vm", "create", "vm3", "--host", "hostB", "--memory", "64M", "--kernel", kernel]);
+    assert!(said.contains(MISSING), "{said}");
+    let id = cluster.json(["checkpoint", "create", "vm1"])["id"].as_str().unwrap_or_default().to_owned();
+    let said = cluster.fails(Code::Incapable, ["restore", &id, "--to", "hostB", "--as", "vm2"]);
+    assert!(said.contains(MISSING) && said.contains("hostC"), "{said}");
+    assert_eq!(cluster.json(["vm", "ls"]).as_array().map(Vec::len), Some(1));
+    cluster.ok(["restore", &id, "--as", "vm2"]);
+    assert_ne!(cluster.host_of("vm2"), "hostB");
+    cluster.goes_on("vm2", 5);
+    // What differs is shown by bit, and between equal hosts nothing does.
+    let differences = |a, b| cluster.json(["host", "compare", a, b])["differences"].clone();
+    let row = serde_json::json!({ "of": "soft", "what": MISSING, "a": "yes", "b": "no" });
+    assert_eq!(differences("hostA", "hostB")[0], row);
+    assert_eq!(differences("hostA", "hostC"), serde_json::json!([]));
+    assert!(cluster.ok(["host", "show", "hostB"]).contains(&format!("soft-v1 cannot run here: {MISSING}")));
+    let there = cluster.json(["migrate", "vm1", "--to", "hostC"]);
+    digests_agree(&there);
+    cluster.goes_on("vm1", 10);
 }
 
 #[test]

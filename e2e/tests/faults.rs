@@ -5,9 +5,10 @@ use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 
 use e2e::cluster::{Cluster, wait};
-use e2e::guest::Program;
+use e2e::guest::{Program, REGION};
 
-const BUSY: Program = Program { region_bytes: 16 << 20, pages_per_s: 1000, tick_ms: 20, tsc_hz: 1_000_000_000 };
+const BUSY: Program =
+    Program { start: REGION, region_bytes: 16 << 20, pages_per_s: 1000, tick_ms: 20, tsc_hz: 1_000_000_000 };
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Victim {

@@ -2,6 +2,7 @@
 //! files; without them these tests say so and pass.
 
 use std::path::PathBuf;
+use std::process::Stdio;
 
 use e2e::cluster::{Cluster, wait};
 
@@ -18,14 +19,18 @@ fn guest() -> Option<PathBuf> {
 /// Creates `vm1` on hostA from the files of `deploy/guest`, with a copy of the disk.
 fn boot(cluster: &Cluster) -> Option<()> {
     let guest = guest()?;
+    // A copy of the kernel that is gone once the guest runs.
+    let kernel = cluster.dir().join("vmlinuz");
+    std::fs::copy(guest.join("vmlinuz"), &kernel).expect("a copy of the kernel");
     let disk = cluster.dir().join("disk.img");
     std::fs::copy(guest.join("disk.img"), &disk).expect("a copy of the disk");
     let text = |path: PathBuf| path.to_str().expect("paths are text").to_owned();
     let cmdline = std::fs::read_to_string(guest.join("cmdline")).expect("the command line");
-    let (kernel, initrd, disk) = (text(guest.join("vmlinuz")), text(guest.join("initramfs.cpio")), text(disk));
-    let files = ["--kernel", &kernel, "--initrd", &initrd, "--cmdline", cmdline.trim(), "--disk", &disk];
+    let (path, initrd, disk) = (text(kernel.clone()), text(guest.join("initramfs.cpio")), text(disk));
+    let files = ["--kernel", &path, "--initrd", &initrd, "--cmdline", cmdline.trim(), "--disk", &disk];
     let args = ["vm", "create", "vm1", "--host", "hostA", "--memory", "512M", "--net", "tap="];
     cluster.ok(args.into_iter().chain(files));
+    std::fs::remove_file(kernel).expect("the kernel's file");
     Some(())
 }
 
@@ -36,13 +41,30 @@ fn count(cluster: &Cluster) -> Option<u64> {
     console.lines().rev().find_map(beat)
 }
 
-fn goes_on(cluster: &Cluster) {
+fn goes_on(cluster: &Cluster) -> u64 {
     let before = count(cluster).unwrap_or(0);
-    wait("Linux to go on counting", || count(cluster).filter(|now| *now >= before + 3));
+    let now = wait("Linux to go on counting", || count(cluster).filter(|now| *now >= before + 3));
     let console = cluster.console("vm1");
     for trouble in ["DAMAGED", "BUG:", "Oops", "panic", "I/O error", "Call Trace"] {
         assert!(!console.contains(trouble), "{trouble} in:\n{console}");
     }
+    now
+}
+
+/// Moves the guest to hostB and lets it reboot there: it comes up again, with its disk.
+fn reboots(cluster: &Cluster) {
+    cluster.start(2);
+    cluster.ok(["migrate", "vm1", "--to", "hostB"]);
+    let before = goes_on(cluster);
+    let mut console = cluster.command(["vm", "console", "vm1"]);
+    let mut console = console.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("ctl can be run");
+    let mut keys = console.stdin.take().expect("stdin is piped");
+    std::io::Write::write_all(&mut keys, b"sync; reboot -f\n").expect("ctl reads its input");
+    wait("Linux to come up again", || cluster.console("vm1").contains("godwit: up").then_some(()));
+    assert!(goes_on(cluster) > before, "it counts on from what its disk says");
+    assert_eq!(cluster.observed("vm1"), "running");
+    console.kill().expect("ctl is running");
+    console.wait().expect("ctl ends");
 }
 
 #[test]
@@ -61,5 +83,10 @@ fn linux_boots_works_moves_and_comes_back() {
     cluster.kill(cluster.daemon("hostB"));
     cluster.kill(runner);
     cluster.ok(["restore", "vm1", "--to", "hostA"]);
+    goes_on(&cluster);
+    // The files that it booted from are not needed any more: they travelled, and it boots again from its own.
+    reboots(&cluster);
+    let migration = cluster.json(["migrate", "vm1", "--to", "hostA"]);
+    assert_eq!(migration["source_digest"], migration["target_digest"]);
     goes_on(&cluster);
 }

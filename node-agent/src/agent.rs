@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::HostClock;
 use crate::config::Config;
+use crate::facts::Facts;
 use crate::metrics::MetricsError;
 use crate::tls::{Tls, TlsError};
 use crate::vm::lease::Leases;
@@ -92,6 +93,7 @@ impl Agent {
             leases: Leases::new(!config.controller.is_empty()),
             launch: Launch { program: config.runner.clone(), sandbox: config.sandbox },
             tls: Arc::clone(&tls),
+            facts: Facts::measure(&config.capabilities.withhold),
             engine: config.engine,
             boot_id: host::boot_id(),
             ending: CancellationToken::new(),

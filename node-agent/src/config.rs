@@ -12,11 +12,16 @@
 //! log_format = "text"                  # or "json"
 //! engine = "soft"                      # or "auto"
 //! sandbox = true                       # runners drop privileges and filter system calls
+//!
+//! [capabilities]
+//! withhold = ["avx2", "MSR C001_1029"]   # features that guests here are not promised, to level a pool; default: none
 //! ```
 
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use proto::capability::Withheld;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
 
 /// Settings of one agent.
 #[derive(Clone, Debug, Deserialize)]
@@ -50,6 +55,23 @@ pub struct Config {
     /// Whether runners are jailed.
     #[serde(default = "yes")]
     pub sandbox: bool,
+    /// What guests are promised.
+    #[serde(default)]
+    pub capabilities: Capabilities,
+}
+
+/// What guests of this host are promised.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Capabilities {
+    /// Features that the host has and that no guest may count on, for example because another host of the pool lacks them.
+    #[serde(default, deserialize_with = "withheld")]
+    pub withhold: Vec<Withheld>,
+}
+
+fn withheld<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Withheld>, D::Error> {
+    let texts = Vec::<String>::deserialize(deserializer)?;
+    texts.iter().map(|text| Withheld::parse(text).map_err(D::Error::custom)).collect()
 }
 
 /// PEM files of this host's identity.
@@ -183,7 +205,9 @@ mod tests {
     fn defaults_are_filled() {
         let config = toml::from_str::<Config>(WHOLE).unwrap().check().unwrap();
         assert_eq!(config.address, "127.0.0.1:7401");
-        assert!(config.sandbox && config.metrics.is_none());
+        assert!(config.sandbox && config.metrics.is_none() && config.capabilities.withhold.is_empty());
+        let level = format!("{WHOLE}\n[capabilities]\nwithhold = [\"AVX2\", \"CPUID 0000_0007.0 EBX[8]\"]");
+        assert_eq!(toml::from_str::<Config>(&level).unwrap().capabilities.withhold.len(), 2);
     }
 
     #[test]
@@ -191,6 +215,9 @@ mod tests {
         assert!(toml::from_str::<Config>(&format!("{WHOLE}\nsandbx = true")).is_err());
         let kvm = toml::from_str::<Config>(&format!("engine = \"kvm\"\n{WHOLE}")).unwrap();
         assert!(matches!(kvm.check(), Err(ConfigError::Value { key: "engine", .. })));
+        let withheld =
+            toml::from_str::<Config>(&format!("{WHOLE}\n[capabilities]\nwithhold = [\"avx9\"]")).unwrap_err();
+        assert!(withheld.to_string().contains("\"avx9\" is no feature"), "{withheld}");
         let name = toml::from_str::<Config>(&WHOLE.replace("hostA", "host/A")).unwrap();
         assert!(matches!(name.check(), Err(ConfigError::Value { key: "name", .. })));
     }

@@ -47,7 +47,7 @@ pub async fn run(vms: Arc<Vms>, controller: String, version: String, shutdown: C
                     tracing::info!(controller, "the controller answers again");
                 }
                 silent = false;
-                metrics::counter!("godwit_agent_heartbeats_total", "outcome" => "answered").increment(1);
+                metrics::counter!(crate::metrics::HEARTBEATS, "outcome" => "answered").increment(1);
                 follow(&vms, &host, &reply, sent_ns);
             }
             failed => {
@@ -56,7 +56,7 @@ pub async fn run(vms: Arc<Vms>, controller: String, version: String, shutdown: C
                     tracing::warn!(controller, error, "the controller does not answer");
                 }
                 silent = true;
-                metrics::counter!("godwit_agent_heartbeats_total", "outcome" => "failed").increment(1);
+                metrics::counter!(crate::metrics::HEARTBEATS, "outcome" => "failed").increment(1);
             }
         }
         tokio::select! {

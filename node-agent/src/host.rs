@@ -1,4 +1,4 @@
-//! What this host has and can: memory, processors, engines; what it will take on.
+//! What this host will take on: memory, files, and what a machine may ask for. What its engines can is in [`crate::facts`].
 //!
 //! Guest RAM is a memfd that fills as the guest touches it, so free memory alone says too little: what running guests
 //! may still touch is counted as taken. Checks are plain functions over numbers; only the readings look at the host.
@@ -7,10 +7,11 @@ use std::io::Read;
 use std::path::Path;
 
 use proto::status::Code;
-use proto::v1::{MachineConfig, NetConfig};
-use vmcb_engine::capability::{self, CapabilitySet, CpuModel};
+use proto::v1::{BootSource, MachineConfig, NetConfig};
+use vmcb_engine::capability::CpuModel;
 
 use crate::config::Engine;
+use crate::facts;
 use crate::migration::Failure;
 
 /// Left for the host itself when guests are admitted.
@@ -19,7 +20,7 @@ const RESERVE_BYTES: u64 = 128 << 20;
 const MEMORY_STEP_BYTES: u64 = 2 << 20;
 const MEMORY_BYTES: std::ops::RangeInclusive<u64> = 16 << 20..=1 << 40;
 /// Clock of a guest whose configuration names none.
-const TSC_HZ: u64 = 1_000_000_000;
+pub const TSC_HZ: u64 = 1_000_000_000;
 const TSC_PER_INSTRUCTION: u32 = 4;
 const DISKS_MAX: usize = 16;
 const NETS_MAX: usize = 8;
@@ -50,29 +51,6 @@ fn parse_memory(text: &str) -> Memory {
 /// Identifies this boot of the host: `CLOCK_BOOTTIME` readings are comparable within it.
 pub fn boot_id() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
-}
-
-/// What this host offers to guests, in the capability room's encoding.
-pub fn capabilities() -> Vec<u8> {
-    capability::soft_host().to_bytes()
-}
-
-/// Checks a guest's contract against this host; the refusal names every bit that is missing.
-///
-/// # Errors
-/// [`Code::Incapable`], or [`Code::Corrupt`] for bytes that are no contract. No bytes at all: nothing beyond the CPU
-/// model of the configuration, which is checked with it.
-pub fn check_contract(contract: &[u8]) -> Result<(), Failure> {
-    if contract.is_empty() {
-        return Ok(());
-    }
-    let guest = CapabilitySet::from_bytes(contract).map_err(|error| Failure::new(Code::Corrupt, error))?;
-    let failing = guest.failing_on(&capability::soft_host());
-    if failing.is_empty() {
-        return Ok(());
-    }
-    let missing: Vec<String> = failing.iter().map(ToString::to_string).collect();
-    Err(Failure::new(Code::Incapable, missing.join("; ")))
 }
 
 /// Checks that a guest of `asked` bytes fits. `promised` is what other guests have not touched yet.
@@ -129,17 +107,14 @@ pub fn settle(mut config: MachineConfig, vm: &str, default: Engine) -> Result<Ma
     if config.cpu_model.is_empty() {
         CpuModel::SoftV1.name().clone_into(&mut config.cpu_model);
     }
-    if CpuModel::by_name(&config.cpu_model).is_none() {
-        let known: Vec<&str> = CpuModel::ALL.iter().map(|model| model.name()).collect();
-        let text = format!("CPU model {:?} is not known here; known are: {}", config.cpu_model, known.join(", "));
-        return Err(Failure::new(Code::Incapable, text));
-    }
+    facts::model(&config.cpu_model)?;
     if config.tsc_hz == 0 {
         config.tsc_hz = TSC_HZ;
     }
     if config.tsc_per_instruction == 0 {
         config.tsc_per_instruction = TSC_PER_INSTRUCTION;
     }
+    config.boot.as_ref().map_or(Ok(()), check_boot)?;
     for (card, net) in config.nets.iter_mut().enumerate() {
         settle_mac(net, vm, card)?;
     }
@@ -184,9 +159,11 @@ pub fn settle_files(config: &mut MachineConfig) -> Result<(), Failure> {
     if boot.kernel_path.is_empty() {
         return Err(bad("a kernel is needed: --kernel FILE"));
     }
-    readable(&boot.kernel_path, false)?;
-    if !boot.initrd_path.is_empty() {
-        readable(&boot.initrd_path, false)?;
+    let kernel_bytes = image_length(&boot.kernel_path)?;
+    let initrd_bytes = if boot.initrd_path.is_empty() { 0 } else { image_length(&boot.initrd_path)? };
+    // Whoever keeps the configuration has said what travels; it is too late to say anything else.
+    if boot.image_bytes > 0 && (boot.kernel_bytes, boot.initrd_bytes) != (kernel_bytes, initrd_bytes) {
+        return Err(bad(format!("{} or the initrd has changed its length: create the VM again", boot.kernel_path)));
     }
     for disk in &mut config.disks {
         let bytes = readable(&disk.path, !disk.read_only)?;
@@ -196,6 +173,60 @@ pub fn settle_files(config: &mut MachineConfig) -> Result<(), Failure> {
         disk.size_bytes = bytes;
     }
     Ok(())
+}
+
+/// Kernel and initrd in the VM's directory, from where they travel.
+pub const BOOT_IMAGE: &str = "boot.img";
+/// Longest kernel or initrd.
+const IMAGE_BYTES_MAX: u64 = 1 << 30;
+
+/// Where the initrd lies in a [`BOOT_IMAGE`]: on the page behind the kernel.
+pub fn initrd_offset(boot: &BootSource) -> u64 {
+    boot.kernel_bytes.next_multiple_of(4096)
+}
+
+fn image_length(path: &str) -> Result<u64, Failure> {
+    match readable(path, false)? {
+        bytes if bytes > IMAGE_BYTES_MAX => Err(bad(format!("{path} is longer than 1 GiB"))),
+        bytes => Ok(bytes),
+    }
+}
+
+/// Lengths that came from elsewhere and make no boot image.
+fn check_boot(boot: &BootSource) -> Result<(), Failure> {
+    let (kernel, initrd, image) = (boot.kernel_bytes, boot.initrd_bytes, boot.image_bytes);
+    let fits = kernel <= IMAGE_BYTES_MAX && initrd <= IMAGE_BYTES_MAX && image == initrd_offset(boot) + initrd;
+    if image == 0 || fits {
+        return Ok(());
+    }
+    Err(bad(format!("kernel of {kernel} bytes and initrd of {initrd} make no boot image of {image}")))
+}
+
+/// Copies kernel and initrd into the VM's directory, if they travel: from now on they are part of the VM.
+///
+/// # Errors
+/// A file that cannot be read or has changed its length, or no room.
+pub fn make_boot_image(boot: &BootSource, directory: &Path) -> Result<(), Failure> {
+    if boot.image_bytes == 0 {
+        return Ok(());
+    }
+    let path = directory.join(BOOT_IMAGE);
+    let failed = |path: &Path, error: std::io::Error| {
+        let code = if error.kind() == std::io::ErrorKind::StorageFull { Code::Exhausted } else { Code::Internal };
+        Failure::new(code, format!("{}: {error}", path.display()))
+    };
+    let mut image = std::fs::File::create(&path).map_err(|e| failed(&path, e))?;
+    let parts =
+        [(&boot.kernel_path, 0, boot.kernel_bytes), (&boot.initrd_path, initrd_offset(boot), boot.initrd_bytes)];
+    for (from, offset, bytes) in parts.into_iter().filter(|(_, _, bytes)| *bytes > 0) {
+        let mut source = std::fs::File::open(from).map_err(|e| failed(Path::new(from), e))?;
+        std::io::Seek::seek(&mut image, std::io::SeekFrom::Start(offset)).map_err(|e| failed(&path, e))?;
+        let copied = std::io::copy(&mut source, &mut image).map_err(|e| failed(&path, e))?;
+        if copied != bytes {
+            return Err(bad(format!("{from} has changed while it was copied: {bytes} bytes, then {copied}")));
+        }
+    }
+    image.set_len(boot.image_bytes).map_err(|e| failed(&path, e))
 }
 
 /// Checks that a shared disk is there too.
@@ -227,15 +258,16 @@ fn readable(path: &str, write: bool) -> Result<u64, Failure> {
     })
 }
 
-/// Makes empty local disks in `directory` for a guest that arrives, and points the configuration at them.
+/// Makes an empty boot image and empty local disks in `directory` for a guest that arrives, and points the configuration at them.
 ///
 /// # Errors
 /// [`Code::Exhausted`] if they do not fit; otherwise what the file system says.
 pub fn make_local_disks(config: &mut MachineConfig, directory: &Path) -> Result<(), Failure> {
     let failed =
         |path: &Path, error: std::io::Error| Failure::new(Code::Internal, format!("{}: {error}", path.display()));
-    let needed: u64 =
-        config.disks.iter().filter(|disk| !disk.shared).fold(0, |sum, disk| sum.saturating_add(disk.size_bytes));
+    let boot_bytes = config.boot.as_ref().map_or(0, |boot| boot.image_bytes);
+    let local = config.disks.iter().filter(|disk| !disk.shared);
+    let needed: u64 = local.fold(boot_bytes, |sum, disk| sum.saturating_add(disk.size_bytes));
     let space = rustix::fs::statvfs(directory).map_err(|e| failed(directory, e.into()))?;
     let free = space.f_bavail.saturating_mul(space.f_frsize);
     if needed > free {
@@ -243,10 +275,16 @@ pub fn make_local_disks(config: &mut MachineConfig, directory: &Path) -> Result<
             format!("local disks need {} MiB, {} has {} MiB free", needed >> 20, directory.display(), free >> 20);
         return Err(Failure::new(Code::Exhausted, text));
     }
+    let make = |path: &Path, bytes: u64| {
+        let made = std::fs::File::create(path).and_then(|file| file.set_len(bytes));
+        made.map_err(|e| failed(path, e))
+    };
+    if boot_bytes > 0 {
+        make(&directory.join(BOOT_IMAGE), boot_bytes)?;
+    }
     for (index, disk) in config.disks.iter_mut().enumerate().filter(|(_, disk)| !disk.shared) {
         let path = directory.join(format!("disk{index}.img"));
-        let file = std::fs::File::create(&path).map_err(|e| failed(&path, e))?;
-        file.set_len(disk.size_bytes).map_err(|e| failed(&path, e))?;
+        make(&path, disk.size_bytes)?;
         disk.path = path.to_string_lossy().into_owned();
     }
     Ok(())
@@ -289,16 +327,6 @@ mod tests {
         assert_eq!(settle(kvm, "vm1", Engine::Auto).unwrap_err().code, Code::Incapable);
         let group = MachineConfig { nets: vec![NetConfig { mac: vec![1; 6], ..NetConfig::default() }], ..machine() };
         assert_eq!(settle(group, "vm1", Engine::Auto).unwrap_err().code, Code::BadInput);
-    }
-
-    #[test]
-    fn a_contract_that_this_host_keeps_is_accepted_and_garbage_is_not() {
-        let contract = CpuModel::SoftV1.contract(1_000_000);
-        assert_eq!(check_contract(&contract.to_bytes()), Ok(()));
-        let mut foreign = contract;
-        foreign.facts.engines = ["kvm".to_owned()].into();
-        assert_eq!(check_contract(&foreign.to_bytes()).unwrap_err().code, Code::Incapable);
-        assert_eq!(check_contract(&[0xff; 7]).unwrap_err().code, Code::Corrupt);
     }
 
     #[test]

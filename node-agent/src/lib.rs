@@ -2,6 +2,7 @@
 //!
 //! - [`agent`]: config -> build -> run until shutdown -> drain.
 //! - [`rpc`]: what the agent offers by gRPC; [`heartbeat`]: what it says to the controller; [`tls`]: who may say what.
+//! - [`facts`]: what the host can give a guest; [`host`]: what it will take on.
 //! - [`vm`]: one task per VM, the only one that changes it; its files; its runner.
 //! - [`migration`]: a VM on its way over lanes.
 //! - [`runner`]: the process of one guest (binary `vm-runner`).
@@ -11,6 +12,7 @@
 pub mod agent;
 pub mod clock;
 pub mod config;
+pub mod facts;
 pub mod heartbeat;
 pub mod host;
 pub mod metrics;

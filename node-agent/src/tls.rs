@@ -24,6 +24,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 use tonic::transport::{Channel, Endpoint, Uri};
+use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 
 use crate::config::TlsFiles;
@@ -56,9 +57,8 @@ impl Identity {
     }
 
     fn of_certificate(certificate: &[u8]) -> Result<Identity, TlsError> {
-        let parsed =
-            x509_parser::parse_x509_certificate(certificate).map_err(|e| TlsError::Certificate(e.to_string()))?;
-        let names = parsed.1.subject_alternative_name().map_err(|e| TlsError::Certificate(e.to_string()))?;
+        let parsed = parse(certificate)?;
+        let names = parsed.subject_alternative_name().map_err(|e| TlsError::Certificate(e.to_string()))?;
         let uris: Vec<&str> = names
             .iter()
             .flat_map(|names| &names.value.general_names)
@@ -90,6 +90,18 @@ pub enum TlsError {
     /// A certificate that names nobody.
     #[error("certificate: {0}")]
     Certificate(String),
+    /// A certificate outside of its days.
+    #[error("{path} {word} valid (from {from} to {until})")]
+    Days {
+        /// The file.
+        path: PathBuf,
+        /// "is not yet" or "is no longer".
+        word: &'static str,
+        /// First instant.
+        from: String,
+        /// Last instant.
+        until: String,
+    },
     /// The library's word.
     #[error(transparent)]
     Tls(#[from] rustls::Error),
@@ -103,6 +115,7 @@ struct Loaded {
     roots: Arc<RootCertStore>,
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
+    expires_unix_s: i64,
 }
 
 /// This process's identity and whom it trusts; follows its files.
@@ -157,8 +170,16 @@ impl Tls {
                 *self.changed.lock().unwrap_or_else(PoisonError::into_inner) = now;
                 tracing::info!(cert = %self.files.cert.display(), "certificates were read again");
             }
-            Err(error) => tracing::warn!(%error, "changed certificates are not usable: the old ones stay"),
+            Err(error) => {
+                metrics::counter!(crate::metrics::CERTIFICATE_REFUSALS).increment(1);
+                tracing::warn!(%error, "changed certificates are not usable: the old ones stay");
+            }
         }
+    }
+
+    /// When this process's own certificate ends, Unix time in seconds.
+    pub fn expires_unix_s(&self) -> i64 {
+        self.loaded.load().expires_unix_s
     }
 
     /// Greets a client: its certificate is checked, its identity read.
@@ -232,6 +253,7 @@ fn read(files: &TlsFiles, provider: &Arc<CryptoProvider>) -> Result<Loaded, TlsE
     }
     let roots = Arc::new(roots);
     let chain = certificates(&files.cert)?;
+    let expires_unix_s = check_days(&files.cert, &chain)?;
     let key = PrivateKeyDer::from_pem_file(&files.key).map_err(bad(&files.key))?;
     let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(provider)).build()?;
     let mut server = ServerConfig::builder_with_provider(Arc::clone(provider))
@@ -239,7 +261,27 @@ fn read(files: &TlsFiles, provider: &Arc<CryptoProvider>) -> Result<Loaded, TlsE
         .with_client_cert_verifier(verifier)
         .with_single_cert(chain.clone(), key.clone_key())?;
     server.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(Loaded { server: Arc::new(server), roots, chain, key })
+    Ok(Loaded { server: Arc::new(server), roots, chain, key, expires_unix_s })
+}
+
+fn parse(certificate: &[u8]) -> Result<X509Certificate<'_>, TlsError> {
+    let parsed = x509_parser::parse_x509_certificate(certificate);
+    parsed.map(|(_, parsed)| parsed).map_err(|e| TlsError::Certificate(e.to_string()))
+}
+
+/// A certificate that nobody would believe is not taken: who has a good one keeps it. Returns when it ends.
+fn check_days(path: &std::path::Path, chain: &[CertificateDer<'_>]) -> Result<i64, TlsError> {
+    let own = chain.first().ok_or_else(|| TlsError::Certificate(format!("{} holds none", path.display())))?;
+    let parsed = parse(own)?;
+    let days = parsed.validity();
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64);
+    let word = match now {
+        now if now < days.not_before.timestamp() => "is not yet",
+        now if now > days.not_after.timestamp() => "is no longer",
+        _ => return Ok(days.not_after.timestamp()),
+    };
+    let (from, until) = (days.not_before.to_string(), days.not_after.to_string());
+    Err(TlsError::Days { path: path.to_owned(), word, from, until })
 }
 
 /// Verifies the chain up to the cluster's authority, and the identity instead of a DNS name.

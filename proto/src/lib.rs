@@ -5,11 +5,15 @@
 //! - [`leaf`]: BLAKE3 of pages, many at once.
 //! - [`seal`], with the feature `seal`: frames compressed and encrypted for the bucket.
 //! - [`wrap`], with it: their keys under a cluster's.
+//! - [`capability`]: what a guest needs and a host has, how the two compare, and their names.
+//! - [`digest`]: what two sides of a transfer compare.
 //! - [`ids`]: identifiers that cannot be confused with each other.
 //! - [`status`]: what can go wrong, as a code that travels.
 //!
 //! This crate refuses to know the engine, the runtime, files and policy.
 
+pub mod capability;
+pub mod digest;
 pub mod frame;
 pub mod ids;
 pub mod leaf;
@@ -30,3 +34,7 @@ pub mod wrap;
 pub mod v1 {
     include!(concat!(env!("OUT_DIR"), "/godwit.v1.rs"));
 }
+
+/// The schema of [`v1`], an encoded `google.protobuf.FileDescriptorSet`: what tools need that show messages by the names of
+/// their fields.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

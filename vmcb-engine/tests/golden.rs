@@ -157,3 +157,38 @@ fn the_present_version_writes_what_its_golden_files_say() {
         assert_eq!(golden, bytes, "{}: the saved form has changed; give it a new version", section.name);
     }
 }
+
+/// What 1.1 added: input and packets that wait.
+fn history_v1_1(bus: &mut Bus, memory: &GuestMemory) {
+    history_v1(bus, memory);
+    let line: Vec<u8> = (0..4500).map(|n| b'a' + (n % 26) as u8).collect();
+    assert_eq!(bus.console_input(&line), line.len());
+    assert!(bus.net_hold(0, b"a packet that waits") && bus.net_hold(0, b"and another"));
+}
+
+#[test]
+fn version_1_1_is_written_only_where_something_waits_and_loads() {
+    let (mut source, memory) = bus();
+    history_v1_1(&mut source, &memory);
+    let directory: PathBuf = [env!("CARGO_MANIFEST_DIR"), "tests", "golden", "v1.1"].iter().collect();
+    let mut sections = BTreeMap::new();
+    for section in source.save() {
+        if section.minor == 1 {
+            let path = directory.join(file_name(&section.name));
+            let bytes = frame::encode_message(Kind::Section, &section);
+            if std::env::var_os("GODWIT_WRITE_GOLDEN").is_some() && !path.exists() {
+                std::fs::create_dir_all(&directory).unwrap();
+                std::fs::write(&path, &bytes).unwrap();
+            }
+            let golden = std::fs::read(&path).unwrap_or_else(|e| panic!("{path:?}: {e}"));
+            assert_eq!(golden, bytes, "{}: the saved form has changed; give it a new version", section.name);
+        }
+        sections.insert(section.name.clone(), section);
+    }
+    let newer: Vec<&str> = sections.values().filter(|s| s.minor == 1).map(|s| s.name.as_str()).collect();
+    assert_eq!(newer, ["device/uart0", "device/virtio-net0"]);
+    let (mut target, _) = bus();
+    target.restore(&mut |name: &str| Ok::<_, RestoreError>(sections[name].body.clone())).unwrap();
+    let saved: BTreeMap<String, Section> = target.save().into_iter().map(|s| (s.name.clone(), s)).collect();
+    assert_eq!(saved, sections);
+}

@@ -49,7 +49,8 @@ async fn forward(api: &Api, mut inputs: Streaming<ConsoleInput>, out: &mpsc::Sen
                 }
                 None => return Ok(()),
             },
-            input = inputs.next(), if tell.is_some() => match (input, &tell) {
+            // Input that the agent does not take yet must not hold up output; its acknowledgement makes room.
+            input = inputs.next(), if tell.as_ref().is_some_and(|told| told.capacity() > 0) => match (input, &tell) {
                 (Some(Ok(input)), Some(told)) => {
                     if told.send(input).await.is_err() {
                         tell = None;

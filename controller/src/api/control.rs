@@ -6,6 +6,7 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use proto::frame::{self, Kind};
+use proto::ids::Generation;
 use proto::v1::control_server::Control;
 use proto::v1::operation_event::Event as Said;
 use proto::v1::{
@@ -17,10 +18,12 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::plans::{self, Candidate, unknown_checkpoint, unknown_vm};
+use super::placement::{Fleet, Need};
+use super::plans::{self, unknown_checkpoint, unknown_vm};
 use super::{Api, console, events, require, views};
+use crate::bucket::packs_prefix;
 use crate::failure::Failure;
-use crate::ledger::event::{Plan, Task};
+use crate::ledger::event::{CheckpointEntry, Plan, Task};
 use crate::saga::report::record;
 use crate::tls::{Identity, Role};
 
@@ -31,8 +34,9 @@ type Began = Result<Response<Operation>, Status>;
 const LOOK_MAX: Duration = Duration::from_secs(10);
 
 impl Api {
-    fn candidate(&self, host: &str) -> Candidate {
-        Candidate { name: host.into(), state: self.agents.host_state(host), info: self.agents.host(host) }
+    fn fleet(&self) -> Fleet {
+        let state = self.ledger.state();
+        Fleet { hosts: state.hosts.keys().map(|host| self.candidate(host)).collect() }
     }
 
     async fn begin(&self, operator: &Identity, plan: Result<Plan, Failure>) -> Began {
@@ -48,6 +52,19 @@ impl Api {
         self.ledger.state().checkpoints.get(id).map(|entry| record(entry)).ok_or_else(|| unknown_checkpoint(id))
     }
 
+    /// Bodies of a checkpoint's sections `cpu/N`, by vCPU: bytes that were hashed, which the caller decodes.
+    async fn cpu_states(&self, entry: &CheckpointEntry) -> Result<Vec<Vec<u8>>, Failure> {
+        let opened = self.reader.manifest(&entry.manifest_key).await?;
+        let mut states = Vec::new();
+        for (section, _) in self.reader.sections(&opened).await? {
+            if let Some(number) = section.name.strip_prefix("cpu/") {
+                states.push((number.parse().unwrap_or(u32::MAX), section.body));
+            }
+        }
+        states.sort();
+        Ok(states.into_iter().map(|(_, body)| body).collect())
+    }
+
     async fn power(&self, request: Request<VmName>, task: impl FnOnce(crate::ledger::event::Intent) -> Task) -> Began {
         let operator = require(&request, Role::Operator)?;
         let plan = plans::power(&self.ledger.state(), &request.into_inner().vm, task);
@@ -55,22 +72,33 @@ impl Api {
     }
 
     /// What a migration would do, without doing it.
-    fn rehearse(&self, plan: &Plan, target: &Candidate) -> Operation {
-        let info = target.info.clone().unwrap_or_default();
-        let source = plan.holder.as_ref().map(|holder| holder.host.clone()).unwrap_or_default();
-        let record = self.show(&plan.vm).ok();
-        let ram = record.as_ref().and_then(|vm| vm.config.as_ref()).map_or(0, |config| config.memory_bytes);
+    fn rehearse(&self, plan: &Plan, fleet: &Fleet, target: &str) -> Result<Operation, Failure> {
+        let state = self.ledger.state();
+        let vm = state.vms.get(&plan.vm).ok_or_else(|| unknown_vm(&plan.vm))?;
+        let contract = plans::contract(vm)?;
+        let need = Need { vm: &vm.name, config: &vm.config, contract: &contract };
+        let info = fleet.host(target)?.keeps(&need)?;
+        let (source, record) = (&vm.host, self.show(&plan.vm).ok());
+        let others = match &fleet.able(&need, &[target, source])[..] {
+            [] => "no other host would do".to_owned(),
+            able => format!("{} would do as well", able.join(", ")),
+        };
         let notes = [
-            format!("{} would move from {source} to {} as generation {}", plan.vm, target.name, plan.generation),
-            format!("{source} is {}", self.agents.host_state(&source).word()),
-            format!("{} is up, offers {}", target.name, info.engines.join(", ")),
-            format!("{} bytes of RAM are needed; {} has {} free", ram, target.name, info.memory_bytes_free),
+            format!("{} would move from {source} to {target} as generation {}", plan.vm, plan.generation),
+            format!("{source} is {}", self.agents.host_state(source).word()),
+            format!("{target} is up, offers {}", info.engines.join(", ")),
+            format!("{target} keeps the contract {}: {} things compared", contract.model, contract.demands()),
+            format!(
+                "{} bytes of RAM are needed; {target} has {} free",
+                need.config.memory_bytes, info.memory_bytes_free
+            ),
+            others,
         ];
         let done = Said::Done(OperationDone { vm: record, ..OperationDone::default() });
         let said = notes.into_iter().map(Said::Note).chain([done]);
         let events: Vec<_> =
             said.map(|event| Ok(OperationEvent { operation: String::new(), event: Some(event) })).collect();
-        Box::pin(tokio_stream::iter(events))
+        Ok(Box::pin(tokio_stream::iter(events)))
     }
 }
 
@@ -110,9 +138,9 @@ impl Control for Api {
     async fn create_vm_record(&self, request: Request<CreateVmRecordRequest>) -> Began {
         let operator = require(&request, Role::Operator)?;
         let asked = request.into_inner();
-        let host = self.candidate(&asked.host);
         let config = asked.config.unwrap_or_default();
-        let plan = plans::create(&self.ledger.state(), &asked.vm, &host, config, asked.on_isolation);
+        let fleet = self.fleet();
+        let plan = plans::create(&self.ledger.state(), &fleet, &asked.vm, &asked.host, config, asked.on_isolation);
         self.begin(&operator, plan).await
     }
 
@@ -143,11 +171,11 @@ impl Control for Api {
     async fn migrate(&self, request: Request<MigrateRequest>) -> Began {
         let operator = require(&request, Role::Operator)?;
         let asked = request.into_inner();
-        let target = self.candidate(&asked.to);
+        let fleet = self.fleet();
         let policy = asked.policy.unwrap_or_default();
-        let plan = plans::migrate(&self.ledger.state(), &asked.vm, &target, asked.via_controller, policy);
+        let plan = plans::migrate(&self.ledger.state(), &fleet, &asked.vm, &asked.to, asked.via_controller, policy);
         if asked.dry_run {
-            return Ok(Response::new(self.rehearse(&plan?, &target)));
+            return Ok(Response::new(self.rehearse(&plan?, &fleet, &asked.to)?));
         }
         self.begin(&operator, plan).await
     }
@@ -191,6 +219,12 @@ impl Control for Api {
 
     async fn remove_checkpoint(&self, request: Request<CheckpointName>) -> Began {
         let operator = require(&request, Role::Operator)?;
+        let id = request.get_ref().id.clone();
+        if let Some(entry) = self.ledger.state().checkpoints.get(&id) {
+            // What the ledger forgets nobody would look for: the bucket must be there to forget it, too.
+            let prefix = packs_prefix(&entry.vm_id, Generation(entry.generation));
+            self.reader.bucket.list(&prefix).await.map_err(Failure::from)?;
+        }
         let plan = plans::on_checkpoint(&self.ledger.state(), &request.into_inner().id, |entry| {
             Task::RemoveCheckpoint { checkpoint: entry.id.clone(), generation: entry.generation }
         });
@@ -203,9 +237,8 @@ impl Control for Api {
         let state = self.ledger.state();
         let entry = plans::named_checkpoint(&state, &asked.name)?;
         let manifest = self.reader.manifest(&entry.manifest_key).await?.manifest;
-        let target = self.candidate(&asked.to);
-        let policy = asked.policy.unwrap_or_default();
-        let plan = plans::restore(&self.ledger.state(), entry, manifest, &target, &asked.as_name, policy);
+        let (fleet, policy) = (self.fleet(), asked.policy.unwrap_or_default());
+        let plan = plans::restore(&self.ledger.state(), &fleet, entry, manifest, &asked.to, &asked.as_name, policy);
         self.begin(&operator, plan).await
     }
 
@@ -213,7 +246,10 @@ impl Control for Api {
         require(&request, Role::Operator)?;
         let name = request.into_inner().name;
         let state = self.ledger.state();
-        let vm = state.vms.get(&name).ok_or_else(|| unknown_vm(&name))?;
+        let Some(vm) = state.vms.get(&name) else {
+            let cpu_states = self.cpu_states(plans::named_checkpoint(&state, &name)?).await?;
+            return Ok(Response::new(VmcbReply { cpu_states, ..VmcbReply::default() }));
+        };
         let itself = VmRef { vm: name, generation: vm.generation, ..VmRef::default() };
         let reply = self.agents.call(&vm.host, LOOK_MAX, async |mut agent| agent.get_vmcb(itself).await).await?;
         Ok(Response::new(reply))

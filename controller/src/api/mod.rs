@@ -1,7 +1,7 @@
 //! What the controller offers: `Control` to operators, `Fleet` and `Lanes` to hosts.
 //!
-//! Each call first looks at who calls (the certificate's role), then turns the request into a plan ([`plans`], pure)
-//! and begins an operation, or shows what is ([`views`], pure). Nothing is decided here that the ledger does not decide
+//! Each call first looks at who calls (the certificate's role), then turns the request into a plan ([`plans`], pure; which
+//! hosts could do it: [`placement`], pure) and begins an operation, or shows what is ([`views`], pure). Nothing is decided here that the ledger does not decide
 //! again.
 
 mod console;
@@ -9,6 +9,7 @@ mod control;
 mod events;
 mod fleet;
 mod lanes;
+pub mod placement;
 pub mod plans;
 pub mod views;
 
@@ -72,7 +73,7 @@ fn require<T>(request: &Request<T>, role: Role) -> Result<Identity, Status> {
     if identity.role == role {
         return Ok(identity);
     }
-    tracing::warn!(%identity, "refused a call that is for {role:?} only");
-    let text = format!("{identity} may not do this: a certificate of role {role:?} is needed");
-    Err(Failure::new(Code::Denied, text.to_lowercase()).hint("use the certificate of an operator").into())
+    tracing::warn!(%identity, "refused a call that is for role {role} only");
+    let text = format!("{identity} may not do this: a certificate of role {role} is needed");
+    Err(Failure::new(Code::Denied, text).hint("use the certificate of an operator").into())
 }

@@ -3,12 +3,12 @@
 //! A plan is made from one state of the ledger; `State::apply` looks again whether it still fits when it is appended.
 //! Refusals say what, why and what to do.
 
+use proto::capability::CapabilitySet;
 use proto::ids::{CheckpointId, VmId};
 use proto::status::Code;
-use proto::v1::{HostInfo, MachineConfig, Manifest, TransferPolicy};
+use proto::v1::{MachineConfig, Manifest, TransferPolicy};
 
-use crate::agents::lease::HostState;
-use crate::agents::unknown_host;
+use super::placement::{Fleet, Need};
 use crate::failure::Failure;
 use crate::ingest::manifest::SPACE_BYTES_MAX;
 use crate::ledger::event::{CheckpointEntry, Holder, Intent, Plan, Task};
@@ -25,41 +25,6 @@ pub fn unknown_vm(vm: &str) -> Failure {
 /// Says that a name is of no checkpoint.
 pub fn unknown_checkpoint(id: &str) -> Failure {
     Failure::new(Code::NotFound, format!("there is no checkpoint {id}")).hint("`ctl checkpoint ls` names them")
-}
-
-/// What is known of the host that an operation needs.
-#[derive(Clone, Debug)]
-pub struct Candidate {
-    /// Its name.
-    pub name: String,
-    /// How long ago it was heard.
-    pub state: HostState,
-    /// What it said then.
-    pub info: Option<HostInfo>,
-}
-
-impl Candidate {
-    /// Whether a machine can be brought there, as far as can be known here; the agent checks again.
-    ///
-    /// # Errors
-    /// [`Code::NotFound`], [`Code::Unreachable`], [`Code::Incapable`].
-    pub fn check(&self, state: &State, config: &MachineConfig) -> Result<&HostInfo, Failure> {
-        let name = &self.name;
-        if !state.hosts.contains_key(name) {
-            return Err(unknown_host(name));
-        }
-        let (HostState::Up, Some(info)) = (self.state, &self.info) else {
-            return Err(Failure::new(Code::Unreachable, format!("{name} is {}", self.state.word()))
-                .hint(format!("check the node-agent on {name}")));
-        };
-        let engine = &config.engine;
-        if !info.engines.contains(engine) {
-            let offers = info.engines.join(", ");
-            return Err(Failure::new(Code::Incapable, format!("{name} has no engine {engine}; it offers: {offers}"))
-                .hint("`ctl host ls` shows the engines of all hosts"));
-        }
-        Ok(info)
-    }
 }
 
 fn vm<'a>(state: &'a State, name: &str) -> Result<&'a Vm, Failure> {
@@ -85,11 +50,11 @@ fn plan(vm: &Vm, generation: u64, task: Task) -> Plan {
 pub fn check_name(name: &str) -> Result<(), Failure> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     let first = name.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
-    if first && name.len() <= 63 && name.chars().all(plain) {
+    if first && name.len() <= 40 && name.chars().all(plain) {
         return Ok(());
     }
     Err(Failure::new(Code::BadInput, format!("{name:?} cannot name a VM"))
-        .hint("1 to 63 letters, digits, `-`, `_` and `.`; the first a letter or digit"))
+        .hint("1 to 40 letters, digits, `-`, `_` and `.`; the first a letter or digit"))
 }
 
 fn check_config(config: &MachineConfig) -> Result<(), Failure> {
@@ -110,12 +75,13 @@ fn check_config(config: &MachineConfig) -> Result<(), Failure> {
 /// Create a VM.
 ///
 /// # Errors
-/// [`Code::BadInput`], [`Code::Conflict`], and what [`Candidate::check`] says.
+/// [`Code::BadInput`], [`Code::Conflict`], and what [`Fleet::keeping`] says.
 pub fn create(
     state: &State,
+    fleet: &Fleet,
     name: &str,
-    host: &Candidate,
-    config: MachineConfig,
+    host: &str,
+    mut config: MachineConfig,
     on_isolation: i32,
 ) -> Result<Plan, Failure> {
     check_name(name)?;
@@ -123,15 +89,15 @@ pub fn create(
     if state.vms.contains_key(name) {
         return Err(Failure::new(Code::Conflict, format!("there is a VM {name} already")).hint("choose another name"));
     }
-    host.check(state, &config)?;
-    let capabilities = Vec::new();
+    let contract = fleet.host(host)?.freeze(&mut config)?;
+    fleet.keeping(host, &Need { vm: name, config: &config, contract: &contract }, None)?;
     Ok(Plan {
         vm: name.into(),
         vm_id: VmId(crate::entropy::bytes()).to_string(),
         locks: vec![vm_lock(name)],
         holder: None,
         generation: state.fresh_generation(name),
-        task: Task::Create { host: host.name.clone(), config, on_isolation, capabilities },
+        task: Task::Create { host: host.into(), config, on_isolation, capabilities: contract.to_bytes() },
     })
 }
 
@@ -153,32 +119,47 @@ fn stopped(name: &str) -> Failure {
         .hint(format!("`ctl restore {name}` brings its newest checkpoint back"))
 }
 
+/// The contract of a VM.
+///
+/// # Errors
+/// [`Code::Unreachable`]: it was made by a release before contracts, and no host that knows its model was heard since.
+/// [`Code::Corrupt`].
+pub fn contract(vm: &Vm) -> Result<CapabilitySet, Failure> {
+    if vm.capabilities.is_empty() {
+        let (name, model) = (&vm.name, &vm.config.cpu_model);
+        let text = format!("what {name} needs is not known: no host that knows its CPU model {model:?} was heard yet");
+        return Err(Failure::new(Code::Unreachable, text).hint("`ctl host ls` shows which hosts are up"));
+    }
+    decode(&vm.name, &vm.capabilities)
+}
+
+fn decode(vm: &str, bytes: &[u8]) -> Result<CapabilitySet, Failure> {
+    CapabilitySet::from_bytes(bytes).map_err(|error| Failure::new(Code::Corrupt, format!("contract of {vm}: {error}")))
+}
+
 /// Migrate a VM.
 ///
 /// # Errors
-/// [`Code::NotFound`], [`Code::Conflict`], [`Code::Exhausted`], and what [`Candidate::check`] says.
+/// [`Code::NotFound`], [`Code::Conflict`], and what [`contract`] and [`Fleet::fitting`] say.
 pub fn migrate(
     state: &State,
+    fleet: &Fleet,
     name: &str,
-    target: &Candidate,
+    target: &str,
     via_controller: bool,
     policy: TransferPolicy,
 ) -> Result<Plan, Failure> {
     let vm = vm(state, name)?;
-    if vm.host == target.name {
-        return Err(Failure::new(Code::Conflict, format!("{name} is on {} already", target.name)));
+    if vm.host == target {
+        return Err(Failure::new(Code::Conflict, format!("{name} is on {target} already")));
     }
     if vm.intent == Intent::Stopped {
         return Err(stopped(name));
     }
-    let info = target.check(state, &vm.config)?;
-    let (free, needed) = (info.memory_bytes_free, vm.config.memory_bytes);
-    if free < needed {
-        let text = format!("{} has {free} bytes of memory free, {name} needs {needed}", target.name);
-        return Err(Failure::new(Code::Exhausted, text).hint("choose another host: `ctl host ls`"));
-    }
+    let contract = contract(vm)?;
+    fleet.fitting(target, &Need { vm: name, config: &vm.config, contract: &contract }, Some(&vm.host))?;
     let paused = vm.intent == Intent::Paused;
-    let task = Task::Migrate { target: target.name.clone(), via_controller, paused, policy };
+    let task = Task::Migrate { target: target.into(), via_controller, paused, policy };
     Ok(plan(vm, state.fresh_generation(name), task))
 }
 
@@ -219,22 +200,32 @@ pub fn named_checkpoint<'a>(state: &'a State, name: &str) -> Result<&'a Checkpoi
     }
 }
 
-/// Restore a checkpoint whose manifest was read.
+/// Restore a checkpoint whose manifest was read. No target: the host that suits it best.
 ///
 /// # Errors
-/// [`Code::Conflict`], [`Code::BadInput`], and what [`Candidate::check`] says.
+/// [`Code::Conflict`], [`Code::BadInput`], [`Code::Corrupt`], and what [`Fleet::keeping`] and [`Fleet::place`] say.
 pub fn restore(
     state: &State,
+    fleet: &Fleet,
     entry: &CheckpointEntry,
     manifest: Manifest,
-    target: &Candidate,
+    target: &str,
     as_name: &str,
     policy: TransferPolicy,
 ) -> Result<Plan, Failure> {
     let name = if as_name.is_empty() { &entry.vm } else { as_name };
     check_name(name)?;
     let config = manifest.config.unwrap_or_default();
-    target.check(state, &config)?;
+    let contract = match &manifest.capabilities[..] {
+        [] => fleet.contract_by_model(&config).ok_or_else(|| {
+            let text = format!(
+                "checkpoint {} names no contract, and no host knows CPU model {:?}",
+                entry.id, config.cpu_model
+            );
+            Failure::new(Code::Incapable, text).hint("`ctl host ls` shows which hosts are up")
+        })?,
+        bytes => decode(name, bytes)?,
+    };
     let there = state.vms.get(name);
     let vm_id = match there {
         Some(_) if !as_name.is_empty() => {
@@ -248,12 +239,17 @@ pub fn restore(
         None if !as_name.is_empty() => VmId(crate::entropy::bytes()).to_string(),
         Some(_) | None => entry.vm_id.clone(),
     };
+    let need = Need { vm: name, config: &config, contract: &contract };
+    let target = match target {
+        "" => fleet.place(&need, there.map(|vm| vm.host.as_str()))?,
+        target => fleet.keeping(target, &need, None)?,
+    };
     let task = Task::Restore {
         checkpoint: entry.id.clone(),
         target: target.name.clone(),
         new: there.is_none(),
         config,
-        capabilities: manifest.capabilities,
+        capabilities: contract.to_bytes(),
         on_isolation: there.map_or(0, |vm| vm.on_isolation),
         policy,
     };
@@ -284,12 +280,11 @@ pub fn on_checkpoint(state: &State, id: &str, task: impl FnOnce(&CheckpointEntry
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::tests::{config, entry, running_vm};
-
-    fn up(name: &str) -> Candidate {
-        let info = HostInfo { engines: vec!["soft".into()], memory_bytes_free: 1 << 30, ..HostInfo::default() };
-        Candidate { name: name.into(), state: HostState::Up, info: Some(info) }
-    }
+    use crate::agents::lease::HostState;
+    use crate::api::placement::Candidate;
+    use crate::api::placement::tests::up;
+    use crate::ledger::tests::{config, contract, entry, running_vm};
+    use proto::v1::HostInfo;
 
     fn cluster() -> State {
         let mut state = running_vm("hostA");
@@ -306,38 +301,71 @@ mod tests {
     #[test]
     fn a_migration_is_refused_for_a_reason() {
         let state = cluster();
-        let migrate = |vm: &str, to: &Candidate| migrate(&state, vm, to, false, TransferPolicy::default());
-        assert_eq!(migrate("vm1", &up("hostB")).unwrap().generation, 2);
-        assert_eq!(code(migrate("vm9", &up("hostB"))), Code::NotFound);
-        assert_eq!(code(migrate("vm1", &up("hostA"))), Code::Conflict);
-        assert_eq!(code(migrate("vm1", &up("hostZ"))), Code::NotFound);
-        assert_eq!(code(migrate("vm1", &Candidate { state: HostState::Silent, ..up("hostB") })), Code::Unreachable);
-        let no_engine = Candidate { info: Some(HostInfo::default()), ..up("hostB") };
-        assert_eq!(code(migrate("vm1", &no_engine)), Code::Incapable);
-        let mut small = up("hostB");
+        let migrate = |vm: &str, to: &str, hosts: &[Candidate]| {
+            migrate(&state, &Fleet { hosts: hosts.to_vec() }, vm, to, false, TransferPolicy::default())
+        };
+        let hosts = [up("hostA", &[]), up("hostB", &[])];
+        assert_eq!(migrate("vm1", "hostB", &hosts).unwrap().generation, 2);
+        assert_eq!(code(migrate("vm9", "hostB", &hosts)), Code::NotFound);
+        assert_eq!(code(migrate("vm1", "hostA", &hosts)), Code::Conflict);
+        assert_eq!(code(migrate("vm1", "hostZ", &hosts)), Code::NotFound);
+        let silent = Candidate { state: HostState::Silent, ..up("hostB", &[]) };
+        assert_eq!(code(migrate("vm1", "hostB", &[silent])), Code::Unreachable);
+        let no_engine = Candidate { info: Some(HostInfo::default()), ..up("hostB", &[]) };
+        assert_eq!(code(migrate("vm1", "hostB", &[no_engine])), Code::Incapable);
+        let mut small = up("hostB", &[]);
         small.info.as_mut().unwrap().memory_bytes_free = 5;
-        assert_eq!(code(migrate("vm1", &small)), Code::Exhausted);
+        assert_eq!(code(migrate("vm1", "hostB", &[small])), Code::Exhausted);
+        let refused = migrate("vm1", "hostB", &[up("hostA", &[]), up("hostB", &["cmpxchg16b"])]).unwrap_err();
+        assert!(refused.message.contains("CPUID 0000_0001.0 ECX[13] cmpxchg16b"), "{refused}");
+        assert!(refused.hint.contains("no other host"), "the host where it is does not count: {}", refused.hint);
     }
 
     #[test]
-    fn a_restore_knows_the_vm_it_replaces() {
+    fn a_vm_whose_contract_is_not_known_stays_where_it_is() {
+        let mut state = cluster();
+        let vm = std::sync::Arc::make_mut(state.vms.get_mut("vm1").unwrap());
+        vm.capabilities.clear();
+        let fleet = Fleet { hosts: vec![up("hostA", &[]), up("hostB", &[])] };
+        let refused = migrate(&state, &fleet, "vm1", "hostB", false, TransferPolicy::default()).unwrap_err();
+        assert!(refused.code == Code::Unreachable && refused.message.contains("not known"), "{refused}");
+        std::sync::Arc::make_mut(state.vms.get_mut("vm1").unwrap()).capabilities = vec![0xff; 3];
+        assert_eq!(code(migrate(&state, &fleet, "vm1", "hostB", false, TransferPolicy::default())), Code::Corrupt);
+    }
+
+    #[test]
+    fn a_restore_knows_the_vm_it_replaces_and_what_it_needs() {
         let state = cluster();
+        let fleet = Fleet { hosts: vec![up("hostA", &["popcnt"]), up("hostB", &[])] };
         let mut entry = CheckpointEntry { vm_id: "22".repeat(16), ..entry("c1", "vm1", 1) };
-        let manifest = || Manifest { config: Some(config()), ..Manifest::default() };
+        let manifest = |capabilities| Manifest { config: Some(config()), capabilities, ..Manifest::default() };
+        let known = || manifest(contract().to_bytes());
         let policy = TransferPolicy::default();
-        let other = restore(&state, &entry, manifest(), &up("hostB"), "", policy);
+        let other = restore(&state, &fleet, &entry, known(), "hostB", "", policy);
         assert_eq!(code(other), Code::Conflict, "vm1 in the ledger has another id");
         entry.vm_id.clone_from(&state.vms["vm1"].id);
-        let same = restore(&state, &entry, manifest(), &up("hostB"), "", policy).unwrap();
+        let same = restore(&state, &fleet, &entry, known(), "hostB", "", policy).unwrap();
         assert_eq!(same.holder, Some(Holder { host: "hostA".into(), generation: 1 }));
-        let copy = restore(&state, &entry, manifest(), &up("hostB"), "vm2", policy).unwrap();
+        let copy = restore(&state, &fleet, &entry, known(), "hostB", "vm2", policy).unwrap();
         assert!(copy.holder.is_none() && copy.vm_id != entry.vm_id && copy.generation == 1);
-        assert_eq!(code(restore(&state, &entry, manifest(), &up("hostB"), "../x", policy)), Code::BadInput);
+        assert_eq!(code(restore(&state, &fleet, &entry, known(), "hostB", "../x", policy)), Code::BadInput);
+        let refused = restore(&state, &fleet, &entry, known(), "hostA", "vm2", policy).unwrap_err();
+        assert!(refused.code == Code::Incapable && refused.hint.contains("hostB would do"), "{refused:?}");
+        assert_eq!(restore(&state, &fleet, &entry, known(), "", "vm2", policy).unwrap().task.new_host(), Some("hostB"));
+        // A manifest of a release before contracts: that of the model is checked and kept.
+        let old = restore(&state, &fleet, &entry, manifest(vec![]), "hostB", "vm2", policy).unwrap();
+        let Task::Restore { capabilities, .. } = old.task else { panic!("a restore restores") };
+        assert_eq!(CapabilitySet::from_bytes(&capabilities), Ok(contract()));
+        assert_eq!(
+            code(restore(&state, &Fleet::default(), &entry, manifest(vec![]), "", "vm2", policy)),
+            Code::Incapable
+        );
+        assert_eq!(code(restore(&state, &fleet, &entry, manifest(vec![9; 9]), "", "vm2", policy)), Code::Corrupt);
     }
 
     #[test]
     fn names_that_could_leave_their_directory_are_refused() {
-        for name in ["", ".", "..", "a/b", "-x", "a b", "é", &"x".repeat(64)] {
+        for name in ["", ".", "..", "a/b", "-x", "a b", "é", &"x".repeat(41)] {
             assert_eq!(code(check_name(name)), Code::BadInput, "{name:?}");
         }
         check_name("vm1.test-2_b").unwrap();
@@ -346,12 +374,16 @@ mod tests {
     #[test]
     fn machines_that_cannot_be_are_refused() {
         let state = cluster();
-        let with = |change: fn(&mut MachineConfig)| {
+        let on = |host: &str, change: fn(&mut MachineConfig)| {
             let mut config = config();
             change(&mut config);
-            create(&state, "vm2", &up("hostA"), config, 0)
+            create(&state, &Fleet { hosts: vec![up("hostA", &[]), up("hostB", &["popcnt"])] }, "vm2", host, config, 0)
         };
-        assert!(with(|_| ()).is_ok());
+        let with = |change| on("hostA", change);
+        let Task::Create { capabilities, .. } = with(|_| ()).unwrap().task else { panic!("a create plan creates") };
+        assert_eq!(CapabilitySet::from_bytes(&capabilities), Ok(contract()));
+        assert_eq!(code(on("hostB", |_| ())), Code::Incapable);
+        assert_eq!(code(with(|config| config.cpu_model = "soft-v9".into())), Code::Incapable);
         assert_eq!(code(with(|config| config.vcpus = 0)), Code::BadInput);
         assert_eq!(code(with(|config| config.memory_bytes = 4096)), Code::BadInput);
         assert_eq!(code(with(|config| config.memory_bytes = 1 << 60)), Code::BadInput);

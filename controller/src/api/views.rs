@@ -1,5 +1,6 @@
 //! How what is true and what was observed are shown. Pure.
 
+use proto::capability::CapabilitySet;
 use proto::v1::{LedgerEvent, VmInfo, VmRecord, VmState};
 
 use crate::agents::Agents;
@@ -40,6 +41,7 @@ pub fn vm_record(state: &State, vm: &Vm, host: HostState, observed: Option<VmInf
         retired_instructions: info.retired_instructions,
         resident_bytes: info.resident_bytes,
         on_isolation: vm.on_isolation,
+        capabilities: vm.capabilities.clone(),
     }
 }
 
@@ -63,6 +65,10 @@ pub fn event(record: &Record) -> LedgerEvent {
     let (kind, operation, text) = match &record.event {
         Event::LeaseSet { lease_ms } => ("controller.started".into(), "", format!("leases of {lease_ms} ms")),
         Event::HostSeen { host, address } => ("host.seen".into(), "", format!("{host} at {address}")),
+        Event::ContractFrozen { capabilities, .. } => {
+            let contract = CapabilitySet::from_bytes(capabilities).unwrap_or_default();
+            ("vm.contract".into(), "", format!("{} needs what a {} has", record.vm, contract.model))
+        }
         Event::OperationBegan { operation, plan } => {
             let to = plan.task.new_host().map(|host| format!(" to {host}")).unwrap_or_default();
             (format!("{task}.began"), operation.as_str(), format!("{task} {}{to}", plan.vm))

@@ -1,7 +1,8 @@
 //! A bucket that is a directory on a local disk.
 //!
 //! An object appears by rename: written to a file of its own under `.tmp`, synced, renamed to its key, and the
-//! directories synced up to the root. A crash leaves at most a file under `.tmp`, which the next start removes.
+//! directories synced up to the root. A crash leaves at most a file under `.tmp`, which the next start removes. `.tmp` is
+//! also what a bucket is known by: a mount point whose disk is not there has none, and nothing is written there.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
@@ -22,15 +23,34 @@ pub struct FileBucket {
 }
 
 impl FileBucket {
-    pub(super) fn open(root: &Path) -> Result<FileBucket, BucketError> {
-        let io = |source| BucketError::Io { key: root.display().to_string(), source };
+    /// Opens it. Only a `fresh` bucket, in which nothing is expected yet, is made where there is none.
+    pub(super) fn open(root: &Path, fresh: bool) -> Result<FileBucket, BucketError> {
+        let bucket = FileBucket { root: Arc::new(root.into()) };
+        let io = |source| BucketError::Io { bucket: bucket.name(), key: UNFINISHED.into(), source };
+        if !fresh && !bucket.is_there() {
+            tracing::error!(
+                bucket = bucket.name(),
+                "checkpoints are expected in the bucket, but no bucket is there: is it mounted? \
+                 If it is lost for good, make a folder .tmp there"
+            );
+            return Ok(bucket);
+        }
         let unfinished = root.join(UNFINISHED);
         match fs::remove_dir_all(&unfinished) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(io(error)),
             _ => {}
         }
         fs::create_dir_all(&unfinished).map_err(io)?;
-        Ok(FileBucket { root: Arc::new(root.into()) })
+        Ok(bucket)
+    }
+
+    fn is_there(&self) -> bool {
+        self.root.join(UNFINISHED).is_dir()
+    }
+
+    /// How people name it.
+    pub(super) fn name(&self) -> String {
+        format!("file:{}", self.root.display())
     }
 
     pub(super) fn put(&self, key: &str, bytes: &[u8]) -> Result<(), BucketError> {
@@ -40,9 +60,9 @@ impl FileBucket {
             let _ = fs::remove_file(&unfinished);
             match source.kind() {
                 ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
-                    BucketError::Full { key: key.into(), bytes: bytes.len() }
+                    BucketError::Full { bucket: self.name(), key: key.into(), bytes: bytes.len(), source }
                 }
-                _ => BucketError::Io { key: key.into(), source },
+                _ => self.failed(key, source),
             }
         })
     }
@@ -60,11 +80,11 @@ impl FileBucket {
     }
 
     pub(super) fn get(&self, key: &str) -> Result<Bytes, BucketError> {
-        fs::read(self.root.join(key)).map(Bytes::from).map_err(|source| missing(key, source))
+        fs::read(self.root.join(key)).map(Bytes::from).map_err(|source| self.failed(key, source))
     }
 
     pub(super) fn get_range(&self, key: &str, offset: u64, bytes: usize) -> Result<Bytes, BucketError> {
-        let io = |source| missing(key, source);
+        let io = |source| self.failed(key, source);
         let mut file = File::open(self.root.join(key)).map_err(io)?;
         let (found, expected) = (file.metadata().map_err(io)?.len(), offset.saturating_add(bytes as u64));
         if found < expected {
@@ -79,11 +99,12 @@ impl FileBucket {
     pub(super) fn list(&self, prefix: &str) -> Result<Vec<String>, BucketError> {
         let mut keys = Vec::new();
         let mut folders = vec![self.root.join(prefix)];
-        let io = |source| BucketError::Io { key: prefix.into(), source };
+        let io = |source| self.failed(prefix, source);
         while let Some(folder) = folders.pop() {
             let entries = match fs::read_dir(&folder) {
                 Ok(entries) => entries,
-                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                // A bucket that is not there has no empty folders.
+                Err(error) if error.kind() == ErrorKind::NotFound && self.is_there() => continue,
                 Err(error) => return Err(io(error)),
             };
             for entry in entries {
@@ -102,16 +123,18 @@ impl FileBucket {
 
     pub(super) fn delete(&self, key: &str) -> Result<(), BucketError> {
         match fs::remove_file(self.root.join(key)) {
-            Err(error) if error.kind() != ErrorKind::NotFound => Err(missing(key, error)),
+            Err(error) if error.kind() != ErrorKind::NotFound || !self.is_there() => Err(self.failed(key, error)),
             _ => Ok(()),
         }
     }
-}
 
-fn missing(key: &str, source: io::Error) -> BucketError {
-    match source.kind() {
-        ErrorKind::NotFound => BucketError::Missing(key.into()),
-        _ => BucketError::Io { key: key.into(), source },
+    /// An object that is missing in a bucket that is there is another trouble than a bucket that is not.
+    fn failed(&self, key: &str, source: io::Error) -> BucketError {
+        match source.kind() {
+            ErrorKind::NotFound if !self.is_there() => BucketError::Gone { bucket: self.name(), source },
+            ErrorKind::NotFound => BucketError::Missing(key.into()),
+            _ => BucketError::Io { bucket: self.name(), key: key.into(), source },
+        }
     }
 }
 
@@ -129,7 +152,7 @@ pub(crate) mod tests {
     impl Scratch {
         pub(crate) fn new() -> Scratch {
             let folder = std::env::temp_dir().join(format!("godwit-{}", to_hex(&crate::entropy::bytes::<8>())));
-            let bucket = Bucket::open(&format!("file:{}", folder.display())).unwrap();
+            let bucket = Bucket::open(&format!("file:{}", folder.display()), true).unwrap();
             Scratch { bucket, folder }
         }
     }
@@ -171,8 +194,40 @@ pub(crate) mod tests {
         let unfinished = scratch.folder.join(UNFINISHED).join("half");
         fs::write(&unfinished, b"half").unwrap();
         assert!(scratch.bucket.get(".tmp/half").await.is_err());
-        Bucket::open(&format!("file:{}", scratch.folder.display())).unwrap();
+        Bucket::open(&format!("file:{}", scratch.folder.display()), true).unwrap();
         assert!(!unfinished.exists());
+    }
+
+    #[tokio::test]
+    async fn a_bucket_that_is_gone_is_named_and_never_made_again_by_itself() {
+        let scratch = Scratch::new();
+        scratch.bucket.put("a/b", Bytes::from_static(b"12")).await.unwrap();
+        let aside = scratch.folder.with_extension("aside");
+        fs::rename(&scratch.folder, &aside).unwrap();
+        for error in [
+            scratch.bucket.put("a/c", Bytes::from_static(b"x")).await.unwrap_err(),
+            scratch.bucket.get("a/b").await.unwrap_err(),
+            scratch.bucket.get_range("a/b", 0, 1).await.unwrap_err(),
+            scratch.bucket.list("a/").await.unwrap_err(),
+            scratch.bucket.delete("a/b").await.unwrap_err(),
+        ] {
+            assert!(
+                matches!(&error, BucketError::Gone { bucket, .. } if bucket.ends_with(scratch.folder.to_str().unwrap()))
+            );
+        }
+        assert!(!scratch.folder.exists());
+        // The mount point is there, its disk is not.
+        fs::create_dir(&scratch.folder).unwrap();
+        let nowhere = scratch.bucket.put("a/c", Bytes::from_static(b"x")).await.unwrap_err();
+        assert!(matches!(nowhere, BucketError::Gone { .. }), "{nowhere}");
+        let url = format!("file:{}", scratch.folder.display());
+        let reopened = Bucket::open(&url, false).unwrap();
+        assert!(matches!(reopened.get("a/b").await.unwrap_err(), BucketError::Gone { .. }));
+        assert_eq!(fs::read_dir(&scratch.folder).unwrap().count(), 0);
+        fs::remove_dir(&scratch.folder).unwrap();
+        fs::rename(&aside, &scratch.folder).unwrap();
+        scratch.bucket.put("a/c", Bytes::from_static(b"x")).await.unwrap();
+        assert_eq!(reopened.list("a/").await.unwrap(), ["a/b", "a/c"]);
     }
 
     #[tokio::test]

@@ -31,12 +31,24 @@ pub enum BucketError {
     #[error("the bucket has no {0}")]
     Missing(String),
     /// No room is left.
-    #[error("the bucket is full: {key} of {bytes} bytes could not be written")]
+    #[error("the bucket {bucket} is full: {key} of {bytes} bytes could not be written: {source}")]
     Full {
+        /// Which bucket.
+        bucket: String,
         /// What was to be written.
         key: String,
         /// How much.
         bytes: usize,
+        /// The system's word.
+        source: std::io::Error,
+    },
+    /// The bucket itself is not there: not mounted, or removed.
+    #[error("the bucket {bucket} is not there: {source}")]
+    Gone {
+        /// Which bucket.
+        bucket: String,
+        /// The system's word.
+        source: std::io::Error,
     },
     /// An object that is shorter than what was asked of it.
     #[error("{key} has {found} bytes where {expected} are expected")]
@@ -48,9 +60,11 @@ pub enum BucketError {
         /// What was asked for.
         expected: u64,
     },
-    /// The disk failed.
-    #[error("{key}: {source}")]
+    /// The disk failed, or does not allow it.
+    #[error("the bucket {bucket} cannot be used, {key}: {source}")]
     Io {
+        /// Which bucket.
+        bucket: String,
         /// The object.
         key: String,
         /// Why.
@@ -68,7 +82,12 @@ impl From<BucketError> for Failure {
                 (Code::Exhausted, "remove checkpoints (`ctl checkpoint rm`) or enlarge the bucket")
             }
             BucketError::Short { .. } => (Code::Corrupt, "`ctl checkpoint verify --all` shows what else is damaged"),
-            BucketError::Io { .. } => (Code::Unreachable, "check the disk that holds the bucket"),
+            BucketError::Gone { .. } => {
+                (Code::Unreachable, "mount or make it again; checkpoints that it held are not lost yet")
+            }
+            BucketError::Io { .. } => {
+                (Code::Unreachable, "check the disk that holds the bucket, and that the controller may write there")
+            }
         };
         Failure::new(code, error.to_string()).hint(hint)
     }
@@ -82,15 +101,15 @@ pub enum Bucket {
 }
 
 impl Bucket {
-    /// Opens `file:DIR`, making the directory if it is not there.
+    /// Opens `file:DIR`. The directory is made if it is not there and the bucket is `fresh`: no checkpoint is expected in it.
     ///
     /// # Errors
     /// [`BucketError::Url`], [`BucketError::Io`].
-    pub fn open(url: &str) -> Result<Bucket, BucketError> {
+    pub fn open(url: &str, fresh: bool) -> Result<Bucket, BucketError> {
         match url.strip_prefix("file:") {
             Some(path) if !path.is_empty() => {
                 let path = path.strip_prefix("//").unwrap_or(path);
-                FileBucket::open(&PathBuf::from(path)).map(Bucket::File)
+                FileBucket::open(&PathBuf::from(path), fresh).map(Bucket::File)
             }
             _ => Err(BucketError::Url(url.into())),
         }
@@ -144,9 +163,25 @@ impl Bucket {
         check_key(key)?;
         let Bucket::File(file) = self.clone();
         let owned = key.to_owned();
+        let bucket = file.name();
         let joined = tokio::task::spawn_blocking(move || work(&file, &owned)).await;
-        joined.map_err(|_| BucketError::Io { key: key.into(), source: std::io::Error::other("the worker ended") })?
+        let ended = || std::io::Error::other("the worker ended");
+        let done = joined.unwrap_or_else(|_| Err(BucketError::Io { bucket, key: key.into(), source: ended() }));
+        if let Err(error) = &done {
+            count(error);
+        }
+        done
     }
+}
+
+fn count(error: &BucketError) {
+    let kind = match error {
+        BucketError::Full { .. } => "full",
+        BucketError::Gone { .. } => "gone",
+        BucketError::Io { .. } => "io",
+        BucketError::Url(_) | BucketError::Key(_) | BucketError::Missing(_) | BucketError::Short { .. } => return,
+    };
+    metrics::counter!(crate::metrics::BUCKET_FAILURES, "kind" => kind).increment(1);
 }
 
 fn check_key(key: &str) -> Result<(), BucketError> {
@@ -205,7 +240,7 @@ mod tests {
     #[test]
     fn other_urls_are_refused() {
         for url in ["s3://bucket", "file:", "/plain/path", ""] {
-            assert!(matches!(Bucket::open(url), Err(BucketError::Url(_))), "{url:?}");
+            assert!(matches!(Bucket::open(url, true), Err(BucketError::Url(_))), "{url:?}");
         }
     }
 }

@@ -111,12 +111,15 @@ async fn verify_all(mut client: Client, format: Format) -> Result<(), Failure> {
 pub async fn restore(client: Client, args: RestoreArgs, format: Format) -> Result<(), Failure> {
     let request = v1::RestoreRequest {
         name: args.name.clone(),
-        to: args.to.clone(),
+        to: args.to.clone().unwrap_or_default(),
         as_name: args.as_name.clone().unwrap_or_default(),
         policy: Some(migration::policy(RESTORE_DOWNTIME, None, Verify::Stream)?),
     };
     let mut calls = client.clone();
-    let what = format!("restore {} to {}", args.name, args.to);
+    let what = match &args.to {
+        Some(to) => format!("restore {} to {to}", args.name),
+        None => format!("restore {}", args.name),
+    };
     let outcome = operation::follow(&client, &what, calls.restore(request)).await?;
     let restored = outcome.done.vm.as_ref().map(|vm| vm.name.clone());
     vm::changed(outcome, "restored", &restored.or(args.as_name).unwrap_or(args.name), format)

@@ -22,6 +22,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 
 use super::failure::Failure;
 use super::settings::{Settings, TlsFiles};
+use crate::tls::{TlsError, check_days};
 
 /// Calls of the controller.
 pub type Client = ControlClient<Channel>;
@@ -73,6 +74,10 @@ fn tls_config(files: &TlsFiles) -> Result<rustls::ClientConfig, Failure> {
         roots.add(certificate).map_err(|e| wrong(&files.ca, &e))?;
     }
     let chain = certificates(&files.cert).map_err(|e| wrong(&files.cert, &e))?;
+    if let Some(Err(error @ TlsError::Days { .. })) = chain.first().map(|own| check_days(&files.cert, own)) {
+        return Err(Failure::new(Code::Denied, error.to_string())
+            .hint("have a new certificate issued; the controller would refuse this one"));
+    }
     let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|e| wrong(&files.key, &e))?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut config = rustls::ClientConfig::builder_with_provider(provider)

@@ -5,8 +5,10 @@
 //! ```
 //! The terminal is raw while attached and is put back however this ends. `Ctrl-]` detaches (only from a terminal: in a pipe
 //! it is a byte like others). A stream that ends is not the end of the VM: it migrated, or the controller was restarted,
-//! so we attach again for as long as there is a VM that may speak. The end of piped input does not end the output.
+//! so we attach again for as long as there is a VM that may speak. What was typed and not acknowledged is typed again then.
+//! The end of piped input does not end the output.
 
+use std::collections::VecDeque;
 use std::io::{IsTerminal as _, Read as _, Write as _};
 use std::time::{Duration, Instant};
 
@@ -30,6 +32,10 @@ const WHOLE_LOG: u64 = u64::MAX;
 /// How long nobody may be able to say where the VM is.
 const LOST_MAX: Duration = Duration::from_secs(60);
 const RETRY: Duration = Duration::from_millis(200);
+/// Typed bytes that may wait for an acknowledgement; then no more are read.
+const TYPED_BYTES_MAX: usize = 64 << 10;
+/// How long a detach waits for what was typed before it.
+const DETACH_WAIT: Duration = Duration::from_secs(2);
 
 /// Attaches to a VM, or prints what it has said (`log_only`).
 ///
@@ -51,6 +57,7 @@ pub async fn run(client: Client, vm: &str, log_only: bool) -> Result<(), Failure
         vm: vm.to_owned(),
         keys: read_keys(on_terminal),
         keys_ended: false,
+        typed: Typed::default(),
         terminations,
         host: String::new(),
     };
@@ -90,11 +97,34 @@ enum Ended {
     Broken(tonic::Status),
 }
 
+/// What was typed and is not yet the guest's.
+#[derive(Debug, Default)]
+struct Typed {
+    bytes: VecDeque<u8>,
+    /// Bytes of the present stream that were acknowledged.
+    taken: u64,
+}
+
+impl Typed {
+    /// A new stream: all that is left, to be typed again.
+    fn again(&mut self) -> Vec<u8> {
+        self.taken = 0;
+        self.bytes.iter().copied().collect()
+    }
+
+    fn acknowledge(&mut self, taken: u64) {
+        let newly = usize::try_from(taken.saturating_sub(self.taken)).unwrap_or(usize::MAX);
+        self.bytes.drain(..newly.min(self.bytes.len()));
+        self.taken = self.taken.max(taken);
+    }
+}
+
 struct Session {
     client: Client,
     vm: String,
     keys: mpsc::Receiver<Keys>,
     keys_ended: bool,
+    typed: Typed,
     terminations: Signal,
     /// Where the VM was when its record was last seen.
     host: String,
@@ -145,7 +175,7 @@ impl Session {
         log_bytes: u64,
     ) -> Result<(mpsc::Sender<ConsoleInput>, Streaming<ConsoleOutput>), tonic::Status> {
         let (input, requests) = mpsc::channel(16);
-        let first = ConsoleInput { vm: self.vm.clone(), data: Vec::new(), log_bytes, log_only: false };
+        let first = ConsoleInput { vm: self.vm.clone(), data: self.typed.again(), log_bytes, log_only: false };
         input.try_send(first).expect("the channel is new and holds 16");
         let stream = self.client.attach_console(ReceiverStream::new(requests)).await?.into_inner();
         Ok((input, stream))
@@ -158,17 +188,28 @@ impl Session {
         mut stream: Streaming<ConsoleOutput>,
         lost_since: &mut Option<Instant>,
     ) -> Result<Ended, Failure> {
+        let mut leaving: Option<tokio::time::Instant> = None;
         loop {
+            if leaving.is_some() && self.typed.bytes.is_empty() {
+                return Ok(Ended::Detached);
+            }
+            // A guest that does not read its input holds up the input, never its output.
+            let room = input.capacity() > 0 && self.typed.bytes.len() < TYPED_BYTES_MAX;
+            let reading = !self.keys_ended && leaving.is_none() && room;
             tokio::select! {
                 message = stream.message() => match message {
                     Ok(Some(output)) => {
                         *lost_since = None;
+                        self.typed.acknowledge(output.input_taken);
                         show(&output.data)?;
                     }
                     Ok(None) => return Ok(Ended::Broken(tonic::Status::unavailable("the stream ended"))),
                     Err(status) => return Ok(Ended::Broken(status)),
                 },
-                keys = self.keys.recv(), if !self.keys_ended => {
+                () = tokio::time::sleep_until(leaving.unwrap_or_else(tokio::time::Instant::now)), if leaving.is_some() => {
+                    return Ok(Ended::Detached);
+                }
+                keys = self.keys.recv(), if reading => {
                     let (data, detach) = match keys {
                         Some(Keys::Bytes(data)) => (data, false),
                         Some(Keys::Detach(data)) => (data, true),
@@ -178,10 +219,9 @@ impl Session {
                         }
                     };
                     // If the stream is broken, its end is what comes next.
+                    self.typed.bytes.extend(&data);
                     let _ = input.send(ConsoleInput { data, ..Default::default() }).await;
-                    if detach {
-                        return Ok(Ended::Detached);
-                    }
+                    leaving = detach.then(|| tokio::time::Instant::now() + DETACH_WAIT);
                 }
                 _ = self.terminations.recv() => return Ok(Ended::Detached),
             }
@@ -275,6 +315,20 @@ impl Drop for RawTerminal {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_not_acknowledged_is_typed_again_once() {
+        let mut typed = Typed::default();
+        typed.bytes.extend(b"abcdef");
+        typed.acknowledge(2);
+        typed.acknowledge(0);
+        typed.acknowledge(4);
+        assert_eq!(typed.again(), b"ef");
+        typed.acknowledge(1);
+        assert_eq!(typed.again(), b"f");
+        typed.acknowledge(u64::MAX);
+        assert_eq!(typed.again(), b"");
+    }
 
     #[test]
     fn the_escape_counts_on_a_terminal_only() {

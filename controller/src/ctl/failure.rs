@@ -5,6 +5,8 @@
 use proto::status::Code;
 use proto::v1::OperationFailed;
 
+use crate::failure::hint_of;
+
 /// The table of exit codes, as `--help` and the README show it.
 pub const EXIT_CODES: &str = "\
 Exit codes:
@@ -70,7 +72,7 @@ impl Failure {
             text => format!("cannot {doing}: {text}"),
         };
         let failure = Failure::new(code, message);
-        match default_hint(code) {
+        match hint_of(status).or_else(|| default_hint(code)) {
             Some(hint) => failure.hint(hint),
             None => failure,
         }
@@ -129,20 +131,25 @@ mod tests {
             assert_eq!(u32::from(Failure::new(code, "").exit_code()), code as u32);
         }
         assert_eq!(EXIT_CODES.lines().count(), 2 + Code::ALL.len());
+        let readme = include_str!("../../../README.md");
+        for line in EXIT_CODES.lines().skip(1) {
+            let (number, meaning) = line.trim().split_once("  ").unwrap();
+            assert!(readme.contains(&format!("| {number} | {meaning} |")), "README.md lacks {line}");
+        }
     }
 
     #[test]
     fn a_failed_operation_says_all_four() {
         let failed = OperationFailed {
             code: 5,
-            message: "cannot migrate vm1 to hostB: CPUID 7.0 EBX bit 5 (AVX2) is missing there".into(),
+            message: "cannot migrate vm1 to hostB: it lacks CPUID 0000_0007.0 EBX[5] avx2".into(),
             hint: "ctl host compare hostA hostB".into(),
             outcome: "vm1 runs on hostA as before".into(),
         };
         let failure = Failure::from_operation(&failed);
         assert_eq!(failure.exit_code(), 5);
         let lines = failure.lines();
-        for part in ["AVX2", "ctl host compare", "runs on hostA"] {
+        for part in ["avx2", "ctl host compare", "runs on hostA"] {
             assert!(lines.contains(part), "{lines}");
         }
     }
@@ -152,5 +159,8 @@ mod tests {
         let failure = Failure::from_status("show vm1", &tonic::Status::not_found("no VM is called vm1"));
         assert_eq!((failure.code, failure.message.as_str()), (Code::NotFound, "cannot show vm1: no VM is called vm1"));
         assert!(failure.hint.is_some());
+        let refused = crate::failure::Failure::new(Code::Incapable, "hostB lacks avx2").hint("hostC would do");
+        let failure = Failure::from_status("migrate vm1", &refused.into());
+        assert_eq!(failure.hint.as_deref(), Some("hostC would do"));
     }
 }

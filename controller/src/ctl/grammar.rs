@@ -52,6 +52,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// What happened, from the ledger.
     Events(EventsArgs),
+    /// Hosts and guests, and how fast each guest goes, again and again.
+    Top(TopArgs),
 }
 
 /// `ctl dev ...`
@@ -129,10 +131,17 @@ impl EngineChoice {
 pub enum HostCommand {
     /// All hosts.
     Ls,
-    /// One host and the VMs that it reports.
+    /// One host: what its engines can give a guest, and the VMs that it reports.
     Show {
         /// Its name.
         host: String,
+    },
+    /// What two hosts differ in, by bit and name: what a guest of one could miss on the other.
+    Compare {
+        /// A host.
+        a: String,
+        /// Another.
+        b: String,
     },
 }
 
@@ -313,9 +322,9 @@ pub struct RestoreArgs {
     /// A VM (its newest checkpoint) or the id of a checkpoint.
     #[arg(value_name = "VM|ID")]
     pub name: String,
-    /// Host that is to run it.
+    /// Host that is to run it [default: of those that can, the one with the most memory free].
     #[arg(long, value_name = "HOST")]
-    pub to: String,
+    pub to: Option<String>,
     /// Make a new VM of this name and leave the old one alone.
     #[arg(long = "as", value_name = "NAME")]
     pub as_name: Option<String>,
@@ -367,6 +376,17 @@ pub struct EventsArgs {
     pub since: u64,
 }
 
+/// `ctl top`
+#[derive(Args, Debug)]
+pub struct TopArgs {
+    /// Time between two looks. Hosts report every two seconds or so.
+    #[arg(long, default_value = "2s", value_parser = units::duration, value_name = "TIME")]
+    pub interval: Duration,
+    /// End after so many looks [default: go on for ever].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub count: Option<u32>,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -378,12 +398,39 @@ mod tests {
     }
 
     #[test]
+    fn every_help_page_explains_every_word() {
+        fn look(command: &mut clap::Command, path: &str, missing: &mut Vec<String>) {
+            let path = format!("{path} {}", command.get_name());
+            if command.get_about().is_none() {
+                missing.push(path.clone());
+            }
+            for argument in command.get_arguments().filter(|argument| !argument.is_hide_set()) {
+                if argument.get_help().is_none() {
+                    missing.push(format!("{path} {}", argument.get_id()));
+                }
+            }
+            for line in command.render_long_help().to_string().lines() {
+                if line.chars().count() > 140 {
+                    missing.push(format!("{path}: a long line: {line}"));
+                }
+            }
+            command.get_subcommands_mut().filter(|sub| !sub.is_hide_set()).for_each(|sub| look(sub, &path, missing));
+        }
+        let mut missing = Vec::new();
+        let mut cli = Cli::command();
+        cli.build();
+        look(&mut cli, "", &mut missing);
+        assert_eq!(missing, Vec::<String>::new());
+    }
+
+    #[test]
     fn the_words_of_the_contract_are_understood() {
         for line in [
             "ctl dev up --dir D --hosts 2 --engine soft --bucket file:///b --store redb:///s",
             "ctl dev down --dir D",
             "ctl host ls -o json",
             "ctl host show hostA",
+            "ctl host compare hostA hostB -o json",
             "ctl vm create vm1 --host hostA --memory 512M --vcpus 1 --kernel K --initrd I --cmdline quiet --disk d.img,ro \
              --disk /s,shared --net tap=t0,mac=02:00:00:00:00:01 --cpu soft-v1 --engine soft --unpaced",
             "ctl vm ls",
@@ -402,10 +449,13 @@ mod tests {
             "ctl checkpoint verify --all",
             "ctl checkpoint rm 00",
             "ctl restore vm1 --to hostB --as vm2",
+            "ctl restore vm1",
             "ctl vmcb show vm1 --vcpu 0",
             "ctl vmcb diff a b",
             "ctl inspect file",
             "ctl events -f",
+            "ctl top",
+            "ctl top --interval 1s --count 3 -o json",
         ] {
             if let Err(error) = Cli::try_parse_from(line.split_whitespace()) {
                 panic!("{line}\n{error}");

@@ -1,7 +1,8 @@
 //! `ctl inspect FILE|ID`: prints any frame, section, manifest or pack, and says whether its hash holds.
 //!
 //! A file is a row of frames (`proto::frame`); it is read one frame at a time, so that a pack of any size can be looked at.
-//! A frame that is damaged is shown as such and ends the walk with exit code 9. Knows messages; asks no engine.
+//! A pack ends with the 24 bytes that find its index. A frame that is damaged is shown as such and ends the walk with exit
+//! code 9. Knows messages; asks no engine.
 
 use std::fs::File;
 use std::io::{BufReader, Read};
@@ -12,12 +13,18 @@ use proto::frame::{self, Encoding, FrameError, HEADER_BYTES, Header, Kind, PageR
 use proto::status::Code;
 use proto::v1;
 use serde::Serialize;
+use serde_json::Value as Json;
 
 use super::client::Client;
 use super::failure::Failure;
 use super::output::{self, Format, Report, Text};
 use super::report::{Config, Digest, hex, timestamp};
+use super::schema::{self, Numbers};
 use super::{units, wire};
+
+/// The end of a pack: these bytes, offset and length of its index (proto/README.md 4).
+const PACK_TAIL: &[u8] = b"GDWTPACK";
+const PACK_TAIL_BYTES: usize = 24;
 
 /// One frame.
 #[derive(Debug, Serialize)]
@@ -36,9 +43,9 @@ struct Frame {
 #[serde(untagged)]
 enum Detail {
     Pages { first_page: u64, pages: u32, space: u16, encoding: &'static str },
-    Section { name: String, major: u32, minor: u32, ignorable: bool, bytes: usize, content: String },
+    Section { name: String, major: u32, minor: u32, ignorable: bool, bytes: usize, content: Json },
     Manifest(Box<Manifest>),
-    Content(String),
+    Content { content: Json },
 }
 
 /// A manifest, without its page extents, of which there may be millions.
@@ -91,14 +98,14 @@ struct Frames {
 
 impl Report for Frames {
     fn text(&self) -> Text {
-        let summary = |frame: &Frame| match &frame.detail {
+        let told = |frame: &Frame| match &frame.detail {
             Detail::Pages { first_page, pages, space, encoding } => {
                 let last = first_page.saturating_add(u64::from(*pages)).saturating_sub(1);
                 format!("space {space}, pages {first_page}..={last}, {encoding}")
             }
             Detail::Section { name, major, minor, bytes, .. } => format!("{name} {major}.{minor}, {bytes} bytes"),
             Detail::Manifest(manifest) => format!("checkpoint {} of {}", manifest.checkpoint, manifest.vm),
-            Detail::Content(content) => content.lines().next().unwrap_or_default().to_owned(),
+            Detail::Content { content } => summary(content),
         };
         let row = |f: &Frame| {
             let hash = if f.hash == "ok" { "ok" } else { "BAD" };
@@ -108,7 +115,7 @@ impl Report for Frames {
                 f.version.clone(),
                 f.body_bytes.to_string(),
                 hash.to_owned(),
-                summary(f),
+                told(f),
             ]
         };
         let table = Text::Rows {
@@ -127,9 +134,29 @@ impl Report for Frames {
 fn detail_text(detail: &Detail) -> Text {
     match detail {
         Detail::Pages { .. } => Text::Parts(Vec::new()),
-        Detail::Section { content, .. } | Detail::Content(content) => Text::Lines(content.clone()),
+        Detail::Section { name, content, .. } => {
+            // Registers are read in hex, counts are not.
+            let numbers = if name.starts_with("cpu/") { Numbers::Hex } else { Numbers::Decimal };
+            Text::Lines(schema::lines(content, numbers))
+        }
+        Detail::Content { content } => Text::Lines(schema::lines(content, Numbers::Decimal)),
         Detail::Manifest(manifest) => manifest.text(),
     }
+}
+
+/// One line of what has no line of its own.
+fn summary(content: &Json) -> String {
+    let text = match content {
+        Json::String(text) => text.lines().next().unwrap_or_default().to_owned(),
+        Json::Object(fields) => match (fields.get("checkpoint"), fields.get("entries")) {
+            (Some(Json::String(checkpoint)), Some(Json::Array(entries))) => {
+                format!("{} frames of checkpoint {checkpoint}", entries.len())
+            }
+            _ => fields.keys().cloned().collect::<Vec<_>>().join(", "),
+        },
+        other => other.to_string(),
+    };
+    text.chars().take(100).collect()
 }
 
 impl Manifest {
@@ -220,14 +247,17 @@ fn next(reader: &mut impl Read, offset: u64) -> Result<Option<(Frame, u64)>, Str
     if bytes.is_empty() {
         return Ok(None);
     }
+    if bytes.len() == PACK_TAIL_BYTES && bytes.starts_with(PACK_TAIL) {
+        return Ok(None);
+    }
     let header = Header::parse(&bytes).map_err(|e| e.to_string())?;
     reader.by_ref().take(header.body_bytes as u64).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
     let (hash, detail) = match frame::decode(&bytes) {
         Ok((_, body)) => match describe(header.kind, body) {
             Ok(detail) => ("ok".to_owned(), detail),
-            Err(error) => (error.to_string(), Detail::Content(error.to_string())),
+            Err(error) => (error.to_string(), Detail::Content { content: error.to_string().into() }),
         },
-        Err(error) => (error.to_string(), Detail::Content(error.to_string())),
+        Err(error) => (error.to_string(), Detail::Content { content: error.to_string().into() }),
     };
     let frame = Frame {
         offset,
@@ -267,41 +297,50 @@ fn describe(kind: Kind, body: &[u8]) -> Result<Detail, FrameError> {
         }
         Kind::Section => v1::Section::decode(body).map(section).map_err(failed),
         Kind::Manifest => v1::Manifest::decode(body).map(|m| Detail::Manifest(Box::new(manifest(m)))).map_err(failed),
-        Kind::Control => Ok(Detail::Content(match v1::LaneMessage::decode(body) {
-            // A ticket's secret opens a door: the hello is named, not shown.
-            Ok(v1::LaneMessage { message: Some(v1::lane_message::Message::Hello(hello)) }) => {
-                format!("hello of operation {}, lane {} of {}", hello.operation, hello.lane, hello.lanes)
-            }
-            Ok(v1::LaneMessage { message: Some(message) }) => format!("{message:?}"),
-            _ => generic(body),
-        })),
-        Kind::PackIndex | Kind::Journal | Kind::Sealed | Kind::PageMap | Kind::Envelope => {
-            Ok(Detail::Content(generic(body)))
+        Kind::Control => Ok(Detail::Content { content: control(body) }),
+        Kind::PackIndex => {
+            Ok(Detail::Content { content: schema::message("PackIndex", body).unwrap_or_else(|| generic(body)) })
         }
+        Kind::Journal | Kind::Sealed | Kind::PageMap | Kind::Envelope => Ok(Detail::Content { content: generic(body) }),
     }
 }
 
-fn section(section: v1::Section) -> Detail {
-    let decoded = match section.name.as_str() {
-        name if name.starts_with("cpu/") => v1::CpuStateV1::decode(&*section.body).ok().map(|cpu| format!("{cpu:#x?}")),
-        "clock" => v1::ClockV1::decode(&*section.body).ok().map(|clock| format!("{clock:#?}")),
-        _ => None,
+/// A word of a lane, or on a runner's socket. A secret opens a door: it is named, not shown.
+fn control(body: &[u8]) -> Json {
+    let lane = v1::LaneMessage::decode(body).is_ok_and(|said| said.message.is_some());
+    let mut content = match lane.then(|| schema::message("LaneMessage", body)).flatten() {
+        Some(content) => content,
+        None => return generic(body),
     };
+    if let Some(secret) = content.pointer_mut("/hello/secret") {
+        *secret = "(not shown)".into();
+    }
+    content
+}
+
+fn section(section: v1::Section) -> Detail {
+    let mut content =
+        schema::section(&section.name, section.major, &section.body).unwrap_or_else(|| generic(&section.body));
+    if let Some(secret) = content.pointer_mut("/ticket/secret") {
+        *secret = "(not shown)".into();
+    }
     Detail::Section {
         major: section.major,
         minor: section.minor,
         ignorable: section.ignorable,
         bytes: section.body.len(),
-        content: decoded.unwrap_or_else(|| generic(&section.body)),
+        content,
         name: section.name,
     }
 }
 
-fn generic(body: &[u8]) -> String {
-    wire::describe(body).unwrap_or_else(|| {
+/// What this release has no schema of.
+fn generic(body: &[u8]) -> Json {
+    let text = wire::describe(body).unwrap_or_else(|| {
         let shown = hex(&body[..body.len().min(256)]);
         if body.len() > 256 { format!("{shown}... ({} bytes)", body.len()) } else { shown }
-    })
+    });
+    text.into()
 }
 
 fn manifest(manifest: v1::Manifest) -> Manifest {
@@ -362,6 +401,27 @@ mod tests {
         let (frames, damage) = walk(&pack()[..pack().len() - 1]);
         assert!(frames.len() == 2 && damage.unwrap().1.contains("cut"));
         assert!(walk(&b"#!/bin/sh\n"[..]).1.is_some());
+    }
+
+    #[test]
+    fn every_golden_file_is_told_to_its_end() {
+        let golden = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../proto/tests/golden/v1");
+        let mut told = 0;
+        for file in std::fs::read_dir(golden).unwrap().map(|entry| entry.unwrap().path()) {
+            let (frames, damage) = walk(std::fs::read(&file).unwrap().as_slice());
+            assert_eq!(damage, None, "{}", file.display());
+            let json = serde_json::to_string(&frames).unwrap();
+            let text = Frames { name: String::new(), bytes: 0, frames }.text().render();
+            // Secrets of tickets open doors.
+            assert!(!json.contains("\"secret\":\"0") && !text.is_empty(), "{json}");
+            told += 1;
+        }
+        assert!(told >= 16);
+        let pack =
+            std::fs::read(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../proto/tests/golden/v1/pack.bin"));
+        let (frames, _) = walk(pack.unwrap().as_slice());
+        let text = Frames { name: String::new(), bytes: 0, frames }.text().render();
+        assert!(text.contains("2 frames of checkpoint 0123456789abcdef"), "{text}");
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub async fn migrate(client: &Client, args: MigrateArgs, format: Format) -> Resu
         policy: Some(policy(args.downtime, args.bandwidth, args.verify)?),
         dry_run: args.dry_run,
     };
-    let what = format!("{} {} to {}", if args.dry_run { "dry run: migrate" } else { "migrate" }, args.vm, args.to);
+    let what = format!("migrate {} to {}{}", args.vm, args.to, if args.dry_run { " (dry run)" } else { "" });
     let mut calls = client.clone();
     let outcome = operation::follow(client, &what, calls.migrate(request)).await?;
     if args.dry_run {

@@ -15,6 +15,7 @@ mod console;
 mod dev;
 mod failure;
 mod grammar;
+mod hosts;
 mod inspect;
 mod migration;
 mod operation;
@@ -23,7 +24,9 @@ mod progress;
 #[cfg(test)]
 mod rehearsal;
 mod report;
+mod schema;
 mod settings;
+mod top;
 mod units;
 mod vm;
 mod vmcb;
@@ -37,9 +40,9 @@ use proto::v1;
 
 use client::Client;
 use failure::Failure;
-use grammar::{Cli, Command, DevCommand, EventsArgs, HostCommand};
+use grammar::{Cli, Command, DevCommand, EventsArgs};
 use output::Format;
-use report::{Event, Host, List};
+use report::Event;
 
 /// The whole program. Exit codes: see [`proto::status::Code`].
 pub fn main() -> ExitCode {
@@ -81,7 +84,7 @@ async fn dispatch(command: Command, format: Format, config: Option<&std::path::P
     };
     let client = client::connect(&settings::Settings::load(config)?).await?;
     match command {
-        Command::Host(command) => host(client, command, format).await,
+        Command::Host(command) => hosts::run(client, command, format).await,
         Command::Vm(command) => vm::run(client, command, format).await,
         Command::Migrate(args) => migration::migrate(&client, args, format).await,
         Command::Checkpoint(command) => checkpoint::run(client, command, format).await,
@@ -89,24 +92,8 @@ async fn dispatch(command: Command, format: Format, config: Option<&std::path::P
         Command::Vmcb(command) => vmcb::run(Some(client), command, format).await,
         Command::Inspect(args) => inspect::checkpoint(client, &args.what, format).await,
         Command::Events(args) => events(client, args, format).await,
+        Command::Top(args) => top::run(client, args, format).await,
         Command::Dev(_) => unreachable!("handled above: a dev command needs no cluster"),
-    }
-}
-
-async fn host(mut client: Client, command: HostCommand, format: Format) -> Result<(), Failure> {
-    let reply = client.list_hosts(v1::Empty {}).await.map_err(|e| Failure::from_status("list the hosts", &e))?;
-    let hosts = reply.into_inner().hosts;
-    match command {
-        HostCommand::Ls => output::print(format, &List(hosts.into_iter().map(Host::from).collect())),
-        HostCommand::Show { host } => {
-            let name = |record: &v1::HostRecord| record.info.as_ref().map(|info| info.name.clone()).unwrap_or_default();
-            let names: Vec<String> = hosts.iter().map(name).collect();
-            let found = hosts.into_iter().find(|record| name(record) == host).ok_or_else(|| {
-                Failure::new(Code::NotFound, format!("no host is called {host:?}"))
-                    .hint(format!("there are: {}", report::dash(&names.join(", "))))
-            })?;
-            output::print(format, &Host::from(found))
-        }
     }
 }
 

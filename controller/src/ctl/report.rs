@@ -2,6 +2,7 @@
 //!
 //! The names of these fields are a contract with scripts (`-o json`): fields may be added, never renamed. Units last.
 
+use proto::capability::CapabilitySet;
 use proto::v1;
 use serde::Serialize;
 
@@ -82,7 +83,8 @@ impl From<v1::HostRecord> for Host {
     }
 }
 
-fn vm_state(state: v1::VmState) -> &'static str {
+/// The word for a state.
+pub fn vm_state(state: v1::VmState) -> &'static str {
     match state {
         v1::VmState::Unspecified => "unknown",
         v1::VmState::Starting => "starting",
@@ -149,7 +151,23 @@ pub struct Vm {
     retired_instructions: u64,
     resident_bytes: u64,
     on_isolation: &'static str,
+    contract: Option<Contract>,
     config: Config,
+}
+
+/// What a VM was promised, and every host that runs it must have.
+#[derive(Debug, Serialize)]
+struct Contract {
+    model: String,
+    /// Single things that a host is asked for.
+    atoms: usize,
+}
+
+impl Contract {
+    fn decode(bytes: &[u8]) -> Option<Contract> {
+        let set = CapabilitySet::from_bytes(bytes).ok().filter(|_| !bytes.is_empty())?;
+        Some(Contract { atoms: set.demands(), model: set.model })
+    }
 }
 
 /// What a VM is made of.
@@ -230,6 +248,7 @@ impl From<v1::VmRecord> for Vm {
             retired_instructions: record.retired_instructions,
             resident_bytes: record.resident_bytes,
             on_isolation,
+            contract: Contract::decode(&record.capabilities),
             config: record.config.unwrap_or_default().into(),
         }
     }
@@ -274,6 +293,13 @@ impl Report for Vm {
             ("instructions", self.retired_instructions.to_string()),
             ("memory", format!("{} ({} in use)", show_bytes(c.memory_bytes), show_bytes(self.resident_bytes))),
             ("processors", format!("{} {} on engine {}", c.vcpus, c.cpu_model, c.engine)),
+            (
+                "contract",
+                match &self.contract {
+                    Some(contract) => format!("{}, {} atoms", contract.model, contract.atoms),
+                    None => "not known yet".to_owned(),
+                },
+            ),
             ("kernel", c.kernel.clone()),
             ("initrd", c.initrd.clone()),
             ("cmdline", c.cmdline.clone()),
@@ -454,7 +480,9 @@ mod tests {
 
     #[test]
     fn a_record_shows_as_table_and_json() {
+        let contract = vmcb_engine::capability::CpuModel::SoftV1.contract(1_000_000);
         let record = v1::VmRecord {
+            capabilities: contract.to_bytes(),
             name: "vm1".into(),
             host: "hostA".into(),
             observed: "running".into(),
@@ -468,6 +496,8 @@ mod tests {
         };
         let vm = Vm::from(record);
         let json = serde_json::to_value(&vm).unwrap();
+        assert_eq!(json["contract"], serde_json::json!({ "model": "soft-v1", "atoms": contract.demands() }));
+        assert!(vm.text().render().contains(&format!("soft-v1, {} atoms", contract.demands())));
         assert_eq!(json["created"], "2023-11-14T22:13:20Z");
         assert_eq!(json["config"]["memory_bytes"], 512 << 20);
         assert_eq!(json["config"]["nets"][0]["mac"], "02:00:00:00:00:01");

@@ -1,7 +1,7 @@
 //! `ctl vmcb show|diff`: virtual machine control blocks (APM2 appendix B) as tables.
 //!
 //! Knows where VMCBs come from (a VM, a checkpoint, a file of 4096 bytes) and how rows are compared; what the fields mean
-//! is the engine's knowledge, asked for in [`decode`] alone.
+//! is the engine's knowledge, asked for in [`decode`] and [`vmcb_of`] alone.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -72,6 +72,15 @@ fn decode(page: &[u8; VMCB_BYTES]) -> Vec<Field> {
     rows.into_iter().map(|row| Field { section: row.section.to_owned(), field: row.field, value: row.value }).collect()
 }
 
+/// A checkpoint has states of processors: the VMCB that such a state is loaded into before it runs.
+fn vmcb_of(name: &str, body: &[u8]) -> Result<Vec<u8>, Failure> {
+    let state = vmcb_engine::cpu::CpuState::from_bytes(body)
+        .map_err(|e| Failure::new(Code::Corrupt, format!("{name}: the state of a processor does not decode: {e}")))?;
+    let mut vmcb = vmcb_engine::vmcb::Vmcb::boxed();
+    state.to_vmcb(&mut vmcb);
+    Ok(vmcb.as_page().to_vec())
+}
+
 /// Is everything that the command names a file?
 pub fn needs_no_cluster(command: &VmcbCommand) -> bool {
     match command {
@@ -106,7 +115,11 @@ async fn fetch(client: &mut Option<Client>, name: &str, vcpu: usize) -> Result<B
         let client = client.as_mut().ok_or_else(|| Failure::new(Code::NotFound, format!("the file {name} is gone")))?;
         let request = v1::VmOrCheckpoint { name: name.to_owned() };
         let reply = client.get_vmcbs(request).await;
-        reply.map_err(|e| Failure::from_status(&format!("read the VMCBs of {name}"), &e))?.into_inner().vmcbs
+        let reply = reply.map_err(|e| Failure::from_status(&format!("read the VMCBs of {name}"), &e))?.into_inner();
+        match reply.cpu_states.as_slice() {
+            [] => reply.vmcbs,
+            states => states.iter().map(|body| vmcb_of(name, body)).collect::<Result<_, _>>()?,
+        }
     };
     let count = pages.len();
     let page = pages.into_iter().nth(vcpu).ok_or_else(|| {

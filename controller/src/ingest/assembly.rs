@@ -214,11 +214,12 @@ pub struct Received {
     pub digest: MachineDigest,
 }
 
-/// Pages of each space of a machine: RAM first, then local disks in order.
+/// Pages of each space of a machine: RAM first, then local disks in order, then what it boots from.
 pub fn spaces(config: &MachineConfig) -> Vec<u64> {
     let page = PAGE_BYTES as u64;
     let disks = config.disks.iter().filter(|disk| !disk.shared).map(|disk| disk.size_bytes.div_ceil(page));
-    std::iter::once(config.memory_bytes.div_ceil(page)).chain(disks).collect()
+    let boot = config.boot.as_ref().map_or(0, |boot| boot.image_bytes).div_ceil(page);
+    std::iter::once(config.memory_bytes.div_ceil(page)).chain(disks).chain((boot > 0).then_some(boot)).collect()
 }
 
 impl Assembly {

@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 use bytes::Bytes;
 use prost::Message;
 use proto::frame::{self, FrameError, HEADER_BYTES, Header, Kind, PAGE_BYTES, PAGES_PREFIX_BYTES};
-use proto::ids::{CheckpointId, Generation, PackId, VmId};
+use proto::ids::{CheckpointId, Digest, Generation, PackId, VmId};
 use proto::seal::{Opener, SealError, Sealer};
 use proto::v1::{Envelope, Manifest, MapRegion, PackRef, PageMap, WrappedKey};
 
@@ -123,7 +123,8 @@ pub fn check(manifest: &Manifest) -> Result<(), ManifestError> {
     }
     let Some(config) = &manifest.config else { return nonsense("there is no configuration in it") };
     let disks = config.disks.iter().map(|disk| disk.size_bytes);
-    if std::iter::once(config.memory_bytes).chain(disks).any(|bytes| bytes > SPACE_BYTES_MAX) {
+    let boot = config.boot.as_ref().map(|boot| boot.image_bytes);
+    if std::iter::once(config.memory_bytes).chain(disks).chain(boot).any(|bytes| bytes > SPACE_BYTES_MAX) {
         return nonsense("the machine is larger than this release can hold");
     }
     if manifest.packs.iter().any(|pack| PackId::from_slice(&pack.id).is_none() || pack.bytes > PACK_MAX_EVER as u64) {
@@ -255,7 +256,7 @@ pub fn extents(manifest: &Manifest) -> Vec<Extent> {
 }
 
 /// The roots of a manifest of version 2, by space.
-pub fn roots(regions: &[MapRegion], spaces: usize) -> Vec<[u8; 32]> {
+pub fn roots(regions: &[MapRegion], spaces: usize) -> Vec<Digest> {
     let mut groups = vec![Vec::new(); spaces];
     for region in regions {
         groups[region.space as usize].extend_from_slice(&region.groups);

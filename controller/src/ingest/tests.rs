@@ -9,7 +9,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use proptest::prelude::*;
 use proto::frame::{self, Encoding, Kind, PAGE_BYTES, PageRun};
-use proto::ids::{CheckpointId, Generation, VmId};
+use proto::ids::{CheckpointId, Digest, Generation, VmId};
 use proto::seal::{DataKey, Opener, Sealer};
 use proto::status::Code;
 use proto::v1::lane_message::Message as Said;
@@ -23,8 +23,8 @@ use tonic::{Request, Response, Status, Streaming};
 use super::assembly::{Assembly, Desk, Effect, spaces};
 use super::digest::{PageDigests, machine_digest, state_digest};
 use super::layers::{Base, Layers, Sink};
-use super::pack::Pack;
 use super::load::Load;
+use super::pack::Pack;
 use super::read::Reader;
 use super::receive::{Expected, Ingest};
 use super::relay::Relay;
@@ -119,7 +119,7 @@ fn control(message: Said) -> Bytes {
 type Contents = BTreeMap<(u16, u64), u8>;
 
 fn digest(contents: &Contents) -> MachineDigest {
-    let roots: Vec<[u8; 32]> = (0..)
+    let roots: Vec<Digest> = (0..)
         .zip([RAM_PAGES, DISK_PAGES])
         .map(|(space, pages)| {
             let mut digests = PageDigests::new(pages);
@@ -473,9 +473,9 @@ async fn on_base(
     let second = vec![frames.remove(1), control(Said::RoundEnd(RoundEnd { round: 1, frames: 0, last: true }))];
     frames.extend(runs.iter().map(|run| desk.sealer.seal(&pages(run.0, run.1, run.2, run.3)).into()));
     frames.push(control(Said::RoundEnd(RoundEnd { round: 1, frames: runs.len() as u64, last: true })));
-    frames.extend(sections().iter().map(|section| {
-        Bytes::from(desk.sealer.seal(&frame::encode_message(Kind::Section, section)))
-    }));
+    frames.extend(
+        sections().iter().map(|section| Bytes::from(desk.sealer.seal(&frame::encode_message(Kind::Section, section)))),
+    );
     let end = StateEnd { sections: 3, digest: Some(digest(contents)), verify_full: false };
     frames.push(control(Said::StateEnd(end)));
     send_to(ingest, vec![frames, second]).await
@@ -539,7 +539,8 @@ async fn a_lost_pack_is_asked_for_again_and_healed() {
     std::fs::remove_file(scratch.folder.join(pages.unwrap())).unwrap();
     assert_eq!(verify(&scratch.bucket, &first).await.unwrap_err().code, Code::Corrupt);
     let (words, _) = on_base(&scratch, 2, &first, &[], &contents, true).await;
-    let told: Vec<_> = words.iter().filter_map(|word| if let Said::BaseLeaves(told) = word { Some(told) } else { None }).collect();
+    let told: Vec<_> =
+        words.iter().filter_map(|word| if let Said::BaseLeaves(told) = word { Some(told) } else { None }).collect();
     assert_eq!((told.len(), told.last().unwrap().last), (3, true));
     let unknown = told[0].leaves.chunks(32).filter(|leaf| leaf.iter().all(|byte| *byte == 0)).count();
     assert_eq!(unknown, 256 + 246 + 100 + 1, "every page of the lost pack");

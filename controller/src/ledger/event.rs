@@ -48,6 +48,14 @@ pub enum Event {
         /// `host:port` of its agent.
         address: String,
     },
+    /// A VM of a release before contracts got the contract of its CPU model.
+    ContractFrozen {
+        /// Name of the VM.
+        vm: String,
+        /// A `CapabilitySet`.
+        #[serde(with = "super::saved::bytes")]
+        capabilities: Vec<u8>,
+    },
     /// An operation began: its locks are held and its generation is reserved from here on.
     OperationBegan {
         /// Hex of an operation id.
@@ -180,7 +188,7 @@ pub enum Task {
         config: MachineConfig,
         /// `IsolationPolicy`.
         on_isolation: i32,
-        /// CPU contract in the capability room's encoding.
+        /// CPU contract, a `CapabilitySet`; empty in a record of a release before contracts.
         #[serde(with = "super::saved::bytes")]
         capabilities: Vec<u8>,
     },
@@ -226,7 +234,7 @@ pub enum Task {
         /// The machine, from the manifest.
         #[serde(with = "super::saved::message")]
         config: MachineConfig,
-        /// CPU contract, from the manifest.
+        /// CPU contract, from the manifest, a `CapabilitySet`; empty in a record of a release before contracts.
         #[serde(with = "super::saved::bytes")]
         capabilities: Vec<u8>,
         /// `IsolationPolicy`.
@@ -280,6 +288,10 @@ impl Task {
         }
     }
 }
+
+/// The labels of all tasks.
+pub const LABELS: [&str; 10] =
+    ["create", "pause", "resume", "stop", "remove", "migrate", "checkpoint", "restore", "verify", "remove-checkpoint"];
 
 /// The steps of the task with this label, as records name it.
 pub fn shape(label: &str) -> Option<Shape> {

@@ -221,6 +221,7 @@ fn subject(state: &State, event: &Event) -> (String, String) {
     };
     match event {
         Event::LeaseSet { .. } | Event::HostSeen { .. } => (String::new(), String::new()),
+        Event::ContractFrozen { vm, .. } => (vm.clone(), String::new()),
         Event::OperationBegan { plan, .. } => (plan.vm.clone(), plan.task.label().to_owned()),
         Event::StepDone { operation, .. }
         | Event::StepFailed { operation, .. }

@@ -31,7 +31,8 @@ pub struct Vm {
     pub intent: Intent,
     /// The machine.
     pub config: MachineConfig,
-    /// CPU contract.
+    /// CPU contract, a `CapabilitySet`; empty until a host is heard that knows its model, if it is from a release before
+    /// contracts.
     pub capabilities: Vec<u8>,
     /// `IsolationPolicy`.
     pub on_isolation: i32,
@@ -132,6 +133,13 @@ impl State {
             Event::LeaseSet { lease_ms } => self.lease_ms = *lease_ms,
             Event::HostSeen { host, address } => {
                 self.hosts.insert(host.clone(), address.clone());
+            }
+            Event::ContractFrozen { vm, capabilities } => {
+                let vm = self.vms.get_mut(vm).ok_or(Refusal::Stale("the VM is gone"))?;
+                if !vm.capabilities.is_empty() {
+                    return Err(Refusal::Stale("the VM has a contract"));
+                }
+                Arc::make_mut(vm).capabilities.clone_from(capabilities);
             }
             Event::OperationBegan { operation, plan } => self.begin(record, operation, plan)?,
             Event::StepDone { operation, step } => {

@@ -2,6 +2,7 @@
 //! other rooms' property tests run over.
 
 use proptest::prelude::*;
+use proto::capability::{CapabilitySet, Facts};
 use proto::v1::{MachineConfig, TransferPolicy};
 
 use super::event::{CheckpointEntry, Event, FORMAT, Holder, Intent, Outcome, Plan, Record, Task};
@@ -40,8 +41,22 @@ pub(crate) fn config() -> MachineConfig {
     MachineConfig { vcpus: 1, memory_bytes: 2 << 20, engine: "soft".into(), ..MachineConfig::default() }
 }
 
+/// A guest that needs every feature of CPUID 1 ECX, and one MSR.
+pub(crate) fn contract() -> CapabilitySet {
+    let facts = Facts {
+        phys_bits: 48,
+        tsc_khz: 1_000_000,
+        engines: ["soft".to_owned()].into(),
+        msrs: [0xc001_1029].into(),
+        ..Facts::default()
+    };
+    let mut cpuid = |leaf, _| if leaf == 1 { [0, 0, u32::MAX, 0] } else { [0; 4] };
+    CapabilitySet::from_cpuid("soft-v1", &mut cpuid, facts)
+}
+
 pub(crate) fn create_plan(vm: &str, host: &str) -> Plan {
-    let task = Task::Create { host: host.into(), config: config(), on_isolation: 0, capabilities: vec![] };
+    let task =
+        Task::Create { host: host.into(), config: config(), on_isolation: 0, capabilities: contract().to_bytes() };
     plan(&State::default(), vm, 1, task)
 }
 
@@ -61,7 +76,7 @@ pub(crate) fn restore_plan(state: &State, vm: &str, checkpoint: &str, target: &s
         target: target.into(),
         new: !state.vms.contains_key(vm),
         config: config(),
-        capabilities: vec![],
+        capabilities: contract().to_bytes(),
         on_isolation: 0,
         policy: TransferPolicy::default(),
     };
@@ -142,7 +157,12 @@ fn attempt(state: &State, serial: usize, choice: (u8, u8, u8)) -> Event {
     let checkpoint = state.checkpoints.keys().next().cloned().unwrap_or_else(|| "none".into());
     match choice.0 % 8 {
         0 | 1 => {
-            let task = Task::Create { host: host.into(), config: config(), on_isolation: 0, capabilities: vec![] };
+            let task = Task::Create {
+                host: host.into(),
+                config: config(),
+                on_isolation: 0,
+                capabilities: contract().to_bytes(),
+            };
             began(plan(state, vm, state.fresh_generation(vm), task))
         }
         2 | 3 => began(migrate_plan_of(state, vm, host)),
@@ -259,6 +279,26 @@ async fn a_ledger_that_is_opened_again_means_the_same() {
     assert_eq!((records[1].vm.as_str(), records[1].task.as_str()), ("vm1", "create"));
     drop(ledger);
     std::fs::remove_dir_all(folder).unwrap();
+}
+
+/// A record as releases before contracts wrote it.
+const BEFORE_CONTRACTS: &str = r#"{"format":1,"sequence":1,"unix_ms":5,"actor":"operator/a","vm":"vm1","task":"create",
+    "event":{"operation_began":{"operation":"op1","plan":{"vm":"vm1","vm_id":"00","locks":["VM vm1"],"holder":null,
+    "generation":1,"task":{"create":{"host":"hostA","config":"MACHINE","on_isolation":0,"capabilities":""}}}}}}"#;
+
+#[test]
+fn a_record_before_contracts_loads_and_its_vm_gets_one_once() {
+    let machine = super::saved::to_hex(&prost::Message::encode_to_vec(&config()));
+    let record: Record = serde_json::from_str(&BEFORE_CONTRACTS.replace("MACHINE", &machine)).unwrap();
+    let mut state = State::default();
+    state.apply(&record).unwrap();
+    assert!(state.vms["vm1"].capabilities.is_empty());
+    let frozen = |bytes: Vec<u8>| Event::ContractFrozen { vm: "vm1".into(), capabilities: bytes };
+    append(&mut state, frozen(contract().to_bytes())).unwrap();
+    assert_eq!(CapabilitySet::from_bytes(&state.vms["vm1"].capabilities), Ok(contract()));
+    assert!(matches!(append(&mut state, frozen(vec![1])), Err(Refusal::Stale(_))), "a contract is frozen once");
+    let gone = Event::ContractFrozen { vm: "vm9".into(), capabilities: vec![1] };
+    assert!(matches!(append(&mut state, gone), Err(Refusal::Stale(_))));
 }
 
 #[tokio::test]

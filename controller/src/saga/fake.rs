@@ -56,6 +56,8 @@ pub struct Field {
     pub hosts: BTreeMap<String, BTreeMap<String, Held>>,
     /// Newest generation that a host owned of a VM.
     seen: BTreeMap<(String, String), u64>,
+    /// What a restore in place is about to replace.
+    pub aside: BTreeMap<(String, String), Held>,
     pub bucket: BTreeSet<String>,
     pub silent: BTreeSet<String>,
     /// Somebody waited for the end of a lease.
@@ -79,6 +81,24 @@ impl Field {
     pub fn report(&self, host: &str) -> HostInfo {
         let vms = self.hosts[host].iter().map(|(name, held)| info(name, held));
         HostInfo { name: host.into(), vms: vms.collect(), ..HostInfo::default() }
+    }
+
+    /// What was incoming is gone; what it was to replace is there again.
+    pub fn give_up(&mut self, host: &str, vm: &str) {
+        let vms = self.hosts.get_mut(host).expect("the host is known");
+        vms.remove(vm);
+        if let Some(held) = self.aside.remove(&(host.to_owned(), vm.to_owned())) {
+            vms.insert(vm.into(), held);
+        }
+    }
+
+    fn set_aside(&mut self, host: &str, vm: &str, generation: u64) {
+        let Some(held) = self.held(host, vm).filter(|held| held.generation == generation) else { return };
+        if matches!(held.state, VmState::Paused | VmState::Stopped | VmState::Crashed) {
+            let held = held.clone();
+            self.hosts.get_mut(host).map(|vms| vms.remove(vm));
+            self.aside.insert((host.into(), vm.into()), held);
+        }
     }
 
     pub fn held(&mut self, host: &str, vm: &str) -> Option<&mut Held> {
@@ -268,6 +288,7 @@ impl World for FakeWorld {
                 loaded: false,
                 paused: false,
             };
+            field.set_aside(host, &ticket.vm, r.replaces_generation);
             arrive(field, host, &ticket.vm, held)?;
             Ok(PrepareReply { address: format!("{host}:1") })
         })
@@ -285,6 +306,7 @@ impl World for FakeWorld {
                     held.state = if r.paused { VmState::Paused } else { VmState::Running };
                     held.paused = r.paused;
                     field.seen.insert((host.into(), r.vm.clone()), r.generation);
+                    field.aside.remove(&(host.into(), r.vm.clone()));
                 }
                 _ => return Err(conflict("not prepared")),
             }
@@ -301,7 +323,7 @@ impl World for FakeWorld {
             };
             match held.state {
                 VmState::HandedOver => held.state = if held.paused { VmState::Paused } else { VmState::Running },
-                VmState::Incoming => drop(field.hosts.get_mut(host).map(|vms| vms.remove(&operation.vm))),
+                VmState::Incoming => field.give_up(host, &operation.vm),
                 _ => {}
             }
             Ok(())

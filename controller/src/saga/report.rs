@@ -58,12 +58,7 @@ pub fn failed(failure: &Failure, outcome: &str) -> Event {
 
 /// Where a VM is after an operation that was taken back.
 fn before(state: &State, operation: &Operation) -> String {
-    match (&operation.plan.task, &operation.plan.holder) {
-        (Task::Restore { target, .. }, Some(holder)) if *target == holder.host => {
-            format!("{target} may have discarded what it had of {}: restore it again", operation.plan.vm)
-        }
-        _ => format!("{}, as before", whereabouts(state, operation)),
-    }
+    format!("{}, as before", whereabouts(state, operation))
 }
 
 fn whereabouts(state: &State, operation: &Operation) -> String {

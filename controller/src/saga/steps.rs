@@ -93,7 +93,9 @@ impl<W: World> Hands<'_, W> {
     /// The world's.
     pub async fn perform(&self, step: &str, memory: &mut Memory) -> Result<(), Failure> {
         match (&self.plan().task, step) {
-            (Task::Create { host, config, on_isolation, .. }, _) => self.create(host, config, *on_isolation).await,
+            (Task::Create { host, config, on_isolation, capabilities }, _) => {
+                self.create(host, config, *on_isolation, capabilities).await
+            }
             (Task::Pause { .. }, _) => self.pause("paused by the operator").await,
             (Task::Resume { .. }, _) => self.resume().await,
             (Task::Stop, _) => self.stop().await,
@@ -167,13 +169,20 @@ impl<W: World> Hands<'_, W> {
         }
     }
 
-    async fn create(&self, host: &str, config: &MachineConfig, on_isolation: i32) -> Result<(), Failure> {
+    async fn create(
+        &self,
+        host: &str,
+        config: &MachineConfig,
+        on_isolation: i32,
+        capabilities: &[u8],
+    ) -> Result<(), Failure> {
         let request = CreateVmRequest {
             vm: self.plan().vm.clone(),
             generation: self.plan().generation,
             operation: self.operation.id.clone(),
             config: Some(config.clone()),
             on_isolation,
+            capabilities: capabilities.to_vec(),
         };
         self.world.create(host, request).await.map(drop)
     }
@@ -218,24 +227,14 @@ impl<W: World> Hands<'_, W> {
             Task::Restore { .. } => "controller".to_owned(),
             _ => self.holder()?.host.clone(),
         };
-        self.make_room(target).await?;
+        // A restore to the host that has the VM: what stands still there is kept until the new copy is activated.
+        let replaced = self.plan().holder.as_ref().filter(|holder| holder.host == target);
+        let replaces_generation = replaced.map_or(0, |holder| holder.generation);
         let ticket = memory.ticket.get_or_insert_with(|| self.ticket(&source, target, self.plan().generation));
         let ticket = Some(ticket.clone());
-        let request = PrepareRequest { ticket, config: Some(config), capabilities, on_isolation };
+        let request = PrepareRequest { ticket, config: Some(config), capabilities, on_isolation, replaces_generation };
         memory.address = self.world.prepare(target, request).await?.address;
         Ok(())
-    }
-
-    /// A host holds one generation of a VM at a time: a restore to the host that has the VM begins by discarding what
-    /// it has. The fence has made sure by then that it stands still there.
-    async fn make_room(&self, target: &str) -> Result<(), Failure> {
-        match &self.plan().holder {
-            Some(holder) if holder.host == target => {
-                self.voice.note(format!("{target} discards what it has of {}", self.plan().vm));
-                self.world.discard(target, self.of(holder.generation, "a restore replaces it")).await
-            }
-            _ => Ok(()),
-        }
     }
 
     fn ticket(&self, source: &str, target: &str, generation: u64) -> Ticket {

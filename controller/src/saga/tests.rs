@@ -118,7 +118,7 @@ impl Stage {
                 match said.verdict() {
                     // A runner whose lease is renewed goes on by itself.
                     Verdict::Hold if held.state == VmState::Paused && !held.paused => held.state = VmState::Running,
-                    Verdict::Discard => drop(field.hosts.get_mut(*host).map(|vms| vms.remove(&vm.name))),
+                    Verdict::Discard => field.give_up(host, &vm.name),
                     _ => {}
                 }
             }
@@ -230,7 +230,7 @@ fn check(scene: Scene, fault: &Fault, before: &State, stage: &Stage, status: Sta
             assert_eq!((vm.host.as_str(), vm.generation), (host, held.generation), "{at}");
         }
     }
-    let discarded = scene == Scene::RestoreInPlace && status == Status::Undone;
+    assert!(field.aside.is_empty(), "{at}: what was to be replaced is neither gone nor back");
     for vm in state.vms.values() {
         let held = field.hosts[&vm.host].get(&vm.name);
         let expected = match vm.intent {
@@ -244,7 +244,7 @@ fn check(scene: Scene, fault: &Fault, before: &State, stage: &Stage, status: Sta
                 assert_eq!(held.state, VmState::Crashed, "{at}");
             }
             Some(held) => assert_eq!(held.state, expected, "{at}"),
-            None => assert!(discarded, "{at}: {} does not have {}", vm.host, vm.name),
+            None => panic!("{at}: {} does not have {}", vm.host, vm.name),
         }
     }
     let manifests: Vec<&String> = field.bucket.iter().filter(|key| key.ends_with(".manifest")).collect();

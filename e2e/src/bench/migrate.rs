@@ -6,7 +6,7 @@ use std::fs;
 use super::ceilings::Ceilings;
 use super::{Measurement, Report};
 use crate::cluster::{Cluster, wait};
-use crate::guest::Program;
+use crate::guest::{Program, REGION};
 
 const REGION_BYTES: u64 = 992 << 20;
 const RUNS: usize = 3;
@@ -37,7 +37,8 @@ pub fn run(report: &Report, cases: &[String]) -> Result<(), String> {
 }
 
 fn migrate_case(report: &Report, case: &str, pages_per_s: u64, ceilings: &Ceilings) {
-    let program = Program { region_bytes: REGION_BYTES, pages_per_s, tick_ms: 100, tsc_hz: 1_000_000_000 };
+    let program =
+        Program { start: REGION, region_bytes: REGION_BYTES, pages_per_s, tick_ms: 100, tsc_hz: 1_000_000_000 };
     let cluster = Cluster::up(2);
     cluster.create_with("vm1", "hostA", program, &["--memory", "1G"]);
     wait_until_filled(&cluster);

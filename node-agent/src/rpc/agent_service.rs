@@ -21,6 +21,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::console::Session;
 use super::{caller, status};
+use crate::facts;
 use crate::host;
 use crate::migration::Failure;
 use crate::vm::requests::Verb;
@@ -67,6 +68,16 @@ impl AgentService {
         info.map(Response::new).ok_or_else(|| status(Failure::new(Code::NotFound, format!("{name} is gone"))))
     }
 
+    /// Whether this host keeps the contract of a VM that is to be created; without one, that of its CPU model.
+    fn check_contract(&self, request: &CreateVmRequest) -> Result<(), Failure> {
+        let config = request.config.clone().unwrap_or_default();
+        let facts = &self.vms.host().facts;
+        if request.capabilities.is_empty() {
+            return facts.check_contract(&facts::contract_of(&config)?, &config);
+        }
+        facts.check_contract(&request.capabilities, &config)
+    }
+
     /// The actor of a VM that is to come, if there is memory for it.
     async fn admit(&self, vm: &str, config: Option<&MachineConfig>) -> Result<Handle, Status> {
         let handle = self.vms.actor(vm).await.map_err(status)?;
@@ -97,6 +108,7 @@ impl Agent for AgentService {
     async fn create_vm(&self, request: Request<CreateVmRequest>) -> Result<Response<VmInfo>, Status> {
         caller(&request, CONTROLLER)?;
         let request = request.into_inner();
+        self.check_contract(&request).map_err(status)?;
         let handle = self.admit(&request.vm, request.config.as_ref()).await?;
         handle.ask(|reply| Message::Create(request, reply)).await.map(Response::new).map_err(status)
     }
@@ -167,7 +179,8 @@ impl Agent for AgentService {
         caller(&request, CONTROLLER)?;
         let request = request.into_inner();
         let vm = request.ticket.as_ref().map_or(String::new(), |ticket| ticket.vm.clone());
-        host::check_contract(&request.capabilities).map_err(status)?;
+        let config = request.config.clone().unwrap_or_default();
+        self.vms.host().facts.check_contract(&request.capabilities, &config).map_err(status)?;
         let handle = self.admit(&vm, request.config.as_ref()).await?;
         handle.ask(|reply| Message::Prepare(Box::new(request), reply)).await.map_err(status)?;
         Ok(Response::new(PrepareReply { address: self.vms.host().address.clone() }))

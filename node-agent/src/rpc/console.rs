@@ -1,11 +1,13 @@
 //! Attaching to a guest's serial console: the log first, then what it says, without a gap and without repetition.
 //!
 //! Output carries its offset in the log, where the runner wrote it before it told anybody. A reader that falls behind
-//! reads on from the log. Knows nothing of what is typed.
+//! reads on from the log. Input is acknowledged when the machine has it; while the guest is handed over, or does not read,
+//! it waits here and no more is taken from the stream. Knows nothing of what is typed.
 
 use std::io::{Read, Seek, SeekFrom};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use proto::status::Code;
 use proto::v1::runner_request::Request;
@@ -22,6 +24,9 @@ use crate::vm::runner::Runner;
 
 const CHUNK_BYTES: usize = 64 << 10;
 const INPUT_BYTES_MAX: usize = 64 << 10;
+
+/// How long input that the machine cannot take now waits before it is offered again.
+const RETRY: Duration = Duration::from_millis(20);
 
 type Outputs = mpsc::Sender<Result<ConsoleOutput, Status>>;
 
@@ -53,13 +58,18 @@ impl Session {
         let (Some(mut said), Some(runner)) = (said, self.runner.clone()) else {
             return Err(Failure::new(Code::Conflict, "it does not run: --log shows what it has said"));
         };
-        feed(&runner, std::mem::take(&mut self.first.data)).await?;
+        let mut typed = Typed { bytes: std::mem::take(&mut self.first.data), taken: 0 };
         loop {
+            let acknowledged = typed.offer(&runner).await?;
+            if acknowledged && self.outputs.send(Ok(typed.receipt())).await.is_err() {
+                return Ok(());
+            }
             tokio::select! {
-                input = self.inputs.next() => match input {
-                    Some(Ok(input)) => feed(&runner, input.data).await?,
+                input = self.inputs.next(), if typed.bytes.is_empty() => match input {
+                    Some(Ok(input)) => typed.bytes = input.data,
                     Some(Err(_)) | None => return Ok(()),
                 },
+                () = tokio::time::sleep(RETRY), if !typed.bytes.is_empty() => {}
                 output = said.recv() => match self.tell(output, &mut at).await? {
                     true => {}
                     false => return Ok(()),
@@ -87,7 +97,7 @@ impl Session {
                 return Ok(at);
             }
             at += data.len() as u64;
-            if self.outputs.send(Ok(ConsoleOutput { data })).await.is_err() {
+            if self.outputs.send(Ok(ConsoleOutput { data, ..ConsoleOutput::default() })).await.is_err() {
                 return Ok(at);
             }
         }
@@ -106,7 +116,8 @@ impl Session {
                 if !data.is_empty() {
                     *at = output.log_offset.saturating_add(output.data.len() as u64);
                     let data = data.to_vec();
-                    return Ok(self.outputs.send(Ok(ConsoleOutput { data })).await.is_ok());
+                    let output = ConsoleOutput { data, ..ConsoleOutput::default() };
+                    return Ok(self.outputs.send(Ok(output)).await.is_ok());
                 }
                 Ok(true)
             }
@@ -131,14 +142,35 @@ fn read_at(path: &std::path::Path, at: u64) -> std::io::Result<Vec<u8>> {
     Ok(data)
 }
 
-async fn feed(runner: &Runner, data: Vec<u8>) -> Result<(), Failure> {
-    if data.is_empty() {
-        return Ok(());
+/// Input of one message, and how much came before it.
+struct Typed {
+    bytes: Vec<u8>,
+    taken: u64,
+}
+
+impl Typed {
+    /// Offers what there is to the machine; true if it was there and is now taken.
+    async fn offer(&mut self, runner: &Runner) -> Result<bool, Failure> {
+        if self.bytes.is_empty() {
+            return Ok(false);
+        }
+        if self.bytes.len() > INPUT_BYTES_MAX {
+            return Err(Failure::new(Code::BadInput, "too much input at once"));
+        }
+        match runner.call(Request::Console(RunnerConsoleInput { data: self.bytes.clone() })).await {
+            Ok(_) => {
+                self.taken += self.bytes.len() as u64;
+                self.bytes.clear();
+                Ok(true)
+            }
+            Err(failure) if matches!(failure.code, Code::Conflict | Code::Exhausted) => Ok(false),
+            Err(failure) => Err(failure),
+        }
     }
-    if data.len() > INPUT_BYTES_MAX {
-        return Err(Failure::new(Code::BadInput, "too much input at once"));
+
+    fn receipt(&self) -> ConsoleOutput {
+        ConsoleOutput { input_taken: self.taken, ..ConsoleOutput::default() }
     }
-    runner.call(Request::Console(RunnerConsoleInput { data })).await.map(drop)
 }
 
 #[cfg(test)]

@@ -107,8 +107,14 @@ async fn accept(
             let _slot = slot;
             match tokio::time::timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)).await {
                 Ok(Ok(stream)) => drop(greeted.send(Ok(stream)).await),
-                Ok(Err(error)) => tracing::warn!(%from, %error, "refused: handshake"),
-                Err(_) => tracing::warn!(%from, "refused: no handshake in time"),
+                Ok(Err(error)) => {
+                    metrics::counter!(crate::metrics::HANDSHAKES_REFUSED).increment(1);
+                    tracing::warn!(%from, %error, "refused: handshake");
+                }
+                Err(_) => {
+                    metrics::counter!(crate::metrics::HANDSHAKES_REFUSED).increment(1);
+                    tracing::warn!(%from, "refused: no handshake in time");
+                }
             }
         });
     }

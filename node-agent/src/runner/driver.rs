@@ -1,7 +1,8 @@
 //! The machine thread: the only owner of the guest.
 //!
 //! ```text
-//! Fresh --boot/apply--> Live --power-off, reset, triple fault, engine failure--> Ended
+//! Fresh --boot/apply--> Live --power-off, engine failure, too many resets at once--> Ended
+//!                       Live --reset, triple fault--> Live, booted again from the images that travel with the VM
 //! Live runs while: no pause is asked for, and the lease holds (CLOCK_BOOTTIME)
 //! ```
 //! The guest runs in slices of about two milliseconds; between two slices the driver takes inputs, moves console
@@ -25,8 +26,9 @@ use super::guest::{Guest, Outcome};
 use super::pace::{Idle, Pace, Start};
 use crate::clock::Clock;
 
-/// Console bytes from the agent that wait for room in the guest's serial port.
-const CONSOLE_PENDING_BYTES_MAX: usize = 64 << 10;
+/// A reset that comes within this much guest time of the last start is a quick one; so many in a row end the guest.
+const QUICK_RESET_NS: u64 = 1_000_000_000;
+const QUICK_RESETS_MAX: u32 = 5;
 /// Slices aim at this long.
 const SLICE_NS: u64 = 2_000_000;
 const SLICE_INSTRUCTIONS: std::ops::RangeInclusive<u64> = 10_000..=5_000_000;
@@ -93,6 +95,8 @@ pub trait BootImages {
     fn load(&mut self) -> Result<(Vec<u8>, Option<Vec<u8>>), String>;
     /// The kernel's path, for people.
     fn kernel_path(&self) -> String;
+    /// Whether they are part of the VM, so that it can boot from them again wherever it is.
+    fn travel(&self) -> bool;
 }
 
 /// Sends frames out of a network card, as announcements do.
@@ -154,6 +158,10 @@ pub struct Driver<G, C, O> {
     slice: u64,
     console_pending: VecDeque<u8>,
     packets: VecDeque<(usize, Vec<u8>)>,
+    /// What was captured, or applied, is the guest until it runs again: nothing may be added to it.
+    sealed: bool,
+    quick_resets: u32,
+    booted_tsc: u64,
     running: bool,
     stopped_ns: u64,
     started_ns: u64,
@@ -177,6 +185,9 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
             slice: *SLICE_INSTRUCTIONS.start(),
             console_pending: VecDeque::new(),
             packets: VecDeque::new(),
+            sealed: false,
+            quick_resets: 0,
+            booted_tsc: 0,
             running: false,
             stopped_ns,
             started_ns: 0,
@@ -242,11 +253,30 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
                 return Ok(self.rest(until_tsc));
             }
             Outcome::PowerOff => self.end(VmState::Stopped, "the guest switched itself off")?,
-            Outcome::Reset => self.end(VmState::Stopped, "the guest asked for a reset")?,
-            Outcome::TripleFault => self.end(VmState::Crashed, "triple fault")?,
+            Outcome::Reset => self.reset(VmState::Stopped, "the guest asked for a reset")?,
+            Outcome::TripleFault => self.reset(VmState::Crashed, "triple fault")?,
             Outcome::Failed(text) => self.end(VmState::Crashed, &format!("the engine cannot go on: {text}"))?,
         }
         Ok(Wait::No)
+    }
+
+    /// Boots again. A VM whose images did not travel with it ends, in `state`; so does one that only resets.
+    fn reset(&mut self, state: VmState, why: &str) -> Result<(), Closed> {
+        let Some(images) = self.images.as_mut() else { return self.end(state, why) };
+        let ran = self.guest.tsc().saturating_sub(self.booted_tsc);
+        let quick_tsc = u128::from(self.terms.config.tsc_hz) * u128::from(QUICK_RESET_NS) / 1_000_000_000;
+        self.quick_resets = if u128::from(ran) < quick_tsc { self.quick_resets + 1 } else { 0 };
+        if self.quick_resets >= QUICK_RESETS_MAX {
+            let text = format!("reset {QUICK_RESETS_MAX} times in a row within a second of its start; at last: {why}");
+            return self.end(VmState::Crashed, &text);
+        }
+        let booted = images.load().and_then(|(kernel, initrd)| self.guest.reset(&kernel, initrd.as_deref()));
+        if let Err(text) = booted {
+            return self.end(VmState::Crashed, &format!("{why}, and it cannot start again: {text}"));
+        }
+        eprintln!("vm-runner: started again: {why}");
+        self.booted_tsc = self.guest.tsc();
+        Ok(())
     }
 
     fn adapt_slice(&mut self, took_ns: u64) {
@@ -303,6 +333,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         }
         let now = self.clock.boottime_ns();
         if may_run {
+            self.sealed = false;
             self.started_ns = now;
             let start = Start {
                 boottime_ns: now,
@@ -332,12 +363,23 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         if self.console_pending.is_empty() {
             return;
         }
-        let bytes: Vec<u8> = self.console_pending.iter().copied().take(256).collect();
-        let taken = self.guest.console_input(&bytes).min(bytes.len());
-        if taken > 0 {
-            self.wake();
-            self.console_pending.drain(..taken);
+        self.wake();
+        let taken = self.guest.console_input(self.console_pending.make_contiguous());
+        self.console_pending.drain(..taken.min(self.console_pending.len()));
+    }
+
+    /// What has come for a guest that stands still becomes part of it, so that it travels.
+    fn seal(&mut self) -> Result<(), Closed> {
+        if std::mem::replace(&mut self.sealed, true) {
+            return Ok(());
         }
+        self.feed_console();
+        for (card, bytes) in std::mem::take(&mut self.packets) {
+            // What does not fit is lost, as on a real wire.
+            let _held = self.guest.net_hold(card, &bytes);
+            self.outbox.send(Output::PacketTaken)?;
+        }
+        Ok(())
     }
 
     fn deliver_packets(&mut self) -> Result<(), Closed> {
@@ -393,6 +435,9 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
             }
             Input::Request { connection, request } => {
                 let shutdown = matches!(request.request, Some(Request::Shutdown(_)));
+                if matches!(request.request, Some(Request::Capture(_))) && self.phase == Phase::Live && !self.running {
+                    self.seal()?;
+                }
                 let id = request.id;
                 let reply = match request.request {
                     Some(request) => self.answer(request).unwrap_or_else(Reply::Failure),
@@ -435,6 +480,8 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
                 self.guest.apply(&apply.sections).map_err(|text| failure(Code::Corrupt, &text))?;
                 self.phase = Phase::Live;
                 self.pause = Some("incoming".to_owned());
+                self.sealed = true;
+                self.booted_tsc = self.guest.tsc();
             }
             Request::Lease(lease) => {
                 self.lease = match lease.until_boottime_ns {
@@ -444,14 +491,21 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
             }
             Request::Status(_) | Request::Shutdown(_) => {}
             Request::Console(input) => {
-                if self.console_pending.len() + input.data.len() > CONSOLE_PENDING_BYTES_MAX {
+                if self.sealed {
+                    return Err(failure(Code::Conflict, "the guest's state was captured and it has not run since"));
+                }
+                if self.console_pending.len() + input.data.len() > self.guest.console_room() {
                     return Err(failure(Code::Exhausted, "the guest does not read its console"));
                 }
                 self.console_pending.extend(input.data);
             }
             Request::Vmcbs(_) => {
                 let vmcbs = self.guest.vmcbs().iter().map(|page| page.to_vec()).collect();
-                return Ok(Reply::Vmcbs(VmcbReply { vmcbs, retired_instructions: self.guest.retired() }));
+                return Ok(Reply::Vmcbs(VmcbReply {
+                    vmcbs,
+                    retired_instructions: self.guest.retired(),
+                    cpu_states: Vec::new(),
+                }));
             }
             Request::Announce(_) => self.announce(),
         }
@@ -472,7 +526,9 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         self.guest
             .boot(&kernel, initrd.as_deref())
             .map_err(|text| failure(Code::BadInput, &format!("{}: {text}", images.kernel_path())))?;
-        self.images = None;
+        if !images.travel() {
+            self.images = None;
+        }
         self.phase = Phase::Live;
         Ok(())
     }

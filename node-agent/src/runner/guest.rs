@@ -13,6 +13,11 @@ pub trait Guest {
     /// # Errors
     /// What is wrong with the kernel or initrd, in words.
     fn boot(&mut self, kernel: &[u8], initrd: Option<&[u8]>) -> Result<(), String>;
+    /// Starts a machine that has run afresh from the kernel; time and disks go on.
+    ///
+    /// # Errors
+    /// As [`Guest::boot`]; then the machine is of no use.
+    fn reset(&mut self, kernel: &[u8], initrd: Option<&[u8]>) -> Result<(), String>;
     /// Runs until exactly this many instructions are retired since the machine was built, or until something else stops it.
     fn run(&mut self, until_retired: u64) -> Outcome;
     /// Lets the time of an idle guest jump forward; never backwards.
@@ -23,10 +28,14 @@ pub trait Guest {
     fn tsc(&self) -> u64;
     /// Feeds the serial console; returns how many bytes fitted.
     fn console_input(&mut self, bytes: &[u8]) -> usize;
+    /// How many bytes would fit now.
+    fn console_room(&self) -> usize;
     /// What the serial console said since the last call.
     fn take_console_output(&mut self) -> Vec<u8>;
     /// Delivers an Ethernet frame to a card; `false` when the guest had no buffer and it was dropped.
     fn net_input(&mut self, card: usize, packet: &[u8]) -> bool;
+    /// Keeps an Ethernet frame as part of the state of a machine that stands still; `false` when there is no room.
+    fn net_hold(&mut self, card: usize, packet: &[u8]) -> bool;
     /// The running epoch of page stamps.
     fn epoch(&self) -> u32;
     /// Closes the running epoch; returns the new one.

@@ -1,6 +1,6 @@
 //! The real guest: a [`Machine`] built from the opened configuration, and what of it the agent shares.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use proto::v1::{MachineConfig, Section};
 use vmcb_engine::device::block::DiskImage;
 use vmcb_engine::device::net::{Link, NetLink};
 use vmcb_engine::machine::{Machine, Outcome, Parts};
-use vmcb_engine::memory::GuestMemory;
+use vmcb_engine::memory::{GuestMemory, PAGE_BYTES, StampTable, sized_memfd};
 use vmcb_engine::snapshot;
 
 use super::Built;
@@ -44,6 +44,12 @@ pub fn build(config: &MachineConfig, opened: &Opened, incoming: bool) -> Result<
         }
         disks.push(image);
     }
+    if let Some(boot) = &opened.boot_image {
+        let pages = boot.bytes.div_ceil(PAGE_BYTES);
+        let stamps = sized_memfd("boot-stamps", StampTable::file_bytes(pages)).map_err(|error| text(&error))?;
+        descriptors.push(("boot".to_owned(), share(boot.file.as_fd())?));
+        descriptors.push(("boot-stamps".to_owned(), stamps));
+    }
     let plug = |card: usize| {
         let tap = opened.taps.iter().find(|(of, _)| *of == card)?;
         let link: NetLink = Box::new(TapCable(Arc::clone(&tap.1)));
@@ -74,6 +80,10 @@ impl Guest for Machine {
         Machine::boot(self, kernel, initrd).map_err(|error| text(&error))
     }
 
+    fn reset(&mut self, kernel: &[u8], initrd: Option<&[u8]>) -> Result<(), String> {
+        Machine::reset(self, kernel, initrd).map_err(|error| text(&error))
+    }
+
     fn run(&mut self, until_retired: u64) -> Outcome {
         Machine::run(self, until_retired)
     }
@@ -94,12 +104,20 @@ impl Guest for Machine {
         Machine::console_input(self, bytes)
     }
 
+    fn console_room(&self) -> usize {
+        Machine::console_room(self)
+    }
+
     fn take_console_output(&mut self) -> Vec<u8> {
         Machine::take_console_output(self)
     }
 
     fn net_input(&mut self, card: usize, packet: &[u8]) -> bool {
         Machine::net_input(self, card, packet)
+    }
+
+    fn net_hold(&mut self, card: usize, packet: &[u8]) -> bool {
+        Machine::net_hold(self, card, packet)
     }
 
     fn epoch(&self) -> u32 {

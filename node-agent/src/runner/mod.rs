@@ -25,7 +25,7 @@ use std::path::PathBuf;
 
 use proto::v1::{MachineConfig, Section};
 
-use self::driver::{BootImages, Cable, Driver, Terms};
+use self::driver::{Cable, Driver, Terms};
 use self::guest::Guest;
 use self::open::{OpenError, Opened, TapCable};
 use self::sandbox::SandboxError;
@@ -72,7 +72,7 @@ pub enum RunnerError {
 pub struct Built<G> {
     /// The machine.
     pub guest: G,
-    /// "ram", "ram-stamps", then for each local disk "disk0", "disk0-stamps", ...
+    /// "ram", "ram-stamps", then for each local disk "disk0", "disk0-stamps", ..., then "boot", "boot-stamps".
     pub descriptors: Vec<(String, OwnedFd)>,
     /// MAC address by card.
     pub macs: Vec<[u8; 6]>,
@@ -108,7 +108,6 @@ pub fn run<G: Guest>(
         })
         .collect();
     let terms = Terms { config: opened.config, descriptors: names, state_digest: built.state_digest, cables };
-    let images = opened.images.map(|images| Box::new(images) as Box<dyn BootImages>);
     let ports = Ports { listener: opened.listener, log: opened.log, taps: opened.taps, descriptors };
     let system = |step| move |source| RunnerError::System { step, source };
     let (server, outlet) = serve::join(ports, inputs).map_err(|e| system("eventfd")(e.into()))?;
@@ -127,7 +126,7 @@ pub fn run<G: Guest>(
         let _found = HostClock.boottime_ns();
         sandbox::seal()?;
     }
-    let mut driver = Driver::new(built.guest, HostClock, outlet, terms, images);
+    let mut driver = Driver::new(built.guest, HostClock, outlet, terms, opened.images);
     let served = driver.serve(&taken);
     // Dropping the driver closes the outlet: the I/O thread sends its last reply and ends.
     drop(driver);

@@ -1,21 +1,23 @@
 //! Everything that the process of a guest opens, before it gives up the right to open anything.
 //!
 //! The VM's directory holds `config.pb` (read), `console.log` (append), `runner.sock` (bound here) and `runner.pid`
-//! (written here). Kernel, initrd, disks and taps are those of the configuration. Refuses to know what an agent is.
+//! (written here), and `boot.img`: kernel and initrd, which travel with the VM like a disk that is never written. Disks and
+//! taps are those of the configuration. Refuses to know what an agent is.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use proto::v1::MachineConfig;
+use proto::v1::{BootSource, MachineConfig};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::console::Log;
 use super::driver::{BootImages, Cable};
 use super::tap::{self, TapError};
+use crate::host::{self, BOOT_IMAGE};
 use crate::saved::{self, SavedError};
 
 /// Longest kernel or initrd.
@@ -40,10 +42,52 @@ pub enum OpenError {
     Tap(#[from] TapError),
 }
 
-/// Kernel and initrd, open.
+/// Kernel and initrd, open, by path: of a VM without a `boot.img`.
 pub struct Images {
     kernel: (PathBuf, File),
     initrd: Option<(PathBuf, File)>,
+}
+
+/// `boot.img`: the kernel, and from the next page on the initrd.
+#[derive(Debug)]
+pub struct BootImage {
+    /// The file; writable for a VM that arrives, whose agent fills it.
+    pub file: File,
+    /// Its length.
+    pub bytes: u64,
+}
+
+/// Kernel and initrd in a `boot.img`.
+struct Parts {
+    file: File,
+    source: BootSource,
+}
+
+impl Parts {
+    fn read(&self, offset: u64, bytes: u64) -> Result<Vec<u8>, String> {
+        let mut part = vec![0; usize::try_from(bytes).map_err(|error| error.to_string())?];
+        self.file.read_exact_at(&mut part, offset).map_err(|error| format!("{BOOT_IMAGE}: {error}"))?;
+        Ok(part)
+    }
+}
+
+impl BootImages for Parts {
+    fn load(&mut self) -> Result<(Vec<u8>, Option<Vec<u8>>), String> {
+        let kernel = self.read(0, self.source.kernel_bytes)?;
+        let initrd = match self.source.initrd_bytes {
+            0 => None,
+            bytes => Some(self.read(host::initrd_offset(&self.source), bytes)?),
+        };
+        Ok((kernel, initrd))
+    }
+
+    fn kernel_path(&self) -> String {
+        self.source.kernel_path.clone()
+    }
+
+    fn travel(&self) -> bool {
+        true
+    }
 }
 
 impl BootImages for Images {
@@ -55,6 +99,10 @@ impl BootImages for Images {
 
     fn kernel_path(&self) -> String {
         self.kernel.0.display().to_string()
+    }
+
+    fn travel(&self) -> bool {
+        false
     }
 }
 
@@ -82,8 +130,10 @@ impl Cable for TapCable {
 pub struct Opened {
     /// The configuration.
     pub config: MachineConfig,
-    /// Kernel and initrd; none for a guest that arrives.
-    pub images: Option<Images>,
+    /// Kernel and initrd; none for a guest that arrives without them.
+    pub images: Option<Box<dyn BootImages>>,
+    /// The file that they are in, where they travel with the VM.
+    pub boot_image: Option<BootImage>,
     /// A tap per card that has one.
     pub taps: Vec<(usize, Arc<OwnedFd>)>,
     /// The console's log.
@@ -99,16 +149,7 @@ pub struct Opened {
 /// [`OpenError`]; it names the file.
 pub fn open(directory: &Path, incoming: bool) -> Result<Opened, OpenError> {
     let config: MachineConfig = saved::read(&directory.join("config.pb"), "config")?;
-    let images = match &config.boot {
-        Some(boot) if !incoming => Some(Images {
-            kernel: open_image(&boot.kernel_path)?,
-            initrd: match boot.initrd_path.as_str() {
-                "" => None,
-                path => Some(open_image(path)?),
-            },
-        }),
-        _ => None,
-    };
+    let (images, boot_image) = open_boot(directory, config.boot.as_ref(), incoming)?;
     let mut taps = Vec::new();
     for (card, net) in config.nets.iter().enumerate().filter(|(_, net)| !net.tap.is_empty()) {
         taps.push((card, Arc::new(tap::open(&net.tap)?)));
@@ -123,7 +164,29 @@ pub fn open(directory: &Path, incoming: bool) -> Result<Opened, OpenError> {
         .map_err(|source| OpenError::File { path: log_path, source })?;
     let socket = directory.join("runner.sock");
     let listener = listen(directory).map_err(|errno| OpenError::File { path: socket, source: errno.into() })?;
-    Ok(Opened { config, images, taps, log, listener })
+    Ok(Opened { config, images, boot_image, taps, log, listener })
+}
+
+type Boot = (Option<Box<dyn BootImages>>, Option<BootImage>);
+
+fn open_boot(directory: &Path, source: Option<&BootSource>, incoming: bool) -> Result<Boot, OpenError> {
+    let Some(source) = source else { return Ok((None, None)) };
+    if source.image_bytes > 0 {
+        let path = directory.join(BOOT_IMAGE);
+        let failed = |error| OpenError::File { path: path.clone(), source: error };
+        let file = OpenOptions::new().read(true).write(incoming).open(&path).map_err(failed)?;
+        let parts = Parts { file: file.try_clone().map_err(failed)?, source: source.clone() };
+        return Ok((Some(Box::new(parts)), Some(BootImage { file, bytes: source.image_bytes })));
+    }
+    if incoming {
+        return Ok((None, None));
+    }
+    let kernel = open_image(&source.kernel_path)?;
+    let initrd = match source.initrd_path.as_str() {
+        "" => None,
+        path => Some(open_image(path)?),
+    };
+    Ok((Some(Box::new(Images { kernel, initrd })), None))
 }
 
 fn open_image(path: &str) -> Result<(PathBuf, File), OpenError> {

@@ -11,6 +11,7 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, sync_channel};
 
 use proto::frame::{Kind, encode_message};
 use proto::v1::runner_reply::Reply;
+use proto::v1::runner_request::Request;
 use proto::v1::{RunnerConsoleOutput, RunnerReply, RunnerRequest};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
@@ -25,6 +26,8 @@ const UNSENT_BYTES_MAX: usize = 32 << 20;
 /// Requests and packets under way to the machine thread.
 const REQUESTS_MAX: usize = 64;
 const PACKETS_MAX: usize = 256;
+/// The same when the guest's state is about to be captured: what the host has queued for it travels with it.
+const PACKETS_AT_CAPTURE_MAX: usize = 512;
 /// Longest Ethernet frame that a tap delivers (a jumbo frame without offloads).
 const PACKET_BYTES_MAX: usize = 9216 + 18;
 const READ_BYTES: usize = 64 << 10;
@@ -143,7 +146,7 @@ impl Server {
                 self.write();
             }
             for index in taps {
-                if !self.read_tap(index) {
+                if !self.read_tap(index, PACKETS_MAX) {
                     return self.flush();
                 }
             }
@@ -211,12 +214,19 @@ impl Server {
     }
 
     fn take_requests(&mut self) {
-        let Some(connection) = &mut self.connection else { return };
-        while connection.under_way < REQUESTS_MAX {
+        loop {
+            let Some(connection) = &mut self.connection else { return };
+            if connection.under_way >= REQUESTS_MAX {
+                return;
+            }
             match connection.inbox.take::<RunnerRequest>() {
                 Ok(Some(request)) => {
                     connection.under_way += 1;
+                    let captures = matches!(request.request, Some(Request::Capture(_)));
                     let input = Input::Request { connection: connection.number, request };
+                    if captures {
+                        self.read_taps_at_capture();
+                    }
                     if self.inputs.send(input).is_err() {
                         return;
                     }
@@ -224,6 +234,14 @@ impl Server {
                 Ok(None) => return,
                 Err(error) => return self.hang_up(&format!("broken protocol: {error}")),
             }
+        }
+    }
+
+    /// What the host has queued for the guest becomes part of the state that is about to be captured.
+    fn read_taps_at_capture(&mut self) {
+        for index in 0..self.ports.taps.len() {
+            // If the machine thread has ended, the loop finds out by itself.
+            let _ended = self.read_tap(index, PACKETS_AT_CAPTURE_MAX);
         }
     }
 
@@ -325,10 +343,10 @@ impl Server {
     }
 
     /// Reads one tap until it is empty or enough is under way. `false` when the machine thread has ended.
-    fn read_tap(&mut self, index: usize) -> bool {
+    fn read_tap(&mut self, index: usize, under_way_max: usize) -> bool {
         let (card, tap) = &self.ports.taps[index];
         let mut bytes = vec![0; PACKET_BYTES_MAX];
-        while self.packets_under_way < PACKETS_MAX {
+        while self.packets_under_way < under_way_max {
             let Ok(count) = rustix::io::read(&**tap, &mut bytes[..]) else { return true };
             self.packets_under_way += 1;
             if self.inputs.send(Input::Packet { card: *card, bytes: bytes[..count].to_vec() }).is_err() {

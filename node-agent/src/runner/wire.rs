@@ -13,8 +13,8 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
 };
 
-/// Most descriptors that one reply brings: RAM and stamps, and two for each local disk.
-pub const DESCRIPTORS_MAX: usize = 2 + 2 * 64;
+/// Most descriptors that one reply brings: RAM and stamps, two for each local disk, and two for what the guest boots from.
+pub const DESCRIPTORS_MAX: usize = 2 + 2 * 64 + 2;
 
 /// Collects bytes until they are a frame.
 #[derive(Default, Debug)]

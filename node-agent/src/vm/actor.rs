@@ -11,6 +11,7 @@ use proto::v1::runner_request::Request;
 use proto::v1::{CreateVmRequest, RunnerBoot, RunnerState, StoredVm, VmInfo, VmState};
 use tokio::sync::{mpsc, watch};
 
+use super::replace::Aside;
 use super::requests::{Answer, Ask, Consequence, Held, Verb, Word, admit, judge, state_words};
 use super::runner::{Event, Runner};
 use super::store::StoreError;
@@ -28,11 +29,15 @@ pub struct Actor {
     /// As it is on disk, apart from flips between running and paused.
     pub(super) record: Option<StoredVm>,
     pub(super) runner: Option<Arc<Runner>>,
-    runner_serial: u64,
+    pub(super) runner_serial: u64,
+    /// Serial numbers given so far.
+    serials: u64,
     pub(super) runner_state: RunnerState,
     pub(super) transfer: Option<Transfer>,
     pub(super) reception: Option<Reception>,
     pub(super) base: Option<Base>,
+    /// What stood here before, and comes back if what is incoming does not stay.
+    pub(super) aside: Option<Aside>,
 }
 
 /// A refusal of the policy, in the form that travels.
@@ -55,11 +60,19 @@ impl Actor {
             record: None,
             runner: None,
             runner_serial: 0,
+            serials: 0,
             runner_state: RunnerState::default(),
             transfer: None,
             reception: None,
             base: None,
+            aside: None,
         }
+    }
+
+    /// From here on nothing that the present runner says is heard.
+    pub(super) fn next_serial(&mut self) {
+        self.serials += 1;
+        self.runner_serial = self.serials;
     }
 
     pub(super) async fn run(mut self, mut messages: mpsc::UnboundedReceiver<Message>) {
@@ -178,7 +191,7 @@ impl Actor {
     /// A channel whose events come to this actor, marked with a new serial number: what an earlier runner still says is
     /// not taken for the newer one's word.
     pub(super) fn runner_events(&mut self) -> mpsc::UnboundedSender<Event> {
-        self.runner_serial += 1;
+        self.next_serial();
         let (sender, mut events) = mpsc::unbounded_channel();
         let (mailbox, serial) = (self.mailbox.clone(), self.runner_serial);
         tokio::spawn(async move {
@@ -201,8 +214,7 @@ impl Actor {
     }
 
     pub(super) async fn end_runner(&mut self) {
-        // From here on nothing that this runner says is heard.
-        self.runner_serial += 1;
+        self.next_serial();
         if let Some(runner) = self.runner.take() {
             runner.end().await;
         } else if let Some(process) = super::runner::Process::of(&self.host.store.directory(&self.name)) {
@@ -245,6 +257,14 @@ impl Actor {
     }
 
     async fn build_and_boot(&mut self) -> Result<(), Failure> {
+        let boot = self.record.as_ref().and_then(|record| record.config.clone()?.boot).unwrap_or_default();
+        let directory = self.host.store.directory(&self.name);
+        self.on_disk(move || {
+            std::fs::create_dir_all(&directory)
+                .map_err(|e| Failure::new(Code::Internal, format!("{}: {e}", directory.display())))?;
+            host::make_boot_image(&boot, &directory)
+        })
+        .await?;
         self.create_on_disk().await?;
         let runner = self.start_runner(false).await?;
         let until = self.host.leases.initial(self.policy());
@@ -360,7 +380,7 @@ impl Actor {
         self.record = None;
         self.base = None;
         self.runner_state = RunnerState::default();
-        Ok(())
+        self.put_back().await
     }
 
     async fn look(&mut self) -> Result<VmInfo, Failure> {

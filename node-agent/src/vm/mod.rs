@@ -13,6 +13,7 @@
 pub mod actor;
 pub mod lease;
 mod recover;
+mod replace;
 pub mod requests;
 pub mod runner;
 pub mod store;
@@ -36,6 +37,7 @@ use self::runner::{Launch, Runner};
 use self::store::{Store, StoreError, is_vm_name};
 use crate::clock::Clock;
 use crate::config::Engine;
+use crate::facts::Facts;
 use crate::host;
 use crate::migration::{Failure, Receiver};
 use crate::tls::Tls;
@@ -62,6 +64,8 @@ pub struct Host {
     pub launch: Launch,
     /// This host's identity.
     pub tls: Arc<Tls>,
+    /// What it can give a guest.
+    pub facts: Facts,
     /// Engine of guests whose configuration names none.
     pub engine: Engine,
     /// This boot.
@@ -213,7 +217,7 @@ impl Vms {
     pub async fn actor(&self, name: &str) -> Result<Handle, Failure> {
         if !is_vm_name(name) {
             let name: String = name.chars().take(60).collect();
-            let text = format!("{name:?} is not the name of a VM: 1 to 40 of a-z, 0-9 and - are");
+            let text = format!("{name:?} is not the name of a VM: 1 to 40 letters, digits, -, _ and . are");
             return Err(Failure::new(Code::BadInput, text));
         }
         if let Some(handle) = self.find(name) {
@@ -256,9 +260,12 @@ impl Vms {
             memory_bytes_total: memory.total,
             memory_bytes_free: memory.available.saturating_sub(Vms::promised_bytes(&self.list())),
             cpus: std::thread::available_parallelism().map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(1)),
-            engines: vec!["soft".to_owned()],
-            capabilities: host::capabilities(),
+            engines: self.host.facts.offered(),
+            capabilities: Vec::new(),
             vms: self.list(),
+            engine_facts: self.host.facts.engines.clone(),
+            hardware: Some(self.host.facts.hardware.clone()),
+            withheld: self.host.facts.withheld.clone(),
         }
     }
 

@@ -49,6 +49,7 @@ impl Actor {
         if let Err(failure) = outcome {
             tracing::error!(vm = self.name, %failure, "recovery is not complete");
         }
+        self.recover_aside().await;
         if let Some(record) = &self.record {
             let state = super::requests::state_words(record.state());
             tracing::info!(vm = self.name, generation = record.generation, state, "found");

@@ -93,6 +93,16 @@ impl Process {
         self.gone_within(EXIT_DEADLINE).await;
     }
 
+    /// Ends it without waiting.
+    pub fn end(self) {
+        if self.is_alive()
+            && let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw)
+        {
+            // It may end by itself in between.
+            let _ended = rustix::process::kill_process(pid, Signal::KILL);
+        }
+    }
+
     async fn gone_within(self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         while self.is_alive() {
@@ -290,7 +300,7 @@ impl Runner {
         u64::try_from(blocks).unwrap_or(0).saturating_mul(512)
     }
 
-    /// The pages that travel: RAM, then local disks.
+    /// The pages that travel: RAM, then local disks, then what the guest boots from.
     ///
     /// # Errors
     /// A descriptor is missing or too short.
@@ -303,7 +313,9 @@ impl Runner {
         let ram = pages("ram", self.config.memory_bytes)?;
         let local = self.config.disks.iter().enumerate().filter(|(_, disk)| !disk.shared);
         let disks = local.map(|(index, disk)| pages(&format!("disk{index}"), disk.size_bytes));
-        Ok(Spaces::new(ram, disks.collect::<Result<_, _>>()?))
+        let boot = self.config.boot.as_ref().map_or(0, |boot| boot.image_bytes);
+        let boot = (boot > 0).then(|| pages("boot", boot));
+        Ok(Spaces::new(ram, disks.chain(boot).collect::<Result<_, _>>()?))
     }
 
     fn descriptor(&self, name: &str) -> Result<OwnedFd, Failure> {

@@ -3,7 +3,8 @@
 //! ```text
 //! <state_dir>/vms/<name>/vm.pb        StoredVm: generation, state, ticket (written before anything acts on it)
 //!                       config.pb     MachineConfig for the runner
-//!                       runner.sock runner.pid runner.log console.log disk<N>.img
+//!                       boot.img runner.sock runner.pid runner.log console.log disk<N>.img
+//! <state_dir>/aside/<name>/...         the copy that a restore to this host is about to replace; comes back if that fails
 //! <state_dir>/seen/<name>.pb          newest generation ever owned; outlives the directory
 //! <state_dir>/trash/...               directories on their way out; emptied at start
 //! ```
@@ -66,9 +67,10 @@ pub struct Store {
     root: PathBuf,
 }
 
-/// VM names: 1 to 40 of `a-z`, `0-9` and `-`.
+/// VM names: 1 to 40 letters, digits, `-`, `_` and `.`; the first is a letter or digit. They name directories.
 pub fn is_vm_name(name: &str) -> bool {
-    (1..=40).contains(&name.len()) && name.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'))
+    let first = name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
+    first && name.len() <= 40 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
 }
 
 impl Store {
@@ -84,7 +86,7 @@ impl Store {
             }
             _ => {}
         }
-        for folder in ["vms", "seen", "trash"] {
+        for folder in ["vms", "aside", "seen", "trash"] {
             let path = root.join(folder);
             fs::create_dir_all(&path).map_err(|source| StoreError::Directory { path, step: "create", source })?;
         }
@@ -97,6 +99,51 @@ impl Store {
     pub fn directory(&self, name: &str) -> PathBuf {
         assert!(is_vm_name(name), "{name:?} was not checked");
         self.root.join("vms").join(name)
+    }
+
+    fn aside(&self, name: &str) -> PathBuf {
+        assert!(is_vm_name(name), "{name:?} was not checked");
+        self.root.join("aside").join(name)
+    }
+
+    /// Moves a VM's directory aside, in one step.
+    ///
+    /// # Errors
+    /// [`StoreError::Directory`]: there is one aside already, or there is nothing to move.
+    pub fn set_aside(&self, name: &str) -> Result<(), StoreError> {
+        self.rename(&self.directory(name), &self.aside(name), "set aside")
+    }
+
+    /// Moves what was set aside back. The VM has no directory now.
+    ///
+    /// # Errors
+    /// [`StoreError::Directory`].
+    pub fn put_back(&self, name: &str) -> Result<(), StoreError> {
+        self.rename(&self.aside(name), &self.directory(name), "put back")
+    }
+
+    /// What is set aside of this VM, and where.
+    pub fn kept_aside(&self, name: &str) -> Option<(StoredVm, PathBuf)> {
+        let directory = self.aside(name);
+        let vm = saved::read::<StoredVm>(&directory.join("vm.pb"), "vm").ok()?;
+        Some((vm, directory))
+    }
+
+    /// Removes what was set aside.
+    ///
+    /// # Errors
+    /// [`StoreError::Directory`].
+    pub fn drop_aside(&self, name: &str) -> Result<(), StoreError> {
+        self.trash(&self.aside(name), &format!("{name}-aside"))
+    }
+
+    fn rename(&self, from: &Path, to: &Path, step: &'static str) -> Result<(), StoreError> {
+        let failed = |source| StoreError::Directory { path: from.to_owned(), step, source };
+        fs::rename(from, to).map_err(failed)?;
+        for folder in ["vms", "aside"] {
+            fs::File::open(self.root.join(folder)).and_then(|folder| folder.sync_all()).map_err(failed)?;
+        }
+        Ok(())
     }
 
     /// Every VM on disk, in order of name, and what could not be read: such a VM gets no lease, and its name stays taken.
@@ -120,8 +167,28 @@ impl Store {
                 Err(error) => damaged.push(error.into()),
             }
         }
+        self.load_left_aside(&mut vms, &damaged)?;
         vms.sort_by(|a, b| a.name.cmp(&b.name));
         Ok((vms, damaged))
+    }
+
+    /// What was set aside and has nothing in its place any more is put back.
+    fn load_left_aside(&self, vms: &mut Vec<StoredVm>, damaged: &[StoreError]) -> Result<(), StoreError> {
+        let folder = self.root.join("aside");
+        let failed = |source| StoreError::Directory { path: folder.clone(), step: "list", source };
+        for entry in fs::read_dir(&folder).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name().to_string_lossy().into_owned();
+            if !is_vm_name(&name) || vms.iter().any(|vm| vm.name == name) || self.directory(&name).exists() {
+                continue;
+            }
+            let Some((vm, _)) = self.kept_aside(&name) else {
+                tracing::error!(name, damaged = damaged.len(), "what was set aside cannot be read: left alone");
+                continue;
+            };
+            self.put_back(&name)?;
+            vms.push(StoredVm { name, ..vm });
+        }
+        Ok(())
     }
 
     /// Keeps a VM; it is on disk when this returns.
@@ -187,13 +254,16 @@ impl Store {
     /// # Errors
     /// [`StoreError::Directory`].
     pub fn remove(&self, name: &str, generation: u64) -> Result<(), StoreError> {
-        let directory = self.directory(name);
-        let trash = self.root.join("trash").join(format!("{name}-{generation}-{}", std::process::id()));
+        self.trash(&self.directory(name), &format!("{name}-{generation}"))
+    }
+
+    fn trash(&self, directory: &Path, label: &str) -> Result<(), StoreError> {
+        let trash = self.root.join("trash").join(format!("{label}-{}", std::process::id()));
         let _left_over = fs::remove_dir_all(&trash);
-        match fs::rename(&directory, &trash) {
+        match fs::rename(directory, &trash) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(source) => return Err(StoreError::Directory { path: directory, step: "remove", source }),
+            Err(source) => return Err(StoreError::Directory { path: directory.to_owned(), step: "remove", source }),
         }
         // What stays is removed when the agent starts again.
         if let Err(error) = fs::remove_dir_all(&trash) {
@@ -277,10 +347,29 @@ mod tests {
     }
 
     #[test]
+    fn what_was_set_aside_comes_back_unless_something_took_its_place() {
+        let root = scratch("aside");
+        let store = Store::open(&root).unwrap();
+        store.create(&vm(3)).unwrap();
+        store.set_aside("vm1").unwrap();
+        assert_eq!(store.kept_aside("vm1").map(|(vm, _)| vm.generation), Some(3));
+        store.create(&vm(4)).unwrap();
+        assert_eq!(Store::open(&root).unwrap().load().unwrap().0, [vm(4)]);
+        store.remove("vm1", 4).unwrap();
+        // The agent ends here; the next one finds no generation 4.
+        assert_eq!(Store::open(&root).unwrap().load().unwrap().0, [vm(3)]);
+        assert!(store.kept_aside("vm1").is_none() && store.directory("vm1").exists());
+        store.set_aside("vm1").unwrap();
+        store.drop_aside("vm1").unwrap();
+        assert!(store.load().unwrap().0.is_empty());
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
     fn names_cannot_leave_the_directory() {
-        for name in ["", "..", "a/b", "VM1", "a b", &"x".repeat(41)] {
+        for name in ["", ".", "..", ".tmp", "-x", "a/b", "a b", "ä", &"x".repeat(41)] {
             assert!(!is_vm_name(name), "{name:?}");
         }
-        assert!(is_vm_name("web-01"));
+        assert!(is_vm_name("web-01") && is_vm_name("Vm_1.test"));
     }
 }

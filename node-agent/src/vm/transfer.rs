@@ -92,6 +92,7 @@ impl Actor {
         if ticket.secret.len() != 32 || ticket.expires_in_ms == 0 || ticket.operation.is_empty() {
             return Err(refusal(&self.name, Code::BadInput, "the ticket has no secret, time or operation"));
         }
+        self.set_aside(request.replaces_generation, ticket.generation).await?;
         let ask = Ask { verb: Verb::Prepare, generation: ticket.generation, operation: ticket.operation.clone() };
         match self.admit(&ask)? {
             Answer::Ignore => return Ok(()),
@@ -250,6 +251,7 @@ impl Actor {
             }
         });
         self.save().await?;
+        self.drop_aside().await;
         tracing::info!(vm = self.name, generation = ask.generation, resume_us, "activated");
         Ok(ActivateReply { vm: self.info(), resume_us })
     }
@@ -328,6 +330,8 @@ impl Actor {
         for reply in transfer.abandoned {
             let _gone = reply.send(Ok(()));
         }
+        let bytes_sent = if let Told::HandedOver(handed) = &told { Some(handed.bytes_sent) } else { None };
+        crate::metrics::transfer_ended(transfer.checkpoint, bytes_sent);
         told
     }
 

@@ -3,13 +3,14 @@
 //! The agent starts a script that starts this test binary again with [`ARGUMENTS`] set; [`runner_process`] then lives
 //! the life of `vm-runner`.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use node_agent::runner::guest::{Guest, Outcome};
+use node_agent::runner::open::Opened;
 use node_agent::runner::{Built, Options, run};
 use proto::v1::{MachineConfig, Section};
-use vmcb_engine::memory::GuestMemory;
+use vmcb_engine::memory::{GuestMemory, sized_memfd};
 
 const ARGUMENTS: &str = "GODWIT_TEST_RUNNER";
 
@@ -39,6 +40,11 @@ impl Guest for Counter {
         self.memory.write(0, kernel).map_err(|error| error.to_string())?;
         self.said.extend_from_slice(b"booted\n");
         Ok(())
+    }
+
+    fn reset(&mut self, kernel: &[u8], initrd: Option<&[u8]>) -> Result<(), String> {
+        self.memory.clear().map_err(|error| error.to_string())?;
+        self.boot(kernel, initrd)
     }
 
     fn run(&mut self, until_retired: u64) -> Outcome {
@@ -73,11 +79,19 @@ impl Guest for Counter {
         bytes.len()
     }
 
+    fn console_room(&self) -> usize {
+        64 << 10
+    }
+
     fn take_console_output(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.said)
     }
 
     fn net_input(&mut self, _card: usize, _packet: &[u8]) -> bool {
+        false
+    }
+
+    fn net_hold(&mut self, _card: usize, _packet: &[u8]) -> bool {
         false
     }
 
@@ -114,11 +128,16 @@ impl Guest for Counter {
     }
 }
 
-fn build(config: &MachineConfig) -> Result<Built<Counter>, String> {
+fn build(config: &MachineConfig, opened: &Opened) -> Result<Built<Counter>, String> {
     let memory = GuestMemory::create(config.memory_bytes).map_err(|error| error.to_string())?;
     let dup = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map_err(|error| error.to_string());
-    let descriptors: Vec<(String, OwnedFd)> =
+    let mut descriptors: Vec<(String, OwnedFd)> =
         vec![("ram".into(), dup(memory.ram_fd())?), ("ram-stamps".into(), dup(memory.stamps_fd())?)];
+    if let Some(boot) = &opened.boot_image {
+        descriptors.push(("boot".into(), dup(boot.file.as_fd())?));
+        let stamps = sized_memfd("boot-stamps", boot.bytes.div_ceil(4096) * 4).map_err(|error| error.to_string())?;
+        descriptors.push(("boot-stamps".into(), stamps));
+    }
     let guest = Counter { memory, count: 0, idle: false, said: Vec::new(), power_off: false };
     Ok(Built { guest, descriptors, macs: Vec::new(), state_digest: |s| vmcb_engine::snapshot::state_digest(s).0 })
 }
@@ -130,7 +149,7 @@ fn runner_process() {
     let words: Vec<&str> = arguments.split(' ').collect();
     let directory = words.iter().position(|word| *word == "--dir").map(|at| PathBuf::from(words[at + 1])).unwrap();
     let options = Options { directory, incoming: words.contains(&"--incoming"), sandbox: false };
-    let ended = run(&options, |config, _opened| build(config));
+    let ended = run(&options, build);
     // Not back into the test harness.
     std::process::exit(i32::from(ended.is_err()));
 }

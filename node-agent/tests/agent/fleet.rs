@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use node_agent::agent::Agent;
-use node_agent::config::{Config, Engine, LogFormat, TlsFiles};
+use node_agent::config::{Capabilities, Config, Engine, LogFormat, TlsFiles};
 use node_agent::tls::{Identity, Tls};
 use proto::v1::agent_client::AgentClient;
 use proto::v1::fleet_server::{Fleet, FleetServer};
@@ -108,6 +108,7 @@ impl TestFleet {
             log_format: LogFormat::Text,
             engine: Engine::Auto,
             sandbox: self.runner.1,
+            capabilities: Capabilities::default(),
         }
         .check()
         .unwrap()
@@ -149,6 +150,7 @@ impl TestFleet {
                 ..MachineConfig::default()
             }),
             on_isolation: 0,
+            capabilities: Vec::new(),
         }
     }
 }

@@ -2,7 +2,9 @@
 
 use proto::v1::transfer_event::Event;
 use proto::v1::vm_verdict::Verdict;
-use proto::v1::{ActivateRequest, OperationRef, PrepareRequest, SendRequest, Ticket, TransferPolicy, VmRef, VmState};
+use proto::v1::{
+    ActivateRequest, MachineConfig, OperationRef, PrepareRequest, SendRequest, Ticket, TransferPolicy, VmRef, VmState,
+};
 use tokio_stream::StreamExt;
 use tonic::Code;
 
@@ -32,9 +34,18 @@ fn send_request(ticket: &Ticket, target: &Host) -> SendRequest {
     }
 }
 
+/// What a guest of this configuration needs.
+fn contract(config: &Option<MachineConfig>) -> Vec<u8> {
+    node_agent::facts::contract_of(config.as_ref().unwrap()).unwrap()
+}
+
 async fn prepare(source: &mut Host, target: &mut Host, ticket: &Ticket) {
     let config = source.vm("vm1").await.unwrap().config;
-    let request = PrepareRequest { ticket: Some(ticket.clone()), config, ..PrepareRequest::default() };
+    let capabilities = contract(&config);
+    let request = PrepareRequest { ticket: Some(ticket.clone()), config, capabilities, ..PrepareRequest::default() };
+    let without = PrepareRequest { capabilities: Vec::new(), ..request.clone() };
+    let refused = target.client.prepare(without).await.unwrap_err();
+    assert!(refused.message().contains("without a contract"), "{refused}");
     let reply = target.client.prepare(request.clone()).await.unwrap().into_inner();
     assert_eq!(reply.address, target.address);
     target.client.prepare(request).await.unwrap();
@@ -135,6 +146,50 @@ async fn an_abandoned_move_leaves_the_guest_running_and_nothing_at_the_target() 
     b.end().await;
 }
 
+/// A restore to the host that has the VM: the old copy is kept until the new one is activated, across agents.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_restore_in_place_replaces_comes_back_if_the_restore_fails() {
+    let fleet = TestFleet::start().await;
+    let (mut a, b) = (fleet.host("hostA").await, fleet.host("hostB").await);
+    a.client.create_vm(fleet.create("vm1", 1)).await.unwrap();
+    let config = a.until("vm1", |vm| runs(vm) && vm.retired_instructions > 0).await.config;
+    let of_first = VmRef { vm: "vm1".into(), generation: 1, ..VmRef::default() };
+    let request = |operation: &str, replaces_generation| {
+        let ticket = ticket(&b, &a, 2, operation);
+        PrepareRequest {
+            ticket: Some(ticket),
+            config: config.clone(),
+            replaces_generation,
+            ..PrepareRequest::default()
+        }
+    };
+    let (running, first, second) = (request("zeroth", 1), request("first", 1), request("second", 1));
+    assert_eq!(a.client.prepare(running).await.unwrap_err().code(), Code::AlreadyExists, "a guest that runs stays");
+    a.client.pause_vm(of_first.clone()).await.unwrap();
+    let paused = a.vm("vm1").await.unwrap();
+    a.client.prepare(first.clone()).await.unwrap();
+    a.client.prepare(first.clone()).await.unwrap();
+    assert_eq!(a.vm("vm1").await.unwrap().state(), VmState::Incoming);
+    assert_ne!(a.vm("vm1").await.unwrap().runner_pid, paused.runner_pid);
+    a.client.abandon(of(first.ticket.as_ref().unwrap())).await.unwrap();
+    let back = a.vm("vm1").await.unwrap();
+    assert_eq!((back.state(), back.generation, back.runner_pid), (VmState::Paused, 1, paused.runner_pid));
+    assert_eq!(back.retired_instructions, paused.retired_instructions);
+
+    // The agent ends in between; the next one finds both.
+    a.client.prepare(second.clone()).await.unwrap();
+    a.end().await;
+    let mut a = fleet.host("hostA").await;
+    assert_eq!(a.vm("vm1").await.unwrap().state(), VmState::Incoming);
+    a.client.abandon(of(second.ticket.as_ref().unwrap())).await.unwrap();
+    a.until("vm1", |vm| vm.state() == VmState::Paused && vm.runner_pid == paused.runner_pid).await;
+    a.client.resume_vm(of_first.clone()).await.unwrap();
+    a.until("vm1", |vm| runs(vm) && vm.retired_instructions > paused.retired_instructions).await;
+    a.client.discard_vm(of_first).await.unwrap();
+    a.end().await;
+    b.end().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn both_agents_may_be_replaced_between_the_hand_over_and_the_activation() {
     let fleet = TestFleet::start().await;
@@ -188,7 +243,8 @@ async fn tickets_of_others_are_refused() {
     a.client.create_vm(fleet.create("vm1", 1)).await.unwrap();
     let foreign = ticket(&b, &a, 2, "foreign");
     let config = a.vm("vm1").await.unwrap().config;
-    let request = PrepareRequest { ticket: Some(foreign), config, ..PrepareRequest::default() };
+    let capabilities = contract(&config);
+    let request = PrepareRequest { ticket: Some(foreign), config, capabilities, ..PrepareRequest::default() };
     assert_eq!(b.client.prepare(request).await.unwrap_err().code(), Code::PermissionDenied);
 
     let right = ticket(&a, &b, 2, "right");

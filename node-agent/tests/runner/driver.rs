@@ -1,7 +1,7 @@
 //! The machine thread against a scripted guest, with time as an argument.
 
-use crate::scripted::{Act, Hand, Kept, Kernel, Scripted, Shared, terms};
-use node_agent::runner::driver::{Driver, Input, Output, Wait};
+use crate::scripted::{Act, Hand, Kept, Kernel, Scripted, Shared, TravellingKernel, terms};
+use node_agent::runner::driver::{BootImages, Driver, Input, Output, Wait};
 use node_agent::runner::guest::Outcome;
 use proptest::prelude::*;
 use proto::v1::runner_reply::Reply;
@@ -18,6 +18,13 @@ struct Bench {
     clock: Hand,
     kept: Kept,
     seen: Shared,
+}
+
+fn bench_with(images: Box<dyn BootImages>, script: impl IntoIterator<Item = Act>) -> Bench {
+    let (guest, seen) = Scripted::new(script);
+    let (clock, kept) = (Hand::at(1_000_000 * MS), Kept::default());
+    let driver = Driver::new(guest, clock.clone(), kept.clone(), terms(false, &[]), Some(images));
+    Bench { driver, clock, kept, seen }
 }
 
 fn bench(paced: bool, script: impl IntoIterator<Item = Act>) -> Bench {
@@ -124,12 +131,42 @@ fn a_paused_guest_does_not_change() {
         panic!()
     };
     assert_eq!(first, second);
+    let Reply::Failure(refusal) = bench.ask(Request::Console(RunnerConsoleInput { data: b"late".to_vec() })) else {
+        panic!("what is typed after the capture would not travel")
+    };
+    assert!(refusal.message.contains("captured"), "{}", refusal.message);
     assert_eq!(first.state_digest, blake3::hash(&first.sections[0].body).as_bytes());
 
     bench.ask(Request::Resume(RunnerResume {}));
     bench.driver.step().unwrap();
     let seen = bench.seen.lock().unwrap();
     assert_eq!((seen.packets.len(), seen.typed.as_slice()), (1, &b"ls\n"[..]));
+}
+
+#[test]
+fn a_guest_whose_kernel_travels_starts_again_and_one_that_only_resets_is_ended() {
+    let ends = |outcome: &Outcome| [Act::Busy, Act::End(outcome.clone())];
+    for outcome in [Outcome::Reset, Outcome::TripleFault] {
+        let long = Act::IdleUntil(Some(1 << 40));
+        let script = ends(&outcome).into_iter().chain([long]).chain(ends(&outcome)).chain([Act::Say(b"again")]);
+        let mut bench = bench_with(Box::new(TravellingKernel(b"kernel")), script);
+        bench.booted();
+        (0..7).for_each(|_| {
+            bench.driver.step().unwrap();
+        });
+        assert_eq!((bench.seen.lock().unwrap().resets, bench.changes().len()), (2, 0), "{outcome:?}");
+        assert_eq!(bench.driver.state().state(), VmState::Running);
+    }
+    let mut bench =
+        bench_with(Box::new(TravellingKernel(b"kernel")), std::iter::repeat_n(Act::End(Outcome::TripleFault), 9));
+    bench.booted();
+    (0..9).for_each(|_| {
+        bench.driver.step().unwrap();
+    });
+    assert_eq!((bench.seen.lock().unwrap().resets, bench.runs()), (4, 5));
+    let state = bench.driver.state();
+    assert_eq!(state.state(), VmState::Crashed);
+    assert!(state.reason.contains("5 times") && state.reason.ends_with("triple fault"), "{}", state.reason);
 }
 
 #[test]

@@ -44,6 +44,7 @@ pub struct Seen {
     pub typed: Vec<u8>,
     pub applied: Vec<Section>,
     pub booted: Vec<u8>,
+    pub resets: u32,
     pub epoch: u32,
 }
 
@@ -62,13 +63,22 @@ pub struct Scripted {
     pub seen: Shared,
     pub script: VecDeque<Act>,
     said: Vec<u8>,
+    held: Vec<Vec<u8>>,
 }
 
 impl Scripted {
     pub fn new(script: impl IntoIterator<Item = Act>) -> (Scripted, Shared) {
         let seen = Shared::default();
         seen.lock().unwrap().epoch = 1;
-        (Scripted { seen: Arc::clone(&seen), script: script.into_iter().collect(), said: Vec::new() }, seen)
+        (
+            Scripted {
+                seen: Arc::clone(&seen),
+                script: script.into_iter().collect(),
+                said: Vec::new(),
+                held: Vec::new(),
+            },
+            seen,
+        )
     }
 }
 
@@ -78,8 +88,15 @@ impl Guest for Scripted {
         if kernel.is_empty() { Err("the kernel is empty".into()) } else { Ok(()) }
     }
 
+    fn reset(&mut self, kernel: &[u8], _initrd: Option<&[u8]>) -> Result<(), String> {
+        assert_eq!(kernel, self.seen.lock().unwrap().booted);
+        self.seen.lock().unwrap().resets += 1;
+        Ok(())
+    }
+
     fn run(&mut self, until_retired: u64) -> Outcome {
         let mut seen = self.seen.lock().unwrap();
+        seen.packets.append(&mut self.held);
         seen.runs += 1;
         let act = self.script.pop_front().unwrap_or(Act::Busy);
         if !matches!(act, Act::IdleUntil(_)) {
@@ -118,12 +135,21 @@ impl Guest for Scripted {
         taken
     }
 
+    fn console_room(&self) -> usize {
+        1000
+    }
+
     fn take_console_output(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.said)
     }
 
     fn net_input(&mut self, _card: usize, packet: &[u8]) -> bool {
         self.seen.lock().unwrap().packets.push(packet.to_vec());
+        true
+    }
+
+    fn net_hold(&mut self, _card: usize, packet: &[u8]) -> bool {
+        self.held.push(packet.to_vec());
         true
     }
 
@@ -169,6 +195,23 @@ impl Outbox for Kept {
 
 pub struct Kernel(pub &'static [u8]);
 
+/// The same, as part of the VM.
+pub struct TravellingKernel(pub &'static [u8]);
+
+impl BootImages for TravellingKernel {
+    fn kernel_path(&self) -> String {
+        "scripted kernel".into()
+    }
+
+    fn load(&mut self) -> Result<(Vec<u8>, Option<Vec<u8>>), String> {
+        Ok((self.0.to_vec(), None))
+    }
+
+    fn travel(&self) -> bool {
+        true
+    }
+}
+
 impl BootImages for Kernel {
     fn kernel_path(&self) -> String {
         "scripted kernel".into()
@@ -176,6 +219,10 @@ impl BootImages for Kernel {
 
     fn load(&mut self) -> Result<(Vec<u8>, Option<Vec<u8>>), String> {
         Ok((self.0.to_vec(), None))
+    }
+
+    fn travel(&self) -> bool {
+        false
     }
 }
 

@@ -103,7 +103,12 @@ fn write_zero_page(
         put(offset::E820_TABLE + at + 16, &range.kind.to_le_bytes())?;
     }
     put(offset::SETUP_DATA, &SETUP_DATA.to_le_bytes())?;
-    let seed = blake3::derive_key("godwit SETUP_RNG_SEED 1", boot.seed);
+    let seed = match boot.position {
+        0 => blake3::derive_key("godwit SETUP_RNG_SEED 1", boot.seed),
+        position => {
+            blake3::derive_key("godwit SETUP_RNG_SEED 2", &[boot.seed, position.to_le_bytes().as_slice()].concat())
+        }
+    };
     let mut node = [0; 48];
     node[8..12].copy_from_slice(&SETUP_RNG_SEED.to_le_bytes());
     node[12..16].copy_from_slice(&32u32.to_le_bytes());

@@ -34,7 +34,9 @@ pub enum BootError {
     #[error("the kernel file is no bzImage and no x86-64 ELF; it looks like {0}")]
     NotAKernel(String),
     /// A bzImage whose payload this release cannot unpack.
-    #[error("the kernel is compressed with {0}; only lz4 and uncompressed kernels can be unpacked: give the vmlinux")]
+    #[error(
+        "the kernel is compressed with {0}; gzip, xz, lzma, zstd, lz4 and uncompressed ones can be unpacked: give the vmlinux"
+    )]
     Compression(&'static str),
     /// It begins well and goes on badly.
     #[error("the kernel file is damaged: {0}")]
@@ -85,6 +87,8 @@ pub struct Boot<'a> {
     pub command_line: &'a str,
     /// The machine's seed; the kernel gets one derived from it.
     pub seed: &'a [u8],
+    /// Instructions that retired before this boot: each boot of a machine gets a seed of its own.
+    pub position: u64,
     /// How many vCPUs.
     pub vcpus: usize,
     /// Virtio devices, in order.

@@ -1,24 +1,20 @@
-//! What a guest needs and what a host has, compared bit by bit before anything moves.
+//! CPU models: what a guest of a model sees and needs, and what the software engine has to offer.
 //!
 //! | file | what |
 //! |---|---|
 //! | `soft_v1` | the frozen CPU model `soft-v1`: CPUID, power-up state, writable control bits |
 //! | `msr` | its MSRs: reset values, legal writes, and which part holds them |
-//! | `set` | `CapabilitySet`: atoms and facts, their saved form, and the check |
-//! | `feature` | a name for every bit of the feature leaves |
 //!
-//! A contract is made once, when the guest first boots, and travels with it; a host's set is measured. This room refuses
-//! to execute CPUID itself: whoever can, passes a reader.
+//! A contract is made once, when the guest is created, and travels with it. How contracts and hosts compare, and what the
+//! bits are called, is `proto::capability`, which is passed on here. This room refuses to execute CPUID.
 
-pub mod feature;
 pub mod msr;
-mod set;
 pub mod soft_v1;
 
 #[cfg(test)]
 mod tests;
 
-pub use set::{Atom, BadSet, CapabilitySet, CpuidRegister, Facts, Failing, Rule};
+pub use proto::capability::{Atom, BadSet, CapabilitySet, CpuidRegister, Facts, Failing, Place, Rule, names};
 
 use crate::cpu::CpuState;
 use crate::vmcb::check::Limits;

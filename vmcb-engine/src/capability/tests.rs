@@ -171,14 +171,14 @@ fn a_refusal_names_each_missing_thing() {
     assert_eq!(
         text,
         [
-            "CPUID 0x0.0 EBX mask 0xffffffff: the host's 0x756e6547 differs from the guest's 0x68747541",
-            "CPUID 0x1.0 ECX bit 20 (SSE4.2): the host lacks it",
-            "CPUID 0x1.0 ECX bit 23 (POPCNT): the host lacks it",
-            "CPUID 0x80000021.0 ECX bit 2 (TSA_L1_NO): the host lacks it",
-            "the guest has 48 physical address bits, the host 40",
-            "the guest's TSC runs at 1000000 kHz, the host's at 0 kHz, and the host cannot scale it",
-            "the guest runs on engines {\"kvm\", \"soft\"}, the host has {\"xen\"}",
-            "MSR 0xc0011029: the host cannot set it",
+            "CPUID 0000_0000.0 EBX (vendor) = 6874_7541 (the host has 756E_6547)",
+            "CPUID 0000_0001.0 ECX[20] sse4.2",
+            "CPUID 0000_0001.0 ECX[23] popcnt",
+            "CPUID 8000_0021.0 ECX[2] tsa_l1_no",
+            "48 physical address bits (the host has 40)",
+            "a TSC of 1000000 kHz (the host's runs at 0 kHz and cannot be scaled)",
+            "one of the engines kvm, soft (the host has xen)",
+            "MSR C001_1029 DE_CFG",
         ]
     );
 }
@@ -217,7 +217,12 @@ fn xsave_components_must_lie_at_the_same_place() {
 fn every_bit_that_the_model_sets_has_a_name() {
     for atom in CpuModel::SoftV1.contract(0).atoms.iter().filter(|atom| atom.rule == Rule::Subset) {
         for bit in (0..32).filter(|bit| atom.value & (1 << bit) != 0) {
-            assert!(feature::name(atom.leaf, atom.subleaf, atom.register, bit).is_some(), "{atom:x?} bit {bit}");
+            assert!(names::name(atom.place(bit)).is_some(), "{atom:x?} bit {bit}");
+        }
+    }
+    for row in msr::ROWS {
+        for index in [row.first, row.first + row.count - 1] {
+            assert_eq!(names::msr_name(index), Some(row.name), "MSR {index:x}");
         }
     }
 }

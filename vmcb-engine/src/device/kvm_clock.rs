@@ -34,6 +34,11 @@ impl KvmClock {
         Self { epoch_ns, tsc_hz, wall_clock: 0, wall_version: 0, cpus: vec![Cpu::default(); vcpus] }
     }
 
+    /// The clock after a reset of the machine: nobody asked it.
+    pub fn reset(&mut self) {
+        *self = Self::new(self.epoch_ns, self.tsc_hz, self.cpus.len());
+    }
+
     /// RDMSR; `None` if the MSR is not of this clock.
     pub fn read(&self, vcpu: usize, msr: u32) -> Option<u64> {
         match msr {

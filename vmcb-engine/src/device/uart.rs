@@ -1,5 +1,6 @@
 //! A serial port as in the PC: 16550A. The line is infinitely fast: what is written is out at once, and the transmitter
-//! is always empty. What arrives waits in a bounded queue until the guest reads it.
+//! is always empty. What arrives waits in a bounded queue until the guest reads it, and what does not fit there waits behind
+//! it, on the line: both are state, so that nothing typed is lost when the machine moves.
 //!
 //! This file refuses to know who is at the other end. Output that the host has not fetched yet is no state of the guest's.
 
@@ -7,8 +8,10 @@ use std::collections::VecDeque;
 
 use super::{Unfit, narrow};
 
-/// Most input that waits for the guest.
+/// Most input that the port holds for the guest.
 pub const INPUT_BYTES_MAX: usize = 4096;
+/// Most input that waits behind it.
+pub const WAITING_BYTES_MAX: usize = 64 << 10;
 
 const IER_RECEIVED: u8 = 1 << 0;
 const IER_TRANSMITTER: u8 = 1 << 1;
@@ -39,6 +42,7 @@ pub struct Uart {
     scratch: u8,
     divisor: u16,
     received: VecDeque<u8>,
+    waiting: VecDeque<u8>,
     overrun: bool,
     transmitter_empty_interrupt: bool,
     output: Vec<u8>,
@@ -55,7 +59,7 @@ impl Uart {
         let divisor = self.line_control & LCR_DIVISOR != 0;
         match register {
             0 if divisor => self.divisor as u8,
-            0 => self.received.pop_front().unwrap_or(0),
+            0 => self.receive(),
             1 if divisor => (self.divisor >> 8) as u8,
             1 => self.interrupt_enable,
             2 => self.identify_interrupt(),
@@ -80,14 +84,40 @@ impl Uart {
                 let toggled = (value ^ self.fifo_control) & FCR_ENABLE != 0;
                 if toggled || value & FCR_CLEAR_RECEIVED != 0 {
                     self.received.clear();
+                    self.refill();
                 }
                 self.fifo_control = value & (FCR_ENABLE | 0xc0);
             }
             3 => self.line_control = value,
-            4 => self.modem_control = value & MCR_ALL,
+            4 => {
+                self.modem_control = value & MCR_ALL;
+                self.refill();
+            }
             7 => self.scratch = value,
             _ => {}
         }
+    }
+
+    fn receive(&mut self) -> u8 {
+        let value = self.received.pop_front().unwrap_or(0);
+        self.refill();
+        value
+    }
+
+    fn refill(&mut self) {
+        if self.modem_control & MCR_LOOP != 0 {
+            return;
+        }
+        let room = INPUT_BYTES_MAX - self.received.len();
+        self.received.extend(self.waiting.drain(..room.min(self.waiting.len())));
+    }
+
+    /// The state after a reset of the machine. What waits on the line and output that nobody has fetched stay.
+    pub fn reset(&mut self) {
+        let (mut waiting, output) = (std::mem::take(&mut self.received), std::mem::take(&mut self.output));
+        waiting.append(&mut self.waiting);
+        *self = Self { waiting, output, ..Self::new() };
+        self.refill();
     }
 
     fn transmit(&mut self, value: u8) {
@@ -157,13 +187,17 @@ impl Uart {
         self.modem_control & (MCR_OUT2 | MCR_LOOP) == MCR_OUT2 && self.cause() != IIR_NONE
     }
 
+    /// How many bytes of input fit now.
+    pub fn input_room(&self) -> usize {
+        let held = if self.modem_control & MCR_LOOP == 0 { self.received.len() } else { INPUT_BYTES_MAX };
+        INPUT_BYTES_MAX - held + WAITING_BYTES_MAX - self.waiting.len()
+    }
+
     /// Input from the host; returns how many bytes fit.
     pub fn input(&mut self, bytes: &[u8]) -> usize {
-        if self.modem_control & MCR_LOOP != 0 {
-            return 0;
-        }
-        let fit = bytes.len().min(INPUT_BYTES_MAX - self.received.len());
-        self.received.extend(&bytes[..fit]);
+        let fit = bytes.len().min(self.input_room());
+        self.waiting.extend(&bytes[..fit]);
+        self.refill();
         fit
     }
 
@@ -189,6 +223,7 @@ mod saved {
                 scratch,
                 divisor,
                 received,
+                waiting,
                 overrun,
                 transmitter_empty_interrupt,
                 output: _,
@@ -203,6 +238,7 @@ mod saved {
                 received: received.iter().copied().collect(),
                 overrun: *overrun,
                 transmitter_empty_interrupt: *transmitter_empty_interrupt,
+                waiting: waiting.iter().copied().collect(),
             }
         }
 
@@ -217,8 +253,11 @@ mod saved {
             Unfit::check(fifo_control & !0xc1 == 0, "fifo_control", fifo_control, "enable and trigger bits")?;
             let modem_control = narrow("modem_control", saved.modem_control)?;
             Unfit::check(modem_control & !MCR_ALL == 0, "modem_control", modem_control, "five bits")?;
-            let waiting = saved.received.len();
-            Unfit::check(waiting <= INPUT_BYTES_MAX, "received", waiting, "at most 4096 bytes")?;
+            let (held, waiting) = (saved.received.len(), saved.waiting.len());
+            Unfit::check(held <= INPUT_BYTES_MAX, "received", held, "at most 4096 bytes")?;
+            Unfit::check(waiting <= WAITING_BYTES_MAX, "waiting", waiting, "at most 65536 bytes")?;
+            let closed = held == INPUT_BYTES_MAX || modem_control & MCR_LOOP != 0;
+            Unfit::check(waiting == 0 || closed, "waiting", waiting, "none while the port has room")?;
             Ok(Uart {
                 interrupt_enable,
                 fifo_control,
@@ -227,6 +266,7 @@ mod saved {
                 scratch: narrow("scratch", saved.scratch)?,
                 divisor: narrow("divisor", saved.divisor)?,
                 received: saved.received.iter().copied().collect(),
+                waiting: saved.waiting.iter().copied().collect(),
                 overrun: saved.overrun,
                 transmitter_empty_interrupt: saved.transmitter_empty_interrupt,
                 output: Vec::new(),
@@ -298,9 +338,31 @@ mod tests {
     #[test]
     fn input_is_bounded() {
         let mut uart = open();
-        assert_eq!(uart.input(&[7; INPUT_BYTES_MAX + 9]), INPUT_BYTES_MAX);
-        assert_eq!(uart.input(b"x"), 0);
+        assert_eq!(uart.input(&[7; INPUT_BYTES_MAX + 9]), INPUT_BYTES_MAX + 9);
         assert_eq!(uart.save().received.len(), INPUT_BYTES_MAX);
+        assert_eq!(uart.input(&[8; WAITING_BYTES_MAX]), WAITING_BYTES_MAX - 9);
+        assert_eq!((uart.input(b"x"), uart.input_room()), (0, 0));
+    }
+
+    #[test]
+    fn what_waits_behind_the_port_comes_in_order_whatever_the_guest_does_to_it() {
+        let mut uart = open();
+        let line: Vec<u8> = (0..INPUT_BYTES_MAX + 300).map(|n| (n % 251) as u8).collect();
+        assert_eq!(uart.input(&line), line.len());
+        let mut uart = Uart::restore(&uart.save()).unwrap();
+        let read: Vec<u8> = (0..200).map(|_| uart.read(0)).collect();
+        assert_eq!(read, line[..200]);
+        uart.write(2, 0x03);
+        // Clearing drops what the port held, as in the chip; what was on the line arrives now.
+        let read: Vec<u8> = (0..100).map(|_| uart.read(0)).collect();
+        assert_eq!(read, line[INPUT_BYTES_MAX + 200..]);
+        assert_eq!(uart.read(5) & 1, 0);
+        uart.write(4, 0x10);
+        assert_eq!(uart.input(b"later"), 5);
+        uart.write(0, b'L');
+        assert_eq!((uart.read(0), uart.read(5) & 1), (b'L', 0), "in its loop the port hears itself alone");
+        uart.reset();
+        assert_eq!(uart.save().received, b"later");
     }
 
     #[test]
@@ -337,6 +399,9 @@ mod tests {
         assert_eq!(field(proto::v1::UartV1 { fifo_control: 2, ..good.clone() }), "fifo_control");
         assert_eq!(field(proto::v1::UartV1 { modem_control: 32, ..good.clone() }), "modem_control");
         assert_eq!(field(proto::v1::UartV1 { divisor: 65536, ..good.clone() }), "divisor");
-        assert_eq!(field(proto::v1::UartV1 { received: vec![0; INPUT_BYTES_MAX + 1], ..good }), "received");
+        assert_eq!(field(proto::v1::UartV1 { received: vec![0; INPUT_BYTES_MAX + 1], ..good.clone() }), "received");
+        let full = proto::v1::UartV1 { received: vec![0; INPUT_BYTES_MAX], ..good.clone() };
+        assert_eq!(field(proto::v1::UartV1 { waiting: vec![0; WAITING_BYTES_MAX + 1], ..full }), "waiting");
+        assert_eq!(field(proto::v1::UartV1 { waiting: vec![0], ..good }), "waiting");
     }
 }

@@ -42,7 +42,7 @@ impl Machine {
             tsc_hz: config.tsc_hz,
             tsc_per_instruction: config.tsc_per_instruction,
         };
-        Self::assemble(config, parts, |memory| Box::new(SoftEngine::new(memory, &soft)))
+        Self::assemble(config, parts, move |memory| Box::new(SoftEngine::new(memory, &soft)))
     }
 
     /// Builds devices around the parts, and takes the engine from `engine`.
@@ -52,7 +52,7 @@ impl Machine {
     pub(super) fn assemble(
         config: &MachineConfig,
         parts: Parts,
-        engine: impl FnOnce(Arc<GuestMemory>) -> Box<dyn Engine>,
+        make_engine: impl Fn(Arc<GuestMemory>) -> Box<dyn Engine> + 'static,
     ) -> Result<Machine, MachineError> {
         check(config, &parts)?;
         let Parts { memory, disks, nets } = parts;
@@ -69,8 +69,9 @@ impl Machine {
         };
         let mut bus = Bus::new(Arc::clone(&memory), fitting);
         bus.set_epoch(memory.epoch());
-        let engine = engine(Arc::clone(&memory));
-        Ok(Machine { config: config.clone(), memory, bus, engine, life: Life::Empty })
+        let engine = make_engine(Arc::clone(&memory));
+        let make_engine = Box::new(make_engine);
+        Ok(Machine { config: config.clone(), memory, bus, engine, make_engine, life: Life::Empty })
     }
 }
 

@@ -131,12 +131,17 @@ enum Life {
     Broken,
 }
 
+/// Makes an engine on this memory.
+type MakeEngine = Box<dyn Fn(Arc<GuestMemory>) -> Box<dyn Engine>>;
+
 /// A virtual machine.
 pub struct Machine {
     config: MachineConfig,
     memory: Arc<GuestMemory>,
     bus: Bus,
     engine: Box<dyn Engine>,
+    /// A reset takes a new engine: no cache of the old one may outlive the memory that it describes.
+    make_engine: MakeEngine,
     life: Life,
 }
 
@@ -154,10 +159,11 @@ impl Machine {
     /// # Errors
     /// The files make no bootable kernel, or do not fit.
     pub fn boot(&mut self, kernel: &[u8], initrd: Option<&[u8]>) -> Result<(), MachineError> {
+        let position = self.retired();
         let command_line = self.config.boot.as_ref().map_or("", |boot| boot.cmdline.as_str());
         let vcpus = self.bus.vcpus();
         let windows = self.bus.windows();
-        let boot = Boot { kernel, initrd, command_line, seed: &self.config.seed, vcpus, windows: &windows };
+        let boot = Boot { kernel, initrd, command_line, seed: &self.config.seed, position, vcpus, windows: &windows };
         for vcpu in 0..vcpus {
             let mut state = build::power_up(&self.config, vcpu)?;
             if vcpu == 0 {
@@ -169,12 +175,32 @@ impl Machine {
         Ok(())
     }
 
+    /// Starts a machine afresh that has run: RAM is zero, processors and devices are as after power-up, the kernel is
+    /// loaded again. Time and the count of instructions go on, and so do stamps: what was in RAM counts as written. Disks,
+    /// console input and what has a battery stay.
+    ///
+    /// # Errors
+    /// The machine never had a state, or as [`Machine::boot`]; then it has no state any more.
+    pub fn reset(&mut self, kernel: &[u8], initrd: Option<&[u8]>) -> Result<(), MachineError> {
+        if self.life != Life::Ready {
+            return Err(MachineError::Empty);
+        }
+        self.life = Life::Broken;
+        let clock = self.engine.clock();
+        self.memory.clear()?;
+        self.bus.reset();
+        self.engine = (self.make_engine)(Arc::clone(&self.memory));
+        self.engine.set_clock(clock);
+        self.boot(kernel, initrd)
+    }
+
     /// Runs until exactly `until_retired` instructions have retired since the machine was built, or until an earlier
     /// [`Outcome`].
     pub fn run(&mut self, until_retired: u64) -> Outcome {
         if self.life != Life::Ready {
             return Outcome::Failed(MachineError::Empty.to_string());
         }
+        self.bus.net_release();
         loop {
             match self.bus.stopped() {
                 Some(Stop::PowerOff) => return Outcome::PowerOff,
@@ -229,6 +255,11 @@ impl Machine {
         self.bus.console_input(bytes)
     }
 
+    /// How many bytes of serial input fit now.
+    pub fn console_room(&self) -> usize {
+        self.bus.console_room()
+    }
+
     /// Serial output since the last call.
     pub fn take_console_output(&mut self) -> Vec<u8> {
         self.bus.take_console_output()
@@ -236,7 +267,14 @@ impl Machine {
 
     /// A packet for a network card; false if the guest has no buffer for it, and then it is dropped.
     pub fn net_input(&mut self, card: usize, packet: &[u8]) -> bool {
+        self.bus.net_release();
         self.bus.net_input(card, packet)
+    }
+
+    /// Keeps a packet for a network card as part of the state of a machine that stands still: RAM does not change before
+    /// it runs again. False if there is no room.
+    pub fn net_hold(&mut self, card: usize, packet: &[u8]) -> bool {
+        self.bus.net_hold(card, packet)
     }
 
     /// MAC of a network card; zeros if there is no such card.

@@ -136,7 +136,10 @@ fn scripted(config: &MachineConfig, script: &[Op]) -> Machine {
     let script = script.to_vec();
     let clock = Clock { tsc_per_instruction: config.tsc_per_instruction, ..Clock::default() };
     let state = CpuState::reset();
-    let engine = |memory| Box::new(Scripted { memory, script, state, clock, rearmed: 0 }) as Box<dyn Engine>;
+    let engine = move |memory| {
+        let (script, state) = (script.clone(), state.clone());
+        Box::new(Scripted { memory, script, state, clock, rearmed: 0 }) as Box<dyn Engine>
+    };
     Machine::assemble(config, parts(), engine).unwrap()
 }
 
@@ -308,14 +311,14 @@ fn sections_that_do_not_fit_change_nothing() {
         let mut newer = good.clone();
         newer[at].major = 2;
         assert!(refused(&newer).contains("is of version 2.0"));
-        newer[at] = Section { minor: 1, ..good[at].clone() };
-        assert!(refused(&newer).contains("is of version 1.1"));
+        newer[at] = Section { minor: 2, ..good[at].clone() };
+        assert!(refused(&newer).contains("is of version 1.2"));
     }
     let mut more = good.clone();
     more.push(Section { name: "device/virtio-blk1".into(), major: 1, ..Section::default() });
     assert_eq!(refused(&more), "unknown sections: device/virtio-blk1");
     let mut ignorable = good.clone();
-    ignorable[3] = Section { minor: 1, ignorable: true, ..good[3].clone() };
+    ignorable[3] = Section { minor: 2, ignorable: true, ..good[3].clone() };
     machine.apply(&ignorable).unwrap();
 }
 
@@ -417,4 +420,68 @@ fn configurations_that_make_no_machine_are_refused_by_field() {
     assert_eq!(refused(&|c| c.disks[0].read_only = true), "disks.read_only");
     assert_eq!(refused(&|c| c.nets.clear()), "nets");
     assert_eq!(refused(&|c| c.nets[0].mac = vec![1, 0, 0, 0, 0, 0]), "nets.mac");
+}
+
+/// A 64-bit ELF that is entered at an index of the script.
+fn kernel(entry: u64) -> Vec<u8> {
+    let mut file = b"\x7fELF\x02\x01\x01".to_vec();
+    file.resize(64 + 56, 0);
+    (file[16], file[18], file[32], file[54], file[56]) = (2, 62, 64, 56, 1);
+    file[24..32].copy_from_slice(&entry.to_le_bytes());
+    file[64] = 1;
+    for (at, word) in [(72, 120u64), (88, 0x10_0000), (96, 6), (104, 0x1000)] {
+        file[at..at + 8].copy_from_slice(&word.to_le_bytes());
+    }
+    file.extend(b"kernel");
+    file
+}
+
+#[test]
+fn a_reset_machine_is_as_new_but_for_time_and_what_has_a_battery() {
+    let script = [
+        Op::Ram(0x30_0000, 7),
+        Op::Out(0x3f9, 3),
+        Op::Out(0x70, 0x40),
+        Op::Out(0x71, 0x55),
+        Op::Store(VIRTIO_BASE + 0x70, 1),
+        Op::Cr8(5),
+        Op::Out(0x64, 0xfe),
+    ];
+    let mut machine = scripted(&config(), &script);
+    machine.boot(&kernel(0), Some(b"initrd")).unwrap();
+    assert_eq!(machine.run(1000), Outcome::Reset);
+    assert_eq!((machine.run(1000), machine.retired()), (Outcome::Reset, 7), "it waits for the reset");
+    assert_eq!(machine.console_input(b"typed"), 5);
+    let epoch = machine.advance_epoch();
+    machine.reset(&kernel(0), Some(b"initrd")).unwrap();
+    let mut byte = [1];
+    machine.memory().read(0x30_0000, &mut byte).unwrap();
+    assert_eq!((byte, machine.memory().stamps().stamp(0x300), machine.retired()), ([0], epoch, 7));
+
+    let mut fresh = scripted(&config(), &script);
+    fresh.boot(&kernel(0), Some(b"initrd")).unwrap();
+    fresh.console_input(b"typed");
+    let changed: Vec<String> = {
+        let (old, new) = (machine.capture().unwrap(), fresh.capture().unwrap());
+        old.iter().zip(&new).filter(|(old, new)| old != new).map(|(old, _)| old.name.clone()).collect()
+    };
+    assert_eq!(changed, ["clock", "device/rtc"]);
+    let seed = |machine: &Machine| {
+        let mut seed = [0; 32];
+        machine.memory().read(0x3_0010, &mut seed).unwrap();
+        seed
+    };
+    assert_ne!(seed(&machine), seed(&fresh), "no two boots get the same randomness");
+    assert_eq!((machine.run(1000), machine.retired()), (Outcome::Reset, 14));
+    assert!(machine.reset(b"no kernel", None).is_err());
+    assert!(matches!(machine.run(1000), Outcome::Failed(_)), "half a reset does not run");
+}
+
+#[test]
+fn the_chipset_register_and_the_acpi_register_reset_too() {
+    for op in [Op::Out(RESET_PORT, 1), Op::Out(0xcf9, 6), Op::Out(0xcf9, 0x0e)] {
+        let mut machine = scripted(&config(), &[Op::Out(0xcf9, 2), Op::Out(0x64, 0xaa), op]);
+        machine.boot(&kernel(0), None).unwrap();
+        assert_eq!((machine.run(1000), machine.retired()), (Outcome::Reset, 3), "{op:?}");
+    }
 }

@@ -158,6 +158,24 @@ impl GuestMemory {
         self.vm.write_slice(from, GuestAddress(gpa)).map_err(|_| OutOfRange { gpa, bytes: from.len() })
     }
 
+    /// Makes all of RAM zero, as when it was new, and gives its memory back. Pages that held anything are stamped: for
+    /// whoever reads stamps they have changed.
+    ///
+    /// # Errors
+    /// The host refused.
+    pub fn clear(&self) -> Result<(), shared::PagesError> {
+        let clone = |fd: BorrowedFd<'_>| {
+            let cloned = fd.try_clone_to_owned();
+            cloned.map_err(|source| shared::PagesError::Host { step: "share a descriptor", source })
+        };
+        let pages = shared::SharedPages::new(clone(self.ram_fd())?, clone(self.stamps_fd())?, self.bytes)?;
+        for run in pages.filled(shared::Run { first: 0, pages: self.pages() })? {
+            pages.zero_pages(run)?;
+            (run.first..run.end()).for_each(|page| self.stamps.mark(page));
+        }
+        Ok(())
+    }
+
     /// Page number of a guest-physical address, if it is RAM.
     pub fn page_of(&self, gpa: u64) -> Option<u64> {
         let low = self.bytes.min(HOLE_START);
@@ -241,6 +259,19 @@ mod tests {
         assert_eq!(memory.page_of(HOLE_END), Some((3 << 30) / PAGE_BYTES));
         assert_eq!(memory.page_of(HOLE_END + (4 << 20)), None);
         assert_eq!(memory.stamps().stamp((3 << 30) / PAGE_BYTES), memory.epoch());
+    }
+
+    #[test]
+    fn cleared_ram_is_zero_and_stamped_where_it_was_not() {
+        let memory = GuestMemory::create(16 << 20).unwrap();
+        memory.write(0x3000, &[1; 0x2000]).unwrap();
+        let next = memory.advance_epoch();
+        memory.clear().unwrap();
+        let mut bytes = [7; 0x2000];
+        memory.read(0x3000, &mut bytes).unwrap();
+        assert_eq!(bytes, [0; 0x2000]);
+        let stamps: Vec<u32> = (0..7).map(|page| memory.stamps().stamp(page)).collect();
+        assert_eq!(stamps, [0, 0, 0, next, next, 0, 0]);
     }
 
     #[test]

@@ -102,7 +102,11 @@ impl SharedPages {
         let (data, stamps) = (File::from(data), File::from(stamps));
         let pages = bytes.div_ceil(PAGE_BYTES);
         for (what, file, expected) in [("data", &data, bytes), ("stamps", &stamps, pages * 4)] {
-            let found = file.metadata().map_err(host("find the length"))?.len();
+            // A block device has no length in its status; its end has. The descriptor's position is nobody's.
+            let found = match file.metadata().map_err(host("find the length"))?.len() {
+                0 => rustix::fs::seek(file, SeekFrom::End(0)).map_err(|e| host("find the end")(e.into()))?,
+                bytes => bytes,
+            };
             if found < expected {
                 return Err(PagesError::Short { what, found, expected });
             }

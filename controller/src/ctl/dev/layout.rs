@@ -56,6 +56,9 @@ pub struct HostEntry {
     pub listen: SocketAddr,
     /// Metrics over HTTP.
     pub metrics: SocketAddr,
+    /// Features that the host withholds from guests.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub withhold: Vec<String>,
 }
 
 impl Cluster {
@@ -89,7 +92,12 @@ impl Cluster {
         let wanted = args.hosts.unwrap_or(HOSTS_DEFAULT.max(cluster.hosts.len() as u8));
         for index in cluster.hosts.len() as u8..wanted {
             let name = format!("host{}", char::from(b'A' + index));
-            cluster.hosts.push(HostEntry { name, listen: picker.pick()?, metrics: picker.pick()? });
+            cluster.hosts.push(HostEntry {
+                name,
+                listen: picker.pick()?,
+                metrics: picker.pick()?,
+                withhold: Vec::new(),
+            });
         }
         if let Some(engine) = args.engine {
             cluster.engine = engine.word().to_owned();
@@ -153,6 +161,12 @@ struct AgentToml<'a> {
     metrics: SocketAddr,
     engine: &'a str,
     tls: TlsFiles,
+    capabilities: CapabilitiesToml<'a>,
+}
+
+#[derive(Serialize)]
+struct CapabilitiesToml<'a> {
+    withhold: &'a [String],
 }
 
 /// The directory of a cluster.
@@ -252,6 +266,7 @@ impl Directory {
                     metrics: host.metrics,
                     engine: &cluster.engine,
                     tls: self.tls_files(&host.name),
+                    capabilities: CapabilitiesToml { withhold: &host.withhold },
                 },
             )?;
         }

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! ports   0x070-0x071 CMOS clock    0x3f8-0x3ff serial (line 4)    0x600-0x602 sleep control, sleep status, reset
+//!         0x064, 0xcf9 (writes): reset as the PC's keyboard controller and chipset do it
 //! memory  0xd000_0000 + n * 4 KiB   virtio window n (line 5 + n): disks, network cards, entropy
 //!         0xfec0_0000               IOAPIC
 //!         APIC_BASE                 local APIC of the vCPU that looks
@@ -20,7 +21,7 @@ use super::ioapic::{Ioapic, PINS};
 use super::kvm_clock::KvmClock;
 use super::lapic::{Action, Lapic, Message, Request, delivery};
 use super::net::NetLink;
-use super::power::{Power, Stop};
+use super::power::{Power, RESET_VALUE, Stop};
 use super::rtc::{Epoch, Rtc};
 use super::uart::Uart;
 use super::virtio::block::Block;
@@ -41,6 +42,12 @@ pub const SLEEP_CONTROL_PORT: u16 = 0x600;
 pub const SLEEP_STATUS_PORT: u16 = 0x601;
 /// Reset register.
 pub const RESET_PORT: u16 = 0x602;
+/// Command port of the PC's keyboard controller; the reset pulse is all there is of it.
+const KEYBOARD_PORT: u16 = 0x64;
+const KEYBOARD_RESET: u8 = 0xfe;
+/// Reset control register of PC chipsets: written with this bit it resets.
+const CHIPSET_RESET_PORT: u16 = 0xcf9;
+const CHIPSET_RESET: u8 = 1 << 2;
 /// First virtio window.
 pub const VIRTIO_BASE: u64 = 0xd000_0000;
 /// Line of the first virtio device; the others follow.
@@ -182,6 +189,21 @@ impl Bus {
         }
     }
 
+    /// All devices as after a reset of the machine. What has a battery or lies beyond the machine stays: the clock's
+    /// settings, disks, cables, the entropy's position, what was typed.
+    pub fn reset(&mut self) {
+        let Bus { memory: _, lapics, ioapic, uart, rtc: _, kvm_clock, power, disks, nets, rng, vcpu } = self;
+        *lapics = (0..lapics.len()).map(Lapic::new).collect();
+        *ioapic = Ioapic::default();
+        uart.reset();
+        kvm_clock.reset();
+        *power = Power::default();
+        disks.iter_mut().for_each(Mmio::reset);
+        nets.iter_mut().for_each(Mmio::reset);
+        rng.reset();
+        *vcpu = 0;
+    }
+
     /// The engine executes this vCPU from now on.
     pub fn set_vcpu(&mut self, vcpu: usize) {
         self.vcpu = vcpu;
@@ -213,6 +235,10 @@ impl Bus {
 
     /// OUT.
     pub fn io_write(&mut self, tsc: u64, port: u16, size: u8, value: u32) {
+        // A byte of its own: it lies inside of PCI's configuration address, which guests write in words.
+        if (port, size) == (CHIPSET_RESET_PORT, 1) && value as u8 & CHIPSET_RESET != 0 {
+            return self.power.reset(RESET_VALUE);
+        }
         for n in 0..size.min(4) {
             self.write_port(tsc, port.wrapping_add(n.into()), (value >> (8 * n)) as u8);
         }
@@ -228,6 +254,7 @@ impl Bus {
             0x71 => self.rtc.write(tsc, value),
             SLEEP_CONTROL_PORT => self.power.set_sleep_control(value),
             RESET_PORT => self.power.reset(value),
+            KEYBOARD_PORT if value == KEYBOARD_RESET => self.power.reset(RESET_VALUE),
             _ => {}
         }
     }
@@ -405,6 +432,11 @@ impl Bus {
         fit
     }
 
+    /// How many bytes of serial input fit now.
+    pub fn console_room(&self) -> usize {
+        self.uart.input_room()
+    }
+
     /// Serial output since the last call.
     pub fn take_console_output(&mut self) -> Vec<u8> {
         self.uart.take_output()
@@ -417,6 +449,22 @@ impl Bus {
         let interrupt = net.interrupt();
         self.drive(VIRTIO_LINE as usize + self.disks.len() + card, interrupt);
         taken
+    }
+
+    /// Keeps a packet for a network card of a machine that stands still; false if there is no room.
+    pub fn net_hold(&mut self, card: usize, packet: &[u8]) -> bool {
+        self.nets.get_mut(card).is_some_and(|net| net.hold(packet))
+    }
+
+    /// The machine goes on: the guest gets what was kept for it.
+    pub fn net_release(&mut self) {
+        for card in 0..self.nets.len() {
+            if self.nets[card].holds() {
+                self.nets[card].release(&self.memory);
+                let interrupt = self.nets[card].interrupt();
+                self.drive(VIRTIO_LINE as usize + self.disks.len() + card, interrupt);
+            }
+        }
     }
 
     /// Plugs the cable of a network card in or pulls it out.

@@ -13,8 +13,9 @@ use crate::device::power::Power;
 use crate::device::rtc::Rtc;
 use crate::device::uart::Uart;
 
-/// Version of every device section that this release writes.
-pub const SECTION_VERSION: (u32, u32) = (1, 0);
+/// Newest version of a device section that this release knows. 1.1 added what waits for the guest to the serial port and to
+/// network cards; a section in which nothing waits is written as 1.0.
+pub const SECTION_VERSION: (u32, u32) = (1, 1);
 
 /// Why a section makes no device.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -39,8 +40,12 @@ pub enum RestoreError {
 }
 
 fn section(name: String, message: &impl Message) -> Section {
-    let (major, minor) = SECTION_VERSION;
-    Section { name, major, minor, ignorable: false, body: message.encode_to_vec() }
+    section_with(name, message, false)
+}
+
+fn section_with(name: String, message: &impl Message, waiting: bool) -> Section {
+    let minor = waiting.into();
+    Section { name, major: SECTION_VERSION.0, minor, ignorable: false, body: message.encode_to_vec() }
 }
 
 /// Gives the body of a section by name.
@@ -64,7 +69,8 @@ impl Bus {
             sections.push(section(format!("device/lapic{n}"), &lapic.save()));
         }
         sections.push(section("device/ioapic".into(), &ioapic.save()));
-        sections.push(section("device/uart0".into(), &uart.save()));
+        let uart = uart.save();
+        sections.push(section_with("device/uart0".into(), &uart, !uart.waiting.is_empty()));
         sections.push(section("device/rtc".into(), &rtc.save()));
         sections.push(section("device/kvm-clock".into(), &kvm_clock.save()));
         sections.push(section("device/power".into(), &power.save()));
@@ -72,7 +78,7 @@ impl Bus {
             sections.push(section(format!("device/virtio-blk{n}"), &disk.save()));
         }
         for (n, net) in nets.iter().enumerate() {
-            sections.push(section(format!("device/virtio-net{n}"), &net.save()));
+            sections.push(section_with(format!("device/virtio-net{n}"), &net.save(), net.holds()));
         }
         sections.push(section("device/virtio-rng".into(), &rng.save()));
         sections

@@ -24,6 +24,16 @@ fn set_pin(bus: &mut Bus, pin: u64, entry: u64) {
 }
 
 #[test]
+fn looking_for_pci_does_not_reset() {
+    let mut bus = bus(1);
+    bus.io_write(0, 0xcf8, 4, 0x8000_ff00);
+    bus.io_write(0, 0xcf8, 2, 0xffff);
+    assert_eq!(bus.stopped(), None);
+    bus.io_write(0, 0xcf9, 1, 6);
+    assert_eq!(bus.stopped(), Some(crate::device::power::Stop::Reset));
+}
+
+#[test]
 fn what_nobody_claims_reads_as_ones() {
     let mut bus = bus(1);
     assert_eq!((bus.io_read(0, 0x60, 1), bus.io_read(0, 0x64, 4), bus.io_read(0, 0x80, 2)), (0xff, u32::MAX, 0xffff));

@@ -216,10 +216,7 @@ impl<D: Device> Mmio<D> {
 
     fn write_status(&mut self, value: u32) {
         if value == 0 {
-            // The interrupt line falls too. The generation goes on, so that no driver mistakes old for new.
-            let config_generation = self.registers.config_generation;
-            self.registers = Registers { config_generation, ..Registers::new::<D>() };
-            return;
+            return self.reset();
         }
         let agreed = self.registers.driver_features & !self.features() == 0
             && self.registers.driver_features & FEATURE_VERSION_1 != 0;
@@ -232,6 +229,13 @@ impl<D: Device> Mmio<D> {
         }
         // Bits are only ever added; NEEDS_RESET is the device's own.
         self.registers.status |= value & !status::NEEDS_RESET;
+    }
+
+    /// As after power-up, by the driver's word or by a reset of the machine. The interrupt line falls too; the generation
+    /// goes on, so that no driver mistakes old for new.
+    pub fn reset(&mut self) {
+        let config_generation = self.registers.config_generation;
+        self.registers = Registers { config_generation, ..Registers::new::<D>() };
     }
 
     fn notify(&mut self, memory: &GuestMemory, queue: usize) {

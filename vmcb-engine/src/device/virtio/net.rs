@@ -1,6 +1,8 @@
 //! The network card (virtio 1.2, section 5.1): two queues, a MAC and a link status, no offloads. Packets are Ethernet
 //! frames; the 12-byte header in front is zero both ways.
 
+use std::collections::VecDeque;
+
 use super::mmio::Mmio;
 use super::queue::{Queue, gather, scatter, slice};
 use super::{Broken, Device, copy_config};
@@ -13,6 +15,10 @@ const FEATURE_STATUS: u64 = 1 << 16;
 const HEADER_BYTES: u64 = 12;
 /// Longest frame that leaves or arrives.
 pub const PACKET_BYTES_MAX: usize = 65_550;
+/// Most packets, and most of their bytes, that wait while the machine stands still.
+pub const WAITING_PACKETS_MAX: usize = 512;
+/// See [`WAITING_PACKETS_MAX`].
+pub const WAITING_BYTES_MAX: usize = 1 << 20;
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 
@@ -21,6 +27,7 @@ pub struct Net {
     mac: [u8; 6],
     link: Option<NetLink>,
     link_up: bool,
+    waiting: VecDeque<Vec<u8>>,
 }
 
 impl std::fmt::Debug for Net {
@@ -33,7 +40,7 @@ impl Net {
     /// A card; without a link the cable is unplugged.
     pub fn new(mac: [u8; 6], link: Option<NetLink>) -> Self {
         let link_up = link.is_some();
-        Self { mac, link, link_up }
+        Self { mac, link, link_up, waiting: VecDeque::new() }
     }
 
     /// The card's address.
@@ -104,6 +111,32 @@ impl Mmio<Net> {
         fits && self.serve(memory, |net, queues, memory| net.receive(&mut queues[RECEIVE], memory, packet))
     }
 
+    /// Keeps a packet that came while the machine stands still, as part of its state; false if there is no room.
+    pub fn hold(&mut self, packet: &[u8]) -> bool {
+        let waiting = &mut self.device_mut().waiting;
+        let bytes: usize = waiting.iter().map(Vec::len).sum();
+        let fits = packet.len() <= PACKET_BYTES_MAX
+            && waiting.len() < WAITING_PACKETS_MAX
+            && bytes + packet.len() <= WAITING_BYTES_MAX;
+        if fits {
+            waiting.push_back(packet.to_vec());
+        }
+        fits
+    }
+
+    /// Gives the guest what [`Mmio::hold`] kept; what it has no buffer for is dropped.
+    pub fn release(&mut self, memory: &GuestMemory) {
+        for packet in std::mem::take(&mut self.device_mut().waiting) {
+            self.input(memory, &packet);
+        }
+    }
+
+    /// True if [`Mmio::release`] would do something.
+    #[inline]
+    pub fn holds(&self) -> bool {
+        !self.device().waiting.is_empty()
+    }
+
     /// Plugs the cable in or pulls it out.
     pub fn set_link(&mut self, up: bool) {
         if std::mem::replace(&mut self.device_mut().link_up, up) != up {
@@ -121,8 +154,9 @@ mod saved {
         /// The saved form.
         pub fn save(&self) -> VirtioNetV1 {
             // The MAC is configuration, the link is the host's.
-            let Net { mac: _, link: _, link_up } = self.device();
-            VirtioNetV1 { transport: Some(self.save_transport()), link_up: *link_up }
+            let Net { mac: _, link: _, link_up, waiting } = self.device();
+            let waiting = waiting.iter().cloned().collect();
+            VirtioNetV1 { transport: Some(self.save_transport()), link_up: *link_up, waiting }
         }
 
         /// Puts the card into a saved state. On an error nothing has changed.
@@ -130,8 +164,12 @@ mod saved {
         /// # Errors
         /// A field that it could not hold.
         pub fn restore(&mut self, saved: &VirtioNetV1, memory: &GuestMemory) -> Result<(), Unfit> {
+            let (packets, bytes) = (saved.waiting.len(), saved.waiting.iter().map(Vec::len).sum::<usize>());
+            Unfit::check(packets <= WAITING_PACKETS_MAX, "waiting", packets, "at most 512 packets")?;
+            Unfit::check(bytes <= WAITING_BYTES_MAX, "waiting", bytes, "at most 1 MiB")?;
             self.restore_transport(saved.transport.as_ref(), memory)?;
             self.device_mut().link_up = saved.link_up;
+            self.device_mut().waiting = saved.waiting.iter().cloned().collect();
             Ok(())
         }
     }
@@ -229,5 +267,25 @@ mod tests {
         assert_eq!(target.save(), card.save());
         assert!(target.input(&memory, b"second"));
         assert_eq!(drivers[0].used(&memory), [(0, 15), (1, 18)]);
+    }
+
+    #[test]
+    fn packets_that_came_while_it_stood_still_travel_with_it_and_are_bounded() {
+        let memory = GuestMemory::create(16 << 20).unwrap();
+        let (mut card, _) = card();
+        let mut drivers = bring_up(&mut card, &memory);
+        drivers[0].offer(&memory, &[(0x40_0000, 100, 2)]);
+        assert!(card.hold(b"first") && card.hold(b"no buffer for it"));
+        assert!(drivers[0].used(&memory).is_empty(), "held packets change no RAM");
+        let (mut target, _) = self::card();
+        target.restore(&card.save(), &memory).unwrap();
+        assert_eq!(target.save(), card.save());
+        target.release(&memory);
+        assert_eq!(drivers[0].used(&memory), [(0, 17)]);
+        assert!(!target.holds());
+        assert!((0..16).all(|_| target.hold(&[0; 65_000])) && !target.hold(&[0; 65_000]));
+        let waiting = vec![vec![]; WAITING_PACKETS_MAX + 1];
+        let hostile = proto::v1::VirtioNetV1 { waiting, ..card.save() };
+        assert_eq!(target.restore(&hostile, &memory).unwrap_err().field, "waiting");
     }
 }

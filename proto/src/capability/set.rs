@@ -4,63 +4,12 @@
 //! CPUID, so the check is one loop and every refusal names the leaf, register and bit.
 
 use std::collections::BTreeSet;
-use std::fmt;
 
 use prost::Message;
-use proto::v1;
 
-use crate::capability::feature;
-
-/// A register of CPUID's answer.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-#[repr(u8)]
-pub enum CpuidRegister {
-    /// EAX.
-    Eax = 0,
-    /// EBX.
-    Ebx = 1,
-    /// ECX.
-    Ecx = 2,
-    /// EDX.
-    Edx = 3,
-}
-
-impl CpuidRegister {
-    const ALL: [CpuidRegister; 4] = [Self::Eax, Self::Ebx, Self::Ecx, Self::Edx];
-
-    /// Name.
-    pub const fn name(self) -> &'static str {
-        ["EAX", "EBX", "ECX", "EDX"][self as usize]
-    }
-}
-
-/// How a host's bits must relate to a guest's.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub enum Rule {
-    /// Every bit of the guest is set on the host.
-    Subset,
-    /// Equal.
-    Equal,
-    /// The guest's number is at most the host's.
-    NotGreater,
-}
-
-/// Some bits of one CPUID register.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct Atom {
-    /// Leaf (EAX).
-    pub leaf: u32,
-    /// Subleaf (ECX).
-    pub subleaf: u32,
-    /// Register of the answer.
-    pub register: CpuidRegister,
-    /// Bits that count.
-    pub mask: u32,
-    /// Their values; zero outside of the mask.
-    pub value: u32,
-    /// Rule of the guest's side.
-    pub rule: Rule,
-}
+use super::atom::{Atom, CpuidRegister, Rule};
+use super::failing::Failing;
+use crate::v1;
 
 /// What is no CPUID bit.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -99,86 +48,6 @@ pub enum BadSet {
     /// A part of it that no encoder wrote.
     #[error("capability set: {0}")]
     Malformed(&'static str),
-}
-
-/// One thing that the guest needs and the host lacks.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Failing {
-    /// A bit that must be set.
-    Bit {
-        /// Where.
-        leaf: u32,
-        /// Where.
-        subleaf: u32,
-        /// Where.
-        register: CpuidRegister,
-        /// Number of the bit.
-        bit: u32,
-        /// Its name, where it has one.
-        name: Option<&'static str>,
-    },
-    /// A field that must be equal, or must not be greater.
-    Field {
-        /// The guest's atom.
-        guest: Atom,
-        /// The host's bits at that place.
-        host: u32,
-    },
-    /// Physical or linear address bits.
-    AddressBits {
-        /// `physical` or `linear`.
-        which: &'static str,
-        /// The guest's.
-        guest: u32,
-        /// The host's.
-        host: u32,
-    },
-    /// The TSC runs at another rate and the host cannot scale it.
-    TscRate {
-        /// kHz of the guest.
-        guest: u64,
-        /// kHz of the host.
-        host: u64,
-    },
-    /// No engine in common.
-    Engines {
-        /// Engines that may run the guest.
-        guest: BTreeSet<String>,
-        /// Engines of the host.
-        host: BTreeSet<String>,
-    },
-    /// An MSR of the guest that the host cannot set.
-    Msr(u32),
-}
-
-impl fmt::Display for Failing {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Failing::Bit { leaf, subleaf, register, bit, name } => {
-                let name = name.unwrap_or("no name");
-                write!(f, "CPUID {leaf:#x}.{subleaf} {} bit {bit} ({name}): the host lacks it", register.name())
-            }
-            Failing::Field { guest, host } => {
-                let Atom { leaf, subleaf, register, mask, value, rule } = guest;
-                let relation = if *rule == Rule::Equal { "differs from" } else { "is less than" };
-                write!(
-                    f,
-                    "CPUID {leaf:#x}.{subleaf} {} mask {mask:#x}: the host's {host:#x} {relation} the guest's {value:#x}",
-                    register.name()
-                )
-            }
-            Failing::AddressBits { which, guest, host } => {
-                write!(f, "the guest has {guest} {which} address bits, the host {host}")
-            }
-            Failing::TscRate { guest, host } => {
-                write!(f, "the guest's TSC runs at {guest} kHz, the host's at {host} kHz, and the host cannot scale it")
-            }
-            Failing::Engines { guest, host } => {
-                write!(f, "the guest runs on engines {guest:?}, the host has {host:?}")
-            }
-            Failing::Msr(index) => write!(f, "MSR {index:#x}: the host cannot set it"),
-        }
-    }
 }
 
 /// Which bits are compared and how. Left out: what varies by vCPU (APIC id, HTT, CmpLegacy), what software sets
@@ -239,7 +108,7 @@ impl CapabilitySet {
     }
 
     /// The bits of this set at an atom's place; zero if it says nothing about it.
-    fn bits_at(&self, place: &Atom) -> u32 {
+    pub(super) fn bits_at(&self, place: &Atom) -> u32 {
         self.atoms
             .iter()
             .filter(|atom| (atom.leaf, atom.subleaf, atom.register) == (place.leaf, place.subleaf, place.register))
@@ -253,7 +122,7 @@ impl CapabilitySet {
         for atom in &self.atoms {
             let bits = host.bits_at(atom);
             match atom.rule {
-                Rule::Subset => failing.extend(missing_bits(atom, bits)),
+                Rule::Subset => failing.extend(Atom::bits(atom.value & !bits).map(|bit| Failing::Bit(atom.place(bit)))),
                 Rule::Equal if bits != atom.value => failing.push(Failing::Field { guest: *atom, host: bits }),
                 Rule::NotGreater if bits < atom.value => failing.push(Failing::Field { guest: *atom, host: bits }),
                 Rule::Equal | Rule::NotGreater => {}
@@ -336,14 +205,6 @@ impl CapabilitySet {
         let facts = Facts { phys_bits, linear_bits, tsc_khz, tsc_scaling, engines, msrs };
         Ok(CapabilitySet { model, atoms, facts })
     }
-}
-
-fn missing_bits(guest: &Atom, host: u32) -> impl Iterator<Item = Failing> + use<> {
-    let Atom { leaf, subleaf, register, value, .. } = *guest;
-    (0..32).filter(move |bit| value & !host & (1 << bit) != 0).map(move |bit| {
-        let name = feature::name(leaf, subleaf, register, bit);
-        Failing::Bit { leaf, subleaf, register, bit, name }
-    })
 }
 
 fn decode_atom(atom: v1::CapabilityAtom) -> Result<Atom, BadSet> {
