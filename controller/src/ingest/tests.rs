@@ -204,10 +204,14 @@ async fn send_to(ingest: Arc<Ingest>, lanes: Vec<Vec<Bytes>>) -> (Vec<Said>, Res
         let routes = routes.clone();
         served.push(tokio::spawn(async move { routes.serve(host_identity("hostA"), incoming, out).await }));
     }
-    let entry = ingest.finished().await;
     for lane in served {
         lane.await.unwrap();
     }
+    let entry = tokio::select! {
+        biased;
+        entry = ingest.finished() => entry,
+        () = std::future::ready(()) => Err(Failure::new(Code::Protocol, "no lane was taken")),
+    };
     let mut words = Vec::new();
     while let Ok(chunk) = heard[0].try_recv() {
         words.push(said(&chunk.unwrap().frame).unwrap());
@@ -525,8 +529,9 @@ async fn pages_that_do_not_add_up_with_the_base_make_no_checkpoint() {
     assert!(failure.code == Code::Corrupt && failure.message.contains("RAM"), "{failure}");
     let mut stranger = first.clone();
     stranger.id = "ff".repeat(8);
-    let failure = on_base(&scratch, 2, &stranger, &[], &contents, false).await.1.unwrap_err();
-    assert!(failure.message.contains("which is not here"), "{failure}");
+    let (words, entry) = on_base(&scratch, 2, &stranger, &[], &contents, false).await;
+    assert_eq!(entry.unwrap_err().message, "no lane was taken");
+    assert!(matches!(&words[0], Said::Abort(abort) if abort.reason.contains("which is not here")), "{words:?}");
 }
 
 #[tokio::test]
