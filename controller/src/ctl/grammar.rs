@@ -258,6 +258,9 @@ pub struct MigrateArgs {
     /// What both sides compare before the hand-over: the digest kept while streaming, or every page again.
     #[arg(long, value_enum, default_value_t = Verify::Stream)]
     pub verify: Verify,
+    /// Most that the guest may be slowed down while it dirties memory faster than it can be sent, in percent; 0: never.
+    #[arg(long, default_value_t = 99, value_parser = clap::value_parser!(u32).range(0..=99), value_name = "PERCENT")]
+    pub throttle: u32,
     /// Check everything that can be checked and say what would be done; move nothing.
     #[arg(long)]
     pub dry_run: bool,
@@ -440,7 +443,7 @@ mod tests {
             "ctl vm resume vm1",
             "ctl vm stop vm1",
             "ctl vm rm vm1",
-            "ctl migrate vm1 --to hostB --via controller --downtime 30ms --bandwidth 1G --verify full --dry-run",
+            "ctl migrate vm1 --to hostB --via controller --downtime 30ms --bandwidth 1G --verify full --throttle 50 --dry-run",
             "ctl checkpoint create vm1",
             "ctl checkpoint ls",
             "ctl checkpoint ls vm1",

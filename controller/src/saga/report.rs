@@ -117,7 +117,7 @@ fn migration(operation: &Operation, memory: &Memory, transfers: &[TransferEvent]
         vm: operation.plan.vm.clone(),
         source: operation.plan.holder.as_ref().map(|holder| holder.host.clone()).unwrap_or_default(),
         target: target.clone(),
-        total_ms: unix_ms().saturating_sub(operation.began_unix_ms) as f64,
+        total_ms: memory.running_unix_ms.unwrap_or_else(unix_ms).saturating_sub(operation.began_unix_ms) as f64,
         downtime_ms: memory.downtime_ms,
         phases,
         rounds,

@@ -28,9 +28,9 @@ use super::voice::Voice;
 use super::world::{LoadRequest, World};
 use crate::failure::Failure;
 use crate::ingest::receive::Expected;
-use crate::ledger::Ledger;
 use crate::ledger::event::{CheckpointEntry, Holder, Intent, Outcome, Plan, Task};
 use crate::ledger::state::Operation;
+use crate::ledger::{Ledger, unix_ms};
 
 /// How long a ticket is good for the first word of a lane.
 const TICKET_MS: u64 = 120_000;
@@ -48,6 +48,9 @@ pub struct Memory {
     pub verdict: Option<String>,
     /// Time from the hand-over to the answer of the target, and the phases that the controller measured itself.
     pub downtime_ms: f64,
+    /// When the target said that the guest runs there, in milliseconds of the Unix clock: what comes after it
+    /// (`release`) is no part of the migration's time.
+    pub running_unix_ms: Option<u64>,
     /// Phases that the controller measured itself.
     pub phases: Vec<PhaseReport>,
 }
@@ -299,6 +302,7 @@ impl<W: World> Hands<'_, W> {
             memory.phases.push(phase("commit", began.duration_since(*at).as_secs_f64() * 1e3));
             memory.downtime_ms = handed_over.stopped_us as f64 / 1e3 + at.elapsed().as_secs_f64() * 1e3;
         }
+        memory.running_unix_ms.get_or_insert_with(unix_ms);
         memory.phases.push(phase("resume", reply.resume_us as f64 / 1e3));
         Ok(())
     }

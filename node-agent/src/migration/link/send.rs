@@ -5,29 +5,29 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use proto::status::Code;
 use proto::v1::lanes_client::LanesClient;
 use proto::v1::transfer_event::Event;
-use proto::v1::{self, Chunk, Hello, Section, SendRequest, StateEnd, TransferEvent, TransferProgress};
+use proto::v1::{self, Hello, Section, SendRequest, StateEnd, TransferEvent, TransferProgress};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tokio_stream::StreamExt;
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use vmcb_engine::memory::PAGE_BYTES;
 use vmcb_engine::memory::digest::PageDigests;
 use vmcb_engine::snapshot::{machine_digest, state_digest};
 
+use super::envelope::{Posting, enclose};
 use super::pace::Pace;
+use super::words;
 use super::workers::{Outgoing, Round, blocking};
-use super::{chunk, words};
 use crate::migration::message::Message;
 use crate::migration::source::{Effect, HandedOver, Input, Plan, Source, Step};
-use crate::migration::{Base, Failure, MESSAGE_BYTES_MAX, PROTOCOL, Sent, SourceVm, Spaces};
+use crate::migration::{Base, Failure, MESSAGE_BYTES_MAX, PROTOCOL, Sent, SourceVm, Spaces, THROTTLE_REPEAT};
 
-/// Frames that wait in the queue of a lane.
-const QUEUE_FRAMES: usize = 3;
+/// Batches of frames that wait in the queue of a lane.
+const QUEUE_BATCHES: usize = 3;
 /// How often progress is told.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 /// How long an `Abort` may take to leave before the lanes are cut.
@@ -94,7 +94,7 @@ impl Teller {
 struct Driver<V> {
     vm: V,
     outgoing: Arc<Outgoing>,
-    lanes: Vec<mpsc::Sender<Chunk>>,
+    lanes: Vec<mpsc::Sender<Bytes>>,
     /// One a lane: keeps the call open and reads what comes back.
     listeners: Vec<JoinHandle<()>>,
     round: Option<JoinHandle<()>>,
@@ -104,6 +104,8 @@ struct Driver<V> {
     to_inputs: mpsc::UnboundedSender<Input>,
     events: mpsc::UnboundedSender<TransferEvent>,
     told: (Instant, u64),
+    /// How far the guest is held back, and when that was last said.
+    throttle: (u32, Instant),
     /// The guest could not be let go.
     stuck: Option<Failure>,
 }
@@ -120,6 +122,7 @@ impl<V: SourceVm> Driver<V> {
         let zeros = || spaces.iter().map(|space| PageDigests::new(space.pages())).collect();
         let outgoing = Outgoing {
             digests: Mutex::new(base.map_or_else(zeros, |base| base.digests.clone())),
+            buffers: Arc::default(),
             pace: Mutex::new(Pace::new(request.policy.as_ref().map_or(0, |policy| policy.bandwidth_bytes_per_s))),
             began: Instant::now(),
             over: AtomicBool::new(false),
@@ -140,6 +143,7 @@ impl<V: SourceVm> Driver<V> {
             to_inputs,
             events: teller.queue.clone(),
             told: (Instant::now(), 0),
+            throttle: (0, Instant::now()),
             stuck: None,
         }
     }
@@ -152,7 +156,7 @@ impl<V: SourceVm> Driver<V> {
         }
         let ticket = request.ticket.clone().unwrap_or_default();
         for (lane, channel) in (0..).zip(channels) {
-            let (queue, waiting) = mpsc::channel(QUEUE_FRAMES);
+            let (queue, waiting) = mpsc::channel(QUEUE_BATCHES);
             let hello = Hello {
                 protocol_min: *PROTOCOL.start(),
                 protocol_max: *PROTOCOL.end(),
@@ -162,12 +166,12 @@ impl<V: SourceVm> Driver<V> {
                 lanes,
                 base: base.map(|base| base.checkpoint.clone()).unwrap_or_default(),
             };
-            let first = tokio_stream::once(chunk(Message::Hello(hello)));
-            let outbound = first.chain(ReceiverStream::new(waiting));
+            queue.try_send(enclose(Message::Hello(hello))).expect("the queue is new and has room");
+            let outbound = Posting::new(channel, waiting);
             let inputs = self.to_inputs.clone();
             self.lanes.push(queue);
             self.listeners.push(tokio::spawn(async move {
-                let ended = listen(lane, channel, outbound, &inputs).await;
+                let ended = listen(lane, outbound, &inputs).await;
                 let _ = inputs.send(Input::Lost(ended));
             }));
         }
@@ -189,10 +193,7 @@ impl<V: SourceVm> Driver<V> {
                     biased;
                     () = cancel.cancelled() => cancelled(),
                     Some(input) = self.inputs.recv() => input,
-                    _ = progress.tick() => {
-                        self.tell_progress();
-                        continue;
-                    }
+                    _ = progress.tick() => self.tick().await,
                 },
             };
             let Step { state, effects } = source.step(input, self.now_us());
@@ -210,6 +211,7 @@ impl<V: SourceVm> Driver<V> {
             Effect::AdvanceEpoch => Some(self.vm.advance_epoch().await.map_or_else(Input::Lost, Input::Epoch)),
             Effect::Stop => Some(self.vm.stop().await.map_or_else(Input::Lost, |()| Input::Stopped)),
             Effect::Capture => Some(self.vm.capture().await.map_or_else(Input::Lost, Input::Captured)),
+            Effect::Throttle { percent } => self.hold_back(percent).await.err().map(Input::Lost),
             Effect::Resume => {
                 self.stuck = self.vm.resume().await.err();
                 None
@@ -235,7 +237,7 @@ impl<V: SourceVm> Driver<V> {
             Effect::AbortTarget(failure) => {
                 self.outgoing.over.store(true, Ordering::Relaxed);
                 if let Some(lane) = self.lanes.first() {
-                    let farewell = chunk(Message::Abort(failure.into()));
+                    let farewell = enclose(Message::Abort(failure.into()));
                     let _ = tokio::time::timeout(FAREWELL, lane.send(farewell)).await;
                 }
                 None
@@ -250,6 +252,24 @@ impl<V: SourceVm> Driver<V> {
                 None
             }
         }
+    }
+
+    async fn tick(&mut self) -> Input {
+        self.tell_progress();
+        let (percent, said) = self.throttle;
+        match percent > 0 && said.elapsed() >= THROTTLE_REPEAT {
+            true => self.hold_back(percent).await.map_or_else(Input::Lost, |()| self.time()),
+            false => self.time(),
+        }
+    }
+
+    fn time(&self) -> Input {
+        Input::Tick { bytes_sent: self.outgoing.bytes_sent.load(Ordering::Relaxed) }
+    }
+
+    async fn hold_back(&mut self, percent: u32) -> Result<(), Failure> {
+        self.throttle = (percent, Instant::now());
+        self.vm.throttle(percent).await
     }
 
     fn send_round(&mut self, round: Round) {
@@ -281,7 +301,7 @@ impl<V: SourceVm> Driver<V> {
         let end = StateEnd { sections: sections.len() as u32, digest: Some(digest), verify_full };
         let messages = sections.into_iter().map(Message::Section).chain([Message::StateEnd(end)]);
         for message in messages {
-            if self.lanes[0].send(chunk(message)).await.is_err() {
+            if self.lanes[0].send(enclose(message)).await.is_err() {
                 give_way().await;
                 let _ = self.to_inputs.send(Input::Lost(Failure::new(Code::Unreachable, "lane 0 was lost")));
                 return;
@@ -304,6 +324,7 @@ impl<V: SourceVm> Driver<V> {
             bytes_remaining: self.outgoing.bytes_left.load(Ordering::Relaxed),
             bytes_per_s: bytes_per_s.min(u64::MAX.into()) as u64,
             dirty_rate: self.dirty_rate,
+            throttle_percent: self.throttle.0,
         }));
     }
 
@@ -364,21 +385,15 @@ fn cancelled() -> Input {
 }
 
 /// Opens a lane and turns what comes back into inputs, until it ends; returns how.
-async fn listen(
-    lane: u32,
-    channel: Channel,
-    outbound: impl tokio_stream::Stream<Item = Chunk> + Send + 'static,
-    inputs: &mpsc::UnboundedSender<Input>,
-) -> Failure {
+async fn listen(lane: u32, outbound: Posting, inputs: &mpsc::UnboundedSender<Input>) -> Failure {
     let lost = |what: &str, status: &tonic::Status| {
         let text = format!("lane {lane} {what}: {}", words(status));
         let code = if status.code() == tonic::Code::PermissionDenied { Code::Denied } else { Code::Unreachable };
         Failure::new(code, text)
     };
-    let mut client = LanesClient::new(channel)
-        .max_decoding_message_size(MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    let mut inbound = match client.lane(outbound).await {
+    let mut client = LanesClient::new(outbound).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    // The body is the queue's, not this stream's.
+    let mut inbound = match client.lane(tokio_stream::empty()).await {
         Ok(response) => response.into_inner(),
         Err(status) => return lost("was not opened", &status),
     };
