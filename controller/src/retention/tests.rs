@@ -192,8 +192,8 @@ fn a_simulation_ends_with_what_the_rules_say() {
     let end = simulate(&policy, vec![], NEW_YEAR, 90 * DAY).unwrap();
     let last = end.rows.last().unwrap();
     assert_eq!((last.after_ms, last.made), (90 * DAY, 90 * 288 + 1));
-    // Day 90 is 1 April: 12 last, 14 days (the newest of today is among the last), March's last is a day's too.
-    assert_eq!((last.kept, last.by_rule), (12 + 13, [12, 0, 14, 0, 2]));
+    // The end is midnight of 1 April: the newest of that day and of 31 March, who are also their months', are among the last.
+    assert_eq!((last.kept, last.by_rule), (12 + 12, [12, 0, 14, 0, 2]));
     assert_eq!(end.kept.len(), last.kept);
     assert!(end.rows.windows(2).all(|pair| pair[0].after_ms < pair[1].after_ms && pair[0].made <= pair[1].made));
     // Pruned after each one, the same is left.

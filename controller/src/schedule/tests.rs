@@ -163,11 +163,11 @@ impl Sim {
 #[test]
 fn three_weeks_pass_and_no_interval_is_longer_than_promised() {
     let mut sim = Sim::new(8, &every(5 * MINUTE));
-    sim.run(21 * DAY, 5000);
+    sim.run(21 * DAY, 20_000);
     for vm in 0..8 {
         let spans = sim.spans(vm);
-        assert!(spans.len() as i64 >= 21 * DAY / (5 * MINUTE + 10_000), "{}", spans.len());
-        assert!(spans.iter().all(|span| (4 * MINUTE..=5 * MINUTE + 15_000).contains(span)), "{:?}", spans.iter().max());
+        assert!(spans.len() as i64 >= 21 * DAY / (5 * MINUTE + 20_000), "{}", spans.len());
+        assert!(spans.iter().all(|span| (4 * MINUTE..=5 * MINUTE + 40_000).contains(span)), "{:?}", spans.iter().max());
     }
     assert_eq!(sim.said, []);
     assert!(sim.most <= 4 && sim.most_on_host <= 2);
@@ -178,7 +178,7 @@ fn more_than_there_are_places_for_take_turns_and_nobody_starves() {
     // 40 checkpoints of half a minute each in five minutes need all four places.
     let mut sim = Sim::new(40, &every(5 * MINUTE));
     sim.takes_ms = 29_000;
-    sim.run(DAY, 1000);
+    sim.run(3 * HOUR, 1000);
     assert_eq!((sim.most, sim.most_on_host), (4, 2));
     let counts: Vec<usize> = sim.began.values().map(Vec::len).collect();
     let (least, most) = (counts.iter().min().unwrap(), counts.iter().max().unwrap());
@@ -274,11 +274,14 @@ fn a_guest_that_stands_still_needs_none_and_misses_none() {
 fn a_migration_is_waited_for_and_a_long_one_is_a_miss() {
     let mut sim = Sim::new(1, &every(5 * MINUTE));
     sim.run(HOUR, 1000);
-    sim.run(10_000, 1000);
+    let newest = sim.vm(0).newest.clone();
+    while sim.vm(0).newest == newest {
+        sim.run(1000, 1000);
+    }
     let before = sim.count();
     sim.vm(0).stands = Stands::Blocked("migrate is under way".into());
-    sim.run(8 * MINUTE, 1000);
-    assert!(sim.count() <= before + 1 && sim.said.is_empty(), "{:?}", sim.said);
+    sim.run(6 * MINUTE, 1000);
+    assert!(sim.count() == before && sim.said.is_empty(), "{:?}", sim.said);
     assert_eq!(sim.book.standing("vm00").unwrap().word, "migrate is under way");
     sim.run(8 * MINUTE, 1000);
     assert!(matches!(sim.said[..], [Action::Missed { .. }]), "{:?}", sim.said);
@@ -291,7 +294,7 @@ fn a_migration_is_waited_for_and_a_long_one_is_a_miss() {
 fn checkpoints_begin_in_their_windows_only_and_the_day_is_no_miss() {
     let windows = vec![parse_window("22:00-06:00").unwrap()];
     let mut sim = Sim::new(2, &CheckpointPolicy { windows, ..every(10 * MINUTE) });
-    sim.run(5 * DAY, 5000);
+    sim.run(5 * DAY, 10_000);
     let hours = sim.began.values().flatten().map(|now| now.wall_ms.rem_euclid(DAY) / HOUR);
     assert!(hours.clone().all(|hour| !(6..22).contains(&hour)));
     assert!(hours.count() >= 2 * 5 * 7 * 6);
@@ -341,10 +344,10 @@ impl Stage {
         Stage { ledger, schedule, sagas, field, clock }
     }
 
-    /// The clock goes on, the schedule looks twice, and everything that it began ends.
+    /// The clock goes on, the schedule looks three times, and everything that it began ends.
     async fn goes_on(&self, by_ms: i64) {
         self.clock.0.fetch_add(by_ms, Ordering::SeqCst);
-        for _ in 0..2 {
+        for _ in 0..3 {
             self.schedule.turn(&CancellationToken::new()).await;
             ended(&self.ledger).await;
         }
@@ -373,6 +376,7 @@ async fn checkpoints_come_and_go_and_those_made_by_hand_stay() {
     stage.sagas.begin("operator/test", by_hand).await.unwrap();
     ended(&stage.ledger).await;
     let pinned = stage.ids().pop().unwrap();
+    stage.goes_on(0).await;
     for _ in 0..5 {
         let before = stage.ids().pop().unwrap();
         stage.goes_on(10_000).await;
