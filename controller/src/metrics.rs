@@ -225,9 +225,9 @@ fn measure(sources: &Sources) {
     let stored: u64 = state.checkpoints.values().map(|entry| entry.stored_bytes).sum();
     metrics::gauge!(CHECKPOINT_STORED).set(stored as f64);
     metrics::gauge!(CERTIFICATE_EXPIRY).set(sources.tls.expires_unix_s() as f64);
-    let now = unix_ms();
+    let (now, newest) = (unix_ms(), state.newest_checkpoints());
     for vm in state.vms.values() {
-        if let Some(newest) = state.newest_checkpoint(&vm.id) {
+        if let Some(newest) = newest.get(vm.id.as_str()) {
             let age = now.saturating_sub(newest.created_unix_ms) as f64 / 1e3;
             metrics::gauge!(CHECKPOINT_AGE, "vm" => vm.name.clone()).set(age);
         }

@@ -41,18 +41,17 @@ impl State {
                 if !self.vms.contains_key(vm) {
                     return Err(Refusal::Stale("the VM is gone"));
                 }
-                let before = self.policies.get(vm).map(|there| Scheduled::clone(there));
-                let fresh = Scheduled {
-                    policy: Arc::default(),
+                let before = self.policies.get(vm);
+                let now = Scheduled {
+                    policy: Arc::new(policy.clone()),
                     set_unix_ms: record.unix_ms,
-                    attempt: String::new(),
-                    counted: String::new(),
+                    attempt: before.map(|before| before.attempt.clone()).unwrap_or_default(),
+                    counted: before.map(|before| before.counted.clone()).unwrap_or_default(),
                     failures: 0,
                     failed_unix_ms: 0,
                     failure: String::new(),
-                    missed: false,
+                    missed: before.is_some_and(|before| before.missed),
                 };
-                let now = Scheduled { policy: Arc::new(policy.clone()), ..before.unwrap_or(fresh) };
                 self.policies.insert(vm.clone(), Arc::new(now));
             }
             Event::PolicyRemoved { vm } => {

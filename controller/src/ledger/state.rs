@@ -197,13 +197,26 @@ impl State {
 
     /// The newest checkpoint of a VM's id: the one that was made last, whatever the clock said.
     pub fn newest_checkpoint(&self, vm_id: &str) -> Option<&Arc<CheckpointEntry>> {
-        self.checkpoints.values().filter(|c| c.vm_id == vm_id).max_by_key(|c| made_order(c))
+        let of_vm = self.checkpoints.values().filter(|c| c.vm_id == vm_id);
+        of_vm.max_by(|a, b| made_order(a).cmp(&made_order(b)))
+    }
+
+    /// The newest checkpoint of every VM's id, in one pass.
+    pub fn newest_checkpoints(&self) -> BTreeMap<&str, &Arc<CheckpointEntry>> {
+        let mut newest: BTreeMap<&str, &Arc<CheckpointEntry>> = BTreeMap::new();
+        for entry in self.checkpoints.values() {
+            let there = newest.entry(&entry.vm_id).or_insert(entry);
+            if made_order(entry) > made_order(there) {
+                *there = entry;
+            }
+        }
+        newest
     }
 
     /// The checkpoints of a VM's id in the order in which they were made, oldest first.
     pub fn checkpoints_of(&self, vm_id: &str) -> Vec<&Arc<CheckpointEntry>> {
         let mut found: Vec<_> = self.checkpoints.values().filter(|c| c.vm_id == vm_id).collect();
-        found.sort_by_key(|c| made_order(c));
+        found.sort_by(|a, b| made_order(a).cmp(&made_order(b)));
         found
     }
 
@@ -410,8 +423,8 @@ impl State {
 }
 
 /// Sorts checkpoints as they were made. Those that the ledger did not see made come first, by the clock.
-fn made_order(entry: &CheckpointEntry) -> (u64, u64, String) {
-    (entry.sequence, entry.created_unix_ms, entry.id.clone())
+fn made_order(entry: &CheckpointEntry) -> (u64, u64, &str) {
+    (entry.sequence, entry.created_unix_ms, &entry.id)
 }
 
 /// Lock of a VM's name.

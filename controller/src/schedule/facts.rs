@@ -81,9 +81,10 @@ pub type Observe = Arc<dyn Fn(&Vm) -> (HostState, Option<VmInfo>) + Send + Sync>
 
 /// Puts together what is known, by name of the VM.
 pub fn gather(state: &State, observe: &Observe) -> Vec<Facts> {
+    let newest = state.newest_checkpoints();
     let of = |(name, scheduled): (&String, &Arc<Scheduled>)| {
         let vm = state.vms.get(name)?;
-        let newest = state.newest_checkpoint(&vm.id).map(|entry| Newest {
+        let newest = newest.get(vm.id.as_str()).map(|entry| Newest {
             id: entry.id.clone(),
             unix_ms: entry.created_unix_ms,
             sequence: entry.sequence,

@@ -211,6 +211,9 @@ impl<W: World> Schedule<W> {
             };
             let task = Task::RemoveCheckpoint { checkpoint: entry.id.clone(), generation: entry.generation };
             let plan = plans::on_checkpoint(&state, &entry.id, |_| task)?;
+            if actor != self.inner.actor {
+                self.make_way(&plan.locks).await;
+            }
             let voice = sagas.begin(actor, plan).await?;
             let last = voice.listen().filter_map(Result::ok).fold(None, |_, event| event.event).await;
             if let Some(proto::v1::operation_event::Event::Failed(failed)) = last {
