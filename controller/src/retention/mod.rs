@@ -109,6 +109,9 @@ pub fn plan(checkpoints: &[Item], keep: &CheckpointsKept, zone: &Zone) -> Vec<De
     checkpoints.iter().zip(marks).map(decide).collect()
 }
 
+/// Which of an instant's periods a rule counts.
+type PeriodOf = fn(&Periods) -> i64;
+
 /// The reasons of each checkpoint, whose periods are known already.
 fn marks(checkpoints: &[Item], periods: &[Periods], keep: &CheckpointsKept) -> Vec<Vec<Reason>> {
     let mut marks = vec![Vec::new(); checkpoints.len()];
@@ -117,7 +120,7 @@ fn marks(checkpoints: &[Item], periods: &[Periods], keep: &CheckpointsKept) -> V
     for &at in countable.iter().take(keep.last as usize) {
         marks[at].push(Reason::Last);
     }
-    let rules: [(Reason, u32, fn(&Periods) -> i64); 4] = [
+    let rules: [(Reason, u32, PeriodOf); 4] = [
         (Reason::Hourly, keep.hourly, |periods| periods.hour),
         (Reason::Daily, keep.daily, |periods| periods.day),
         (Reason::Weekly, keep.weekly, |periods| periods.week),

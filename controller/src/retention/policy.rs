@@ -192,7 +192,8 @@ mod tests {
     #[test]
     fn what_cannot_be_carried_out_is_refused() {
         check(&policy()).unwrap();
-        let refused: [(&str, fn(&mut CheckpointPolicy)); 8] = [
+        type Change = fn(&mut CheckpointPolicy);
+        let refused: [(&str, Change); 8] = [
             ("cannot be kept", |p| p.every_ms = 9_999),
             ("cannot be kept", |p| p.every_ms = u64::MAX),
             ("half of the interval", |p| p.jitter_ms = 200_000),
