@@ -4,12 +4,13 @@
 use std::collections::BTreeSet;
 
 use e2e::cluster::{Cluster, Ticks, wait};
-use e2e::guest::Program;
+use e2e::guest::{Program, REGION};
 use proto::status::Code;
 use serde_json::Value;
 
 /// A small guest, so that a checkpoint takes a moment.
-const GUEST: Program = Program { region_bytes: 4 << 20, pages_per_s: 500, tick_ms: 20, tsc_hz: 1_000_000_000 };
+const GUEST: Program =
+    Program { start: REGION, region_bytes: 4 << 20, pages_per_s: 500, tick_ms: 20, tsc_hz: 1_000_000_000 };
 
 /// Ids of all checkpoints of the VM, oldest first, and which of them were made by hand.
 fn checkpoints(cluster: &Cluster) -> (Vec<String>, Vec<String>) {
