@@ -21,5 +21,7 @@ pub mod ingest;
 pub mod ledger;
 pub mod metrics;
 pub mod reconcile;
+pub mod retention;
 pub mod saga;
+pub mod schedule;
 pub mod tls;

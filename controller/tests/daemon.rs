@@ -62,6 +62,8 @@ impl Cluster {
             bucket: format!("file:{}", self.folder.join("bucket").display()),
             tls: self.certificate("controller/main"),
             lease_ms: 10_000,
+            checkpoints_at_once: 4,
+            checkpoints_at_once_per_host: 2,
             metrics: None,
             log: LogFormat::Text,
             filter: "info".into(),

@@ -296,6 +296,9 @@ impl Ingest {
             pack_keys: manifest::pack_keys(&manifest),
             digest: finished.digest,
             verified: "unverified".into(),
+            own_bytes: 0,
+            by_policy: false,
+            sequence: 0,
         };
         self.bucket.put(&entry.manifest_key, bytes).await?;
         Ok(entry)

@@ -93,6 +93,10 @@ pub fn record(entry: &CheckpointEntry) -> CheckpointRecord {
         manifest_key: entry.manifest_key.clone(),
         digest: Some(entry.digest.clone()),
         verified: entry.verified.clone(),
+        own_bytes: entry.own_bytes,
+        kept_by: Vec::new(),
+        pinned: !entry.by_policy,
+        age_ms: unix_ms().saturating_sub(entry.created_unix_ms),
     }
 }
 

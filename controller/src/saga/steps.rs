@@ -24,6 +24,7 @@ use proto::v1::{
 };
 use tokio::time::Instant;
 
+use super::gate::Gate;
 use super::voice::Voice;
 use super::world::{LoadRequest, World};
 use crate::failure::Failure;
@@ -65,6 +66,8 @@ pub struct Hands<'a, W> {
     pub operation: &'a Operation,
     /// What it says.
     pub voice: &'a Voice,
+    /// How many checkpoints are taken at once.
+    pub gate: &'a Gate,
 }
 
 fn lost(what: &str) -> Failure {
@@ -107,7 +110,7 @@ impl<W: World> Hands<'_, W> {
             }
             (Task::Migrate { target, paused, .. }, "activate") => self.activate(target, *paused, memory).await,
             (Task::Migrate { .. }, _) => self.release(memory).await,
-            (Task::Checkpoint { checkpoint }, _) => self.stream(checkpoint, memory).await,
+            (Task::Checkpoint { checkpoint, .. }, _) => self.stream(checkpoint, memory).await,
             (Task::Restore { .. }, "fence") => self.fence().await,
             (Task::Restore { target, .. }, "prepare") => self.prepare(target, memory).await,
             (Task::Restore { checkpoint, target, policy, .. }, "load") => {
@@ -135,7 +138,7 @@ impl<W: World> Hands<'_, W> {
                 self.world.abandon(target, self.itself(why)).await
             }
             (Task::Migrate { .. }, "precopy") => self.world.abandon(&self.holder()?.host, self.itself(why)).await,
-            (Task::Checkpoint { checkpoint }, _) => self.unstream(checkpoint, why).await,
+            (Task::Checkpoint { checkpoint, .. }, _) => self.unstream(checkpoint, why).await,
             (Task::Restore { .. }, "fence") => self.unfence().await,
             (
                 Task::Pause { .. }
@@ -157,10 +160,10 @@ impl<W: World> Hands<'_, W> {
     /// If the steps before it did not bring what it needs.
     pub fn outcome(&self, memory: &Memory) -> Result<Outcome, Failure> {
         match &self.plan().task {
-            Task::Checkpoint { .. } => memory
+            Task::Checkpoint { by_policy, .. } => memory
                 .checkpoint
                 .clone()
-                .map(|entry| Outcome::Checkpoint(Box::new(entry)))
+                .map(|entry| Outcome::Checkpoint(Box::new(CheckpointEntry { by_policy: *by_policy, ..entry })))
                 .ok_or_else(|| lost("the checkpoint")),
             Task::Verify { .. } => memory.verdict.clone().map(Outcome::Verified).ok_or_else(|| lost("the verdict")),
             Task::Migrate { .. } => {
@@ -310,6 +313,8 @@ impl<W: World> Hands<'_, W> {
     async fn stream(&self, checkpoint: &str, memory: &mut Memory) -> Result<(), Failure> {
         let holder = self.holder()?;
         let (config, capabilities, _) = self.machine()?;
+        // Before the ticket is made, which expires.
+        let _room = self.gate.enter(&holder.host, |why| self.voice.note(format!("waits: {why}"))).await;
         let request = SendRequest {
             vm: self.plan().vm.clone(),
             generation: holder.generation,
