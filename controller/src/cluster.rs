@@ -25,8 +25,11 @@ use crate::ledger::event::Event;
 use crate::ledger::{Ledger, LedgerError};
 use crate::metrics::{self, MetricsError, Sources};
 use crate::reconcile::Reconcile;
+use crate::saga::gate::Limits;
 use crate::saga::hosts::Hosts;
 use crate::saga::{Patience, Sagas, ShowVm};
+use crate::schedule::facts::Observe;
+use crate::schedule::{Schedule, SystemClock};
 use crate::tls::{Tls, TlsError};
 
 /// How long operations may take to end at shutdown.
@@ -106,8 +109,12 @@ impl Controller {
         };
         let shown = (ledger.clone(), agents.clone());
         let show: ShowVm = Arc::new(move |name| views::show(&shown.0, &shown.1, name));
-        let sagas = Sagas::new(ledger.clone(), world, Patience::default(), actor, show);
-        let api = Api { ledger, agents, sagas, reader, routes, reconcile: Reconcile::default() };
+        let sagas = Sagas::new(ledger.clone(), world, Patience::default(), actor.clone(), show);
+        sagas.gate().limit(Limits { cluster: config.checkpoints_at_once, host: config.checkpoints_at_once_per_host });
+        let heard = agents.clone();
+        let observe: Observe = Arc::new(move |vm| (heard.host_state(&vm.host), heard.observed(&vm.host, &vm.name)));
+        let schedule = Schedule::new(ledger.clone(), sagas.clone(), observe, SystemClock::default(), actor);
+        let api = Api { ledger, agents, sagas, schedule, reader, routes, reconcile: Reconcile::default() };
         Ok(Controller { config, listener, address, tls, api })
     }
 
@@ -132,6 +139,7 @@ impl Controller {
         let (accepted, connections) = mpsc::channel(ACCEPTED_MAX);
         tokio::spawn(link::accept(listener, tls.clone(), accepted));
         api.sagas.recover().await?;
+        tokio::spawn(api.schedule.clone().run(shutdown.clone()));
         tracing::info!(%address, identity = %tls.identity(), bucket = config.bucket, "ready");
         let server = Server::builder()
             .initial_stream_window_size(link::STREAM_WINDOW)

@@ -7,6 +7,8 @@
 //! bucket   = "file:/var/lib/godwit/bucket"
 //! keys     = "/var/lib/godwit/keys"    # the cluster keys; default: beside `store`
 //! lease_ms = 10000
+//! checkpoints_at_once          = 4     # in the cluster; more of them wait in line
+//! checkpoints_at_once_per_host = 2
 //! metrics  = "127.0.0.1:9400"          # Prometheus over HTTP; left out: none
 //! log      = "text"                    # or "json"
 //! filter   = "info"                    # which log lines: a level, or directives such as "info,controller=debug"
@@ -22,6 +24,8 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+
+use crate::saga::gate::Limits;
 
 /// Shortest lease that heartbeats can keep up with, milliseconds.
 const LEASE_MS_MIN: u64 = 500;
@@ -49,6 +53,12 @@ pub struct Config {
     /// How long an agent may run a VM without hearing from a controller, milliseconds.
     #[serde(default = "lease_ms_default")]
     pub lease_ms: u64,
+    /// Checkpoints that are taken at once in the cluster.
+    #[serde(default = "at_once_default")]
+    pub checkpoints_at_once: usize,
+    /// Checkpoints that are taken at once of guests of one host.
+    #[serde(default = "at_once_per_host_default")]
+    pub checkpoints_at_once_per_host: usize,
     /// Where metrics are served over HTTP.
     #[serde(default)]
     pub metrics: Option<SocketAddr>,
@@ -105,6 +115,17 @@ pub enum ConfigError {
     /// A number outside of what works.
     #[error("lease_ms is {0}; it must lie between {LEASE_MS_MIN} and {LEASE_MS_MAX}")]
     Lease(u64),
+    /// No checkpoint could ever be taken.
+    #[error("checkpoints_at_once and checkpoints_at_once_per_host must be at least 1")]
+    AtOnce,
+}
+
+fn at_once_default() -> usize {
+    Limits::default().cluster
+}
+
+fn at_once_per_host_default() -> usize {
+    Limits::default().host
 }
 
 fn lease_ms_default() -> u64 {
@@ -143,6 +164,9 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
+        if self.checkpoints_at_once == 0 || self.checkpoints_at_once_per_host == 0 {
+            return Err(ConfigError::AtOnce);
+        }
         if (LEASE_MS_MIN..=LEASE_MS_MAX).contains(&self.lease_ms) {
             Ok(())
         } else {
@@ -174,5 +198,11 @@ mod tests {
     fn a_lease_that_cannot_be_kept_is_refused() {
         let config = Config::parse(&format!("{SMALL}lease_ms = 5\n{TLS}")).unwrap();
         assert!(matches!(config.check(), Err(ConfigError::Lease(5))));
+    }
+
+    #[test]
+    fn a_limit_that_lets_no_checkpoint_through_is_refused() {
+        let config = Config::parse(&format!("{SMALL}checkpoints_at_once = 0\n{TLS}")).unwrap();
+        assert!(matches!(config.check(), Err(ConfigError::AtOnce)));
     }
 }

@@ -22,5 +22,7 @@ pub mod keys;
 pub mod ledger;
 pub mod metrics;
 pub mod reconcile;
+pub mod retention;
 pub mod saga;
+pub mod schedule;
 pub mod tls;

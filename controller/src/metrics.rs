@@ -14,6 +14,8 @@
 //! | `godwit_migration_downtime_seconds` | histogram |              | guest stopped, up to the target's answer         |
 //! | `godwit_checkpoint_bytes_total`     | counter   |              | bytes of packs and manifests written             |
 //! | `godwit_checkpoint_stop_seconds`    | histogram |              | guest stopped for a checkpoint                   |
+//! | `godwit_checkpoint_age_seconds`     | gauge     | vm           | since the newest checkpoint of a VM was made     |
+//! | `godwit_policies_missed`            | gauge     |              | VMs whose newest checkpoint is too old           |
 //! | `godwit_relay_bytes_total`          | counter   |              | bytes of chunks forwarded between hosts          |
 //! | `godwit_damaged_total`              | counter   |              | frames, packs and manifests that fail their hash |
 //! | `godwit_bucket_failures_total`      | counter   | kind         | failed accesses: full, gone, io                  |
@@ -30,12 +32,13 @@ use axum::Router;
 use axum::http::header::CONTENT_TYPE;
 use axum::routing::get;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use metrics_util::MetricKindMask;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::agents::Agents;
-use crate::ledger::Ledger;
 use crate::ledger::event::LABELS;
+use crate::ledger::{Ledger, unix_ms};
 use crate::tls::Tls;
 
 /// See the table above.
@@ -58,6 +61,10 @@ pub const MIGRATION_DOWNTIME: &str = "godwit_migration_downtime_seconds";
 pub const CHECKPOINT_BYTES: &str = "godwit_checkpoint_bytes_total";
 /// See the table above.
 pub const CHECKPOINT_STOP: &str = "godwit_checkpoint_stop_seconds";
+/// See the table above.
+pub const CHECKPOINT_AGE: &str = "godwit_checkpoint_age_seconds";
+/// See the table above.
+pub const POLICIES_MISSED: &str = "godwit_policies_missed";
 /// See the table above.
 pub const RELAY_BYTES: &str = "godwit_relay_bytes_total";
 /// See the table above.
@@ -83,7 +90,7 @@ enum Kind {
 }
 
 /// Every metric: name, kind, what it says.
-const METRICS: [(&str, Kind, &str); 18] = [
+const METRICS: [(&str, Kind, &str); 20] = [
     (HOSTS, Kind::Gauge, "hosts that are up, silent or lost"),
     (VMS, Kind::Gauge, "VMs by what was asked for"),
     (CHECKPOINTS, Kind::Gauge, "checkpoints in the ledger"),
@@ -96,6 +103,8 @@ const METRICS: [(&str, Kind, &str); 18] = [
     (MIGRATION_DOWNTIME, Kind::Histogram, "guest stopped, up to the target's answer"),
     (CHECKPOINT_BYTES, Kind::Counter, "bytes of packs and manifests written"),
     (CHECKPOINT_STOP, Kind::Histogram, "guest stopped for a checkpoint"),
+    (CHECKPOINT_AGE, Kind::Gauge, "since the newest checkpoint of a VM was made"),
+    (POLICIES_MISSED, Kind::Gauge, "VMs whose newest checkpoint is too old"),
     (RELAY_BYTES, Kind::Counter, "bytes of chunks forwarded between hosts"),
     (DAMAGED, Kind::Counter, "frames, packs and manifests that fail their hash"),
     (BUCKET_FAILURES, Kind::Counter, "failed accesses: full, gone, io"),
@@ -107,6 +116,8 @@ const METRICS: [(&str, Kind, &str); 18] = [
 /// Version 0.0.4 of the text form.
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
+/// How long a gauge of a VM that is gone is still shown.
+const GONE: std::time::Duration = std::time::Duration::from_secs(60);
 const DOWNTIME_BUCKETS: [f64; 10] = [0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0];
 const OPERATION_BUCKETS: [f64; 9] = [0.05, 0.2, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0];
 
@@ -127,6 +138,8 @@ pub fn install() -> Result<PrometheusHandle, MetricsError> {
     let failed = |error: String| MetricsError::Recorder(error);
     let full = |name: &str| Matcher::Full(name.into());
     let recorder = PrometheusBuilder::new()
+        // Gauges are set whenever they are asked for: one that is not set any more is of a VM that is gone.
+        .idle_timeout(MetricKindMask::GAUGE, Some(GONE))
         .set_buckets_for_metric(full(MIGRATION_DOWNTIME), &DOWNTIME_BUCKETS)
         .and_then(|builder| builder.set_buckets_for_metric(full(CHECKPOINT_STOP), &DOWNTIME_BUCKETS))
         .and_then(|builder| builder.set_buckets_for_metric(full(OPERATION_SECONDS), &OPERATION_BUCKETS))
@@ -212,6 +225,14 @@ fn measure(sources: &Sources) {
     let stored: u64 = state.checkpoints.values().map(|entry| entry.stored_bytes).sum();
     metrics::gauge!(CHECKPOINT_STORED).set(stored as f64);
     metrics::gauge!(CERTIFICATE_EXPIRY).set(sources.tls.expires_unix_s() as f64);
+    let (now, newest) = (unix_ms(), state.newest_checkpoints());
+    for vm in state.vms.values() {
+        if let Some(newest) = newest.get(vm.id.as_str()) {
+            let age = now.saturating_sub(newest.created_unix_ms) as f64 / 1e3;
+            metrics::gauge!(CHECKPOINT_AGE, "vm" => vm.name.clone()).set(age);
+        }
+    }
+    metrics::gauge!(POLICIES_MISSED).set(state.policies.values().filter(|policy| policy.missed).count() as f64);
 }
 
 #[cfg(test)]

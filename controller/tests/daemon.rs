@@ -63,6 +63,8 @@ impl Cluster {
             keys: None,
             tls: self.certificate("controller/main"),
             lease_ms: 10_000,
+            checkpoints_at_once: 4,
+            checkpoints_at_once_per_host: 2,
             metrics: None,
             log: LogFormat::Text,
             filter: "info".into(),

@@ -75,9 +75,9 @@ fn what_is_typed_during_a_migration_comes_out_once_and_whole() {
     let mut migration = cluster.command(["migrate", "vm1", "--to", "hostB"]).spawn().expect("ctl can be run");
     // Capitals are the echo: the guest itself prints none.
     let mut typed = String::new();
-    let mut ended = None;
-    while ended.is_none() {
-        ended = migration.try_wait().expect("ctl runs");
+    let mut under_way = true;
+    while under_way {
+        under_way = migration.try_wait().expect("ctl runs").is_none();
         for _ in 0..8 {
             let word: String = (0..64).map(|n| char::from(b'A' + ((typed.len() + n * 7) % 26) as u8)).collect();
             std::io::Write::write_all(&mut keys, word.as_bytes()).expect("ctl reads its input");
@@ -87,7 +87,7 @@ fn what_is_typed_during_a_migration_comes_out_once_and_whole() {
             (heard().matches(char::is_uppercase).count() + 6000 > typed.len()).then_some(())
         });
     }
-    assert!(ended.is_some_and(|status| status.success()), "the migration failed\n{}", cluster.logs());
+    assert!(migration.wait().expect("ctl ends").success(), "the migration failed\n{}", cluster.logs());
     let echo = || heard().chars().filter(char::is_ascii_uppercase).collect::<String>();
     wait("the whole echo", || (echo().len() >= typed.len()).then_some(()));
     assert!(echo() == typed, "typed {} bytes, {} came back", typed.len(), echo().len());

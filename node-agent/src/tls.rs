@@ -19,8 +19,8 @@ use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use rustls::{CipherSuite, ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
+use tokio::io::{AsyncRead, AsyncWrite, BufReader, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 use tonic::transport::{Channel, Endpoint, Uri};
@@ -30,6 +30,8 @@ use x509_parser::extensions::GeneralName;
 use crate::config::TlsFiles;
 
 const TRUST_DOMAIN: &str = "spiffe://godwit/";
+/// The TLS library reads 4 KiB at a time; reading ahead for it saves most of the system calls.
+const READ_AHEAD_BYTES: usize = 64 << 10;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Whom a certificate names.
@@ -142,7 +144,10 @@ impl Tls {
     /// # Errors
     /// [`TlsError`]; it names the file.
     pub fn load(files: TlsFiles) -> Result<Tls, TlsError> {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut provider = rustls::crypto::ring::default_provider();
+        // The lighter of two strong ciphers first: a lane is as fast as its cipher.
+        provider.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
+        let provider = Arc::new(provider);
         let changed = Mutex::new(modified(&files));
         let loaded = ArcSwap::from_pointee(read(&files, &provider)?);
         Ok(Tls { files, provider, loaded, changed })
@@ -188,7 +193,7 @@ impl Tls {
     /// The handshake failed, or the certificate names nobody.
     pub async fn accept(&self, stream: TcpStream) -> io::Result<PeerStream> {
         let acceptor = TlsAcceptor::from(Arc::clone(&self.loaded.load().server));
-        let stream = acceptor.accept(stream).await?;
+        let stream = acceptor.accept(BufReader::with_capacity(READ_AHEAD_BYTES, stream)).await?;
         let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first()).cloned();
         let certificate = certificate.ok_or_else(|| io::Error::other("the client has no certificate"))?;
         let identity = Identity::of_certificate(&certificate).map_err(io::Error::other)?;
@@ -215,6 +220,7 @@ impl Tls {
                 let stream = TcpStream::connect(&authority).await?;
                 stream.set_nodelay(true)?;
                 let name = ServerName::try_from("godwit").map_err(io::Error::other)?;
+                let stream = BufReader::with_capacity(READ_AHEAD_BYTES, stream);
                 let stream = TlsConnector::from(config).connect(name, stream).await?;
                 Ok::<_, io::Error>(TokioIo::new(stream))
             }
@@ -347,7 +353,7 @@ pub struct Peer(pub Arc<Identity>);
 
 /// A connection whose other side is known.
 pub struct PeerStream {
-    stream: TlsStream<TcpStream>,
+    stream: TlsStream<BufReader<TcpStream>>,
     peer: Peer,
 }
 

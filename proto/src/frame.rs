@@ -229,8 +229,13 @@ pub fn encode_message(kind: Kind, message: &impl prost::Message) -> Vec<u8> {
 /// A header with an empty hash and room for the body: append exactly `body_bytes`, then [`seal`].
 pub fn begin(kind: Kind, body_bytes: usize) -> Vec<u8> {
     let mut frame = Vec::with_capacity(HEADER_BYTES + body_bytes);
-    frame.extend_from_slice(&header(kind, body_bytes));
+    begin_in(kind, body_bytes, &mut frame);
     frame
+}
+
+/// [`begin`] at the end of a buffer that holds something already.
+fn begin_in(kind: Kind, body_bytes: usize, frame: &mut Vec<u8>) {
+    frame.extend_from_slice(&header(kind, body_bytes));
 }
 
 fn header(kind: Kind, body_bytes: usize) -> [u8; HEADER_BYTES] {
@@ -366,6 +371,38 @@ pub fn decode_pages(bytes: &[u8]) -> Result<Pages<'_>, FrameError> {
     Ok(Pages { run, payload, leaves })
 }
 
+/// [`decode_pages`] of several frames. Their pages are hashed side by side: many frames of one page cost hardly more than
+/// one frame of many.
+///
+/// # Errors
+/// The [`FrameError`] of the first frame that has one.
+pub fn decode_all_pages<'a>(frames: impl IntoIterator<Item = &'a [u8]>) -> Result<Vec<Pages<'a>>, FrameError> {
+    let frames: Vec<&[u8]> = frames.into_iter().collect();
+    let payload = |frame: &'a [u8]| frame.get(HEADER_BYTES + PAGES_PREFIX_BYTES..).unwrap_or_default();
+    let whole = |frame: &'a [u8]| payload(frame).as_chunks::<PAGE_BYTES>().0.iter();
+    let leaves = crate::leaf::leaves_of_pages(frames.iter().flat_map(|frame| whole(frame)));
+    let mut first = 0;
+    let mut all = Vec::with_capacity(frames.len());
+    for frame in frames {
+        let ours = &leaves[first..first + whole(frame).len()];
+        first += ours.len();
+        let header = Header::parse(frame)?;
+        let usual = header.kind == Kind::Pages
+            && frame.len() == HEADER_BYTES + header.body_bytes
+            && payload(frame).len() == ours.len() * PAGE_BYTES
+            && frame.len() >= HEADER_BYTES + PAGES_PREFIX_BYTES;
+        // Whatever is wrong with it is found by the way that looks at it alone.
+        all.push(match usual && hash(frame, ours) == header.hash {
+            true => {
+                let (run, payload) = PageRun::parse(&frame[HEADER_BYTES..])?;
+                Pages { run, payload, leaves: ours.to_vec() }
+            }
+            false => decode_pages(frame)?,
+        });
+    }
+    Ok(all)
+}
+
 /// Checks that `bytes` are exactly one frame of this kind and decodes its protobuf body.
 ///
 /// # Errors
@@ -412,13 +449,24 @@ impl PageRun {
 
     /// Starts a frame for this run: append exactly [`PageRun::payload_bytes`], then [`seal`].
     pub fn begin(&self) -> Vec<u8> {
+        let mut frame = Vec::with_capacity(self.frame_bytes());
+        self.begin_in(&mut frame);
+        frame
+    }
+
+    /// Bytes of the whole frame of this run.
+    pub fn frame_bytes(&self) -> usize {
+        HEADER_BYTES + PAGES_PREFIX_BYTES + self.payload_bytes()
+    }
+
+    /// [`PageRun::begin`] at the end of a buffer that holds other frames already.
+    pub fn begin_in(&self, frame: &mut Vec<u8>) {
         assert!(self.pages > 0 && (self.encoding == Encoding::Zero || self.pages <= PAGES_MAX), "{self:?}");
-        let mut frame = begin(Kind::Pages, PAGES_PREFIX_BYTES + self.payload_bytes());
+        begin_in(Kind::Pages, PAGES_PREFIX_BYTES + self.payload_bytes(), frame);
         frame.extend_from_slice(&self.first_page.to_le_bytes());
         frame.extend_from_slice(&self.pages.to_le_bytes());
         frame.extend_from_slice(&self.space.to_le_bytes());
         frame.extend_from_slice(&(self.encoding as u16).to_le_bytes());
-        frame
     }
 
     /// Takes the body of a [`Kind::Pages`] frame apart. The numbers are consistent with the length of the payload; that
@@ -491,6 +539,7 @@ mod tests {
         fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = decode(&bytes);
             let _ = decode_pages(&bytes);
+            let _ = decode_all_pages([&bytes[..], &bytes[..]]);
             let _ = PageRun::parse(&bytes);
         }
     }
@@ -523,6 +572,28 @@ mod tests {
         assert_eq!(frame[16..HEADER_BYTES], *blake3::hash(&covered).as_bytes());
         let pages = decode_pages(&frame).unwrap();
         assert_eq!((pages.run, pages.leaves), (run, leaves));
+    }
+
+    proptest! {
+        #[test]
+        fn frames_of_pages_are_judged_together_as_they_are_alone(
+            shapes in proptest::collection::vec((0..5u32, 0..3u8), 1..8), flip in any::<Option<prop::sample::Index>>()
+        ) {
+            let mut frames: Vec<Vec<u8>> = Vec::new();
+            for (number, (pages, odd)) in (0..).zip(shapes) {
+                let run = PageRun { first_page: number, pages: pages.max(1), space: 0, encoding: if pages == 0 { Encoding::Zero } else { Encoding::Raw } };
+                let mut body = run.begin()[HEADER_BYTES..].to_vec();
+                body.resize(body.len() + run.payload_bytes() + if odd == 2 { 7 } else { 0 }, number as u8);
+                frames.push(encode(Kind::Pages, &body));
+            }
+            if let Some(flip) = flip {
+                let frame = flip.index(frames.len());
+                let at = flip.index(frames[frame].len());
+                frames[frame][at] ^= 1;
+            }
+            let alone: Result<Vec<_>, _> = frames.iter().map(|frame| decode_pages(frame)).collect();
+            prop_assert_eq!(decode_all_pages(frames.iter().map(Vec::as_slice)), alone);
+        }
     }
 
     #[test]

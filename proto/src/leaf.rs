@@ -40,19 +40,31 @@ pub fn leaf(page: &[u8]) -> Leaf {
 
 /// Digests of the pages of `bytes`; a last piece shorter than a page is hashed as it is.
 pub fn leaves(bytes: &[u8]) -> Vec<Leaf> {
-    let mut leaves = Vec::with_capacity(bytes.len().div_ceil(PAGE_BYTES));
-    let platform = Platform::detect();
-    for group in bytes.chunks(SIDE_BY_SIDE * PAGE_BYTES) {
-        let (pages, rest) = group.as_chunks::<PAGE_BYTES>();
-        hash_side_by_side(platform, pages, &mut leaves);
-        if !rest.is_empty() {
-            leaves.push(leaf(rest));
-        }
+    let (pages, rest) = bytes.as_chunks::<PAGE_BYTES>();
+    let mut leaves = leaves_of_pages(pages.iter());
+    if !rest.is_empty() {
+        leaves.push(leaf(rest));
     }
     leaves
 }
 
-fn hash_side_by_side(platform: Platform, pages: &[[u8; PAGE_BYTES]], leaves: &mut Vec<Leaf>) {
+/// Digests of pages, wherever each of them lies.
+pub fn leaves_of_pages<'a>(pages: impl Iterator<Item = &'a [u8; PAGE_BYTES]>) -> Vec<Leaf> {
+    let mut leaves = Vec::with_capacity(pages.size_hint().0);
+    let platform = Platform::detect();
+    let mut group = Vec::with_capacity(SIDE_BY_SIDE);
+    for page in pages {
+        group.push(page);
+        if group.len() == SIDE_BY_SIDE {
+            hash_side_by_side(platform, &group, &mut leaves);
+            group.clear();
+        }
+    }
+    hash_side_by_side(platform, &group, &mut leaves);
+    leaves
+}
+
+fn hash_side_by_side(platform: Platform, pages: &[&[u8; PAGE_BYTES]], leaves: &mut Vec<Leaf>) {
     if pages.is_empty() {
         return;
     }

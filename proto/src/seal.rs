@@ -18,6 +18,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
+use ring::rand::{SecureRandom, SystemRandom};
 use zstd::bulk::{Compressor, Decompressor};
 
 use crate::frame::{self, FrameError, HEADER_BYTES, Kind, SEALED_PREFIX_BYTES, SEALED_TAG_BYTES};
@@ -32,6 +33,14 @@ const DERIVED_MAX: usize = 64;
 
 /// Salt of a sealer.
 pub type Salt = [u8; 16];
+
+/// A salt that nobody has used.
+pub fn salt() -> Salt {
+    let mut salt = Salt::default();
+    let filled = SystemRandom::new().fill(&mut salt);
+    filled.expect("the operating system's random source has no failure once the system is up");
+    salt
+}
 
 /// The key under which everything of one VM lies in the bucket.
 #[derive(Clone, PartialEq, Eq)]
@@ -100,7 +109,7 @@ thread_local! {
 }
 
 impl Sealer {
-    /// Seals for this VM. `salt` must be random: it makes the nonces of this sealer its own.
+    /// Seals for this VM. `salt` must be a new one ([`salt`]): it makes the nonces of this sealer its own.
     pub fn new(key: &DataKey, vm: VmId, salt: Salt) -> Sealer {
         Sealer { key: key.derive(&salt), vm, salt, next: 0.into() }
     }

@@ -79,8 +79,120 @@ impl Random {
     }
 }
 
-/// Opcodes that make no sense here or would leave the test: system, far transfers, segments, flags images with TF in
+/// Instructions that make no sense here or would leave the test: system, far transfers, segments, flags images with TF in
 /// them, time, ports.
+const EXCLUDED: &[Mnemonic] = &[
+    Mnemonic::Syscall,
+    Mnemonic::Sysenter,
+    Mnemonic::Sysret,
+    Mnemonic::Sysretq,
+    Mnemonic::Sysexit,
+    Mnemonic::Sysexitq,
+    Mnemonic::Int,
+    Mnemonic::Int1,
+    Mnemonic::Int3,
+    Mnemonic::Into,
+    Mnemonic::Fxsave,
+    Mnemonic::Fxsave64,
+    Mnemonic::Fxrstor,
+    Mnemonic::Fxrstor64,
+    Mnemonic::Cpuid,
+    Mnemonic::Rdtsc,
+    Mnemonic::Rdtscp,
+    Mnemonic::Rdpmc,
+    Mnemonic::Rdpru,
+    Mnemonic::Rdpid,
+    Mnemonic::Xgetbv,
+    Mnemonic::Rdfsbase,
+    Mnemonic::Rdgsbase,
+    Mnemonic::Wrfsbase,
+    Mnemonic::Wrgsbase,
+    Mnemonic::Lfs,
+    Mnemonic::Lgs,
+    Mnemonic::Lss,
+    Mnemonic::Sgdt,
+    Mnemonic::Sidt,
+    Mnemonic::Sldt,
+    Mnemonic::Str,
+    Mnemonic::Smsw,
+    Mnemonic::Lar,
+    Mnemonic::Lsl,
+    Mnemonic::Verr,
+    Mnemonic::Verw,
+    Mnemonic::Monitorx,
+    Mnemonic::Mwaitx,
+    Mnemonic::Clzero,
+    Mnemonic::Pushf,
+    Mnemonic::Pushfd,
+    Mnemonic::Pushfq,
+    Mnemonic::Popf,
+    Mnemonic::Popfd,
+    Mnemonic::Popfq,
+    Mnemonic::Rdrand,
+    Mnemonic::Rdseed,
+    Mnemonic::Vmmcall,
+    Mnemonic::In,
+    Mnemonic::Out,
+    Mnemonic::Insb,
+    Mnemonic::Insw,
+    Mnemonic::Insd,
+    Mnemonic::Outsb,
+    Mnemonic::Outsw,
+    Mnemonic::Outsd,
+    Mnemonic::Rdpkru,
+    Mnemonic::Wrpkru,
+    Mnemonic::Rcpps,
+    Mnemonic::Rcpss,
+    Mnemonic::Rsqrtps,
+    Mnemonic::Rsqrtss,
+    Mnemonic::Xbegin,
+    Mnemonic::Xabort,
+    Mnemonic::Xend,
+    Mnemonic::Xtest,
+    Mnemonic::Pause,
+    Mnemonic::Ud0,
+    Mnemonic::Ud1,
+    Mnemonic::Ud2,
+    Mnemonic::Incsspd,
+    Mnemonic::Incsspq,
+    Mnemonic::Rdsspd,
+    Mnemonic::Rdsspq,
+];
+
+/// What the software processor has of this.
+const SUPPORTED: &[CpuidFeature] = &[
+    CpuidFeature::INTEL8086,
+    CpuidFeature::INTEL8086_ONLY,
+    CpuidFeature::INTEL186,
+    CpuidFeature::INTEL286,
+    CpuidFeature::INTEL386,
+    CpuidFeature::INTEL486,
+    CpuidFeature::X64,
+    CpuidFeature::CPUID,
+    CpuidFeature::CMOV,
+    CpuidFeature::CX8,
+    CpuidFeature::CMPXCHG16B,
+    CpuidFeature::FPU,
+    CpuidFeature::FPU287,
+    CpuidFeature::FPU387,
+    CpuidFeature::FXSR,
+    CpuidFeature::MMX,
+    CpuidFeature::SSE,
+    CpuidFeature::SSE2,
+    CpuidFeature::SSE3,
+    CpuidFeature::SSSE3,
+    CpuidFeature::SSE4_1,
+    CpuidFeature::SSE4_2,
+    CpuidFeature::POPCNT,
+    CpuidFeature::LZCNT,
+    CpuidFeature::CLFSH,
+    CpuidFeature::MULTIBYTENOP,
+    CpuidFeature::PREFETCHW,
+    CpuidFeature::PAUSE,
+    CpuidFeature::BMI1,
+];
+
+/// True for what a user may execute, and both processors have.
 fn allowed(instruction: &Instruction) -> bool {
     use Mnemonic as M;
     if instruction.is_invalid() {
@@ -91,121 +203,10 @@ fn allowed(instruction: &Instruction) -> bool {
         || instruction.is_call_far_indirect()
         || instruction.is_jmp_far()
         || instruction.is_jmp_far_indirect();
-    let excluded = matches!(
-        instruction.mnemonic(),
-        M::Syscall
-            | M::Sysenter
-            | M::Sysret
-            | M::Sysretq
-            | M::Sysexit
-            | M::Sysexitq
-            | M::Int
-            | M::Int1
-            | M::Int3
-            | M::Into
-            | M::Fxsave
-            | M::Fxsave64
-            | M::Fxrstor
-            | M::Fxrstor64
-            | M::Cpuid
-            | M::Rdtsc
-            | M::Rdtscp
-            | M::Rdpmc
-            | M::Rdpru
-            | M::Rdpid
-            | M::Xgetbv
-            | M::Rdfsbase
-            | M::Rdgsbase
-            | M::Wrfsbase
-            | M::Wrgsbase
-            | M::Lfs
-            | M::Lgs
-            | M::Lss
-            | M::Sgdt
-            | M::Sidt
-            | M::Sldt
-            | M::Str
-            | M::Smsw
-            | M::Lar
-            | M::Lsl
-            | M::Verr
-            | M::Verw
-            | M::Monitorx
-            | M::Mwaitx
-            | M::Clzero
-            | M::Pushf
-            | M::Pushfd
-            | M::Pushfq
-            | M::Popf
-            | M::Popfd
-            | M::Popfq
-            | M::Rdrand
-            | M::Rdseed
-            | M::Vmmcall
-            | M::In
-            | M::Out
-            | M::Insb
-            | M::Insw
-            | M::Insd
-            | M::Outsb
-            | M::Outsw
-            | M::Outsd
-            | M::Rdpkru
-            | M::Wrpkru
-            | M::Rcpps
-            | M::Rcpss
-            | M::Rsqrtps
-            | M::Rsqrtss
-            | M::Xbegin
-            | M::Xabort
-            | M::Xend
-            | M::Xtest
-            | M::Pause
-            | M::Ud0
-            | M::Ud1
-            | M::Ud2
-            | M::Incsspd
-            | M::Incsspq
-            | M::Rdsspd
-            | M::Rdsspq
-    );
+    let excluded = EXCLUDED.contains(&instruction.mnemonic());
     let segments = (0..instruction.op_count())
         .any(|at| instruction.op_kind(at) == OpKind::Register && instruction.op_register(at).is_segment_register());
-    let supported = instruction.cpuid_features().iter().all(|feature| {
-        use CpuidFeature as F;
-        matches!(
-            feature,
-            F::INTEL8086
-                | F::INTEL8086_ONLY
-                | F::INTEL186
-                | F::INTEL286
-                | F::INTEL386
-                | F::INTEL486
-                | F::X64
-                | F::CPUID
-                | F::CMOV
-                | F::CX8
-                | F::CMPXCHG16B
-                | F::FPU
-                | F::FPU287
-                | F::FPU387
-                | F::FXSR
-                | F::MMX
-                | F::SSE
-                | F::SSE2
-                | F::SSE3
-                | F::SSSE3
-                | F::SSE4_1
-                | F::SSE4_2
-                | F::POPCNT
-                | F::LZCNT
-                | F::CLFSH
-                | F::MULTIBYTENOP
-                | F::PREFETCHW
-                | F::PAUSE
-                | F::BMI1
-        )
-    });
+    let supported = instruction.cpuid_features().iter().all(|feature| SUPPORTED.contains(feature));
     let bmi = instruction.cpuid_features().contains(&CpuidFeature::BMI1);
     !far && !excluded
         && !segments

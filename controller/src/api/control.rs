@@ -10,9 +10,10 @@ use proto::ids::Generation;
 use proto::v1::control_server::Control;
 use proto::v1::operation_event::Event as Said;
 use proto::v1::{
-    Blob, CheckpointName, CheckpointRecord, ConsoleInput, ConsoleOutput, CreateVmRecordRequest, Empty, EventsRequest,
-    LedgerEvent, ListCheckpointsReply, ListHostsReply, ListVmsReply, MigrateRequest, OperationDone, OperationEvent,
-    OperationRef, RestoreRequest, VmName, VmOrCheckpoint, VmRecord, VmRef, VmcbReply,
+    Blob, CheckpointName, CheckpointRecord, ConsoleInput, ConsoleOutput, CreateCheckpointRequest,
+    CreateVmRecordRequest, Empty, EventsRequest, LedgerEvent, ListCheckpointsReply, ListHostsReply, ListPoliciesReply,
+    ListVmsReply, MigrateRequest, OperationDone, OperationEvent, OperationRef, PolicyRecord, PruneReply, PruneRequest,
+    RestoreRequest, SetPolicyRequest, VmName, VmOrCheckpoint, VmRecord, VmRef, VmcbReply,
 };
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -20,11 +21,10 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::placement::{Fleet, Need};
 use super::plans::{self, unknown_checkpoint, unknown_vm};
-use super::{Api, console, events, require, views};
+use super::{Api, console, events, policies, require, views};
 use crate::bucket::packs_prefix;
 use crate::failure::Failure;
 use crate::ledger::event::{CheckpointEntry, Plan, Task};
-use crate::saga::report::record;
 use crate::tls::{Identity, Role};
 
 type Operation = Pin<Box<dyn Stream<Item = Result<OperationEvent, Status>> + Send>>;
@@ -40,7 +40,9 @@ impl Api {
     }
 
     async fn begin(&self, operator: &Identity, plan: Result<Plan, Failure>) -> Began {
-        let voice = self.sagas.begin(&operator.to_string(), plan?).await?;
+        let plan = plan?;
+        self.schedule.make_way(&plan.locks).await;
+        let voice = self.sagas.begin(&operator.to_string(), plan).await?;
         Ok(Response::new(Box::pin(voice.listen())))
     }
 
@@ -49,7 +51,7 @@ impl Api {
     }
 
     fn checkpoint(&self, id: &str) -> Result<CheckpointRecord, Failure> {
-        self.ledger.state().checkpoints.get(id).map(|entry| record(entry)).ok_or_else(|| unknown_checkpoint(id))
+        policies::checkpoint(&self.ledger.state(), id).ok_or_else(|| unknown_checkpoint(id))
     }
 
     /// Bodies of a checkpoint's sections `cpu/N`, by vCPU: bytes that were hashed, which the caller decodes.
@@ -132,7 +134,8 @@ impl Control for Api {
 
     async fn get_vm_record(&self, request: Request<VmName>) -> Result<Response<VmRecord>, Status> {
         require(&request, Role::Operator)?;
-        Ok(Response::new(self.show(&request.into_inner().vm)?))
+        let vm = request.into_inner().vm;
+        Ok(Response::new(VmRecord { policy: self.policy(&vm), ..self.show(&vm)? }))
     }
 
     async fn create_vm_record(&self, request: Request<CreateVmRecordRequest>) -> Began {
@@ -180,19 +183,16 @@ impl Control for Api {
         self.begin(&operator, plan).await
     }
 
-    async fn create_checkpoint(&self, request: Request<VmName>) -> Began {
+    async fn create_checkpoint(&self, request: Request<CreateCheckpointRequest>) -> Began {
         let operator = require(&request, Role::Operator)?;
-        let plan = plans::checkpoint(&self.ledger.state(), &request.into_inner().vm);
+        let asked = request.into_inner();
+        let plan = plans::checkpoint(&self.ledger.state(), &asked.vm, asked.by_policy);
         self.begin(&operator, plan).await
     }
 
     async fn list_checkpoints(&self, request: Request<VmName>) -> Result<Response<ListCheckpointsReply>, Status> {
         require(&request, Role::Operator)?;
-        let vm = request.into_inner().vm;
-        let state = self.ledger.state();
-        let wanted = state.checkpoints.values().filter(|entry| vm.is_empty() || entry.vm == vm);
-        let mut checkpoints: Vec<CheckpointRecord> = wanted.map(|entry| record(entry)).collect();
-        checkpoints.sort_by_key(|checkpoint| checkpoint.created_unix_ms);
+        let checkpoints = policies::checkpoints(&self.ledger.state(), &request.into_inner().vm);
         Ok(Response::new(ListCheckpointsReply { checkpoints }))
     }
 
@@ -270,5 +270,26 @@ impl Control for Api {
     async fn events(&self, request: Request<EventsRequest>) -> Result<Response<Self::EventsStream>, Status> {
         require(&request, Role::Operator)?;
         Ok(Response::new(events::stream(self.ledger.clone(), request.into_inner())))
+    }
+
+    async fn set_policy(&self, request: Request<SetPolicyRequest>) -> Result<Response<PolicyRecord>, Status> {
+        let operator = require(&request, Role::Operator)?;
+        Ok(Response::new(self.set(&operator, request.into_inner()).await?))
+    }
+
+    async fn remove_policy(&self, request: Request<VmName>) -> Result<Response<Empty>, Status> {
+        let operator = require(&request, Role::Operator)?;
+        self.unset(&operator, request.into_inner().vm).await?;
+        Ok(Response::new(Empty {}))
+    }
+
+    async fn list_policies(&self, request: Request<VmName>) -> Result<Response<ListPoliciesReply>, Status> {
+        require(&request, Role::Operator)?;
+        Ok(Response::new(ListPoliciesReply { policies: self.policies(&request.into_inner().vm)? }))
+    }
+
+    async fn prune_checkpoints(&self, request: Request<PruneRequest>) -> Result<Response<PruneReply>, Status> {
+        let operator = require(&request, Role::Operator)?;
+        Ok(Response::new(self.prune(&operator, request.into_inner()).await?))
     }
 }

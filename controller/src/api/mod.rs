@@ -11,6 +11,7 @@ mod fleet;
 mod lanes;
 pub mod placement;
 pub mod plans;
+mod policies;
 pub mod views;
 
 use std::sync::Arc;
@@ -30,6 +31,7 @@ use crate::ledger::Ledger;
 use crate::reconcile::Reconcile;
 use crate::saga::Sagas;
 use crate::saga::hosts::Hosts;
+use crate::schedule::Schedule;
 use crate::tls::{Identity, Role};
 
 /// Everything that calls need; clones are the same.
@@ -41,6 +43,8 @@ pub struct Api {
     pub agents: Arc<Agents>,
     /// Operations.
     pub sagas: Sagas<Hosts>,
+    /// Checkpoints by the clock.
+    pub schedule: Schedule<Hosts>,
     /// Where checkpoints lie.
     pub reader: Reader,
     /// Lanes.

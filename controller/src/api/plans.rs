@@ -163,17 +163,17 @@ pub fn migrate(
     Ok(plan(vm, state.fresh_generation(name), task))
 }
 
-/// Make a checkpoint of a VM.
+/// Make a checkpoint of a VM, which its policy may remove again, or only an operator.
 ///
 /// # Errors
 /// [`Code::NotFound`]; [`Code::Conflict`] for a VM that was stopped.
-pub fn checkpoint(state: &State, name: &str) -> Result<Plan, Failure> {
+pub fn checkpoint(state: &State, name: &str, by_policy: bool) -> Result<Plan, Failure> {
     let vm = vm(state, name)?;
     if vm.intent == Intent::Stopped {
         return Err(stopped(name));
     }
     let checkpoint = CheckpointId(crate::entropy::bytes()).to_string();
-    let mut plan = plan(vm, 0, Task::Checkpoint { checkpoint });
+    let mut plan = plan(vm, 0, Task::Checkpoint { checkpoint, by_policy });
     plan.locks.push(packs_lock(&vm.id));
     Ok(plan)
 }

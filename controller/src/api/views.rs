@@ -5,9 +5,10 @@ use proto::v1::{LedgerEvent, VmInfo, VmRecord, VmState};
 
 use crate::agents::Agents;
 use crate::agents::lease::HostState;
-use crate::ledger::Ledger;
 use crate::ledger::event::{Event, Outcome, Record, shape};
 use crate::ledger::state::{State, Vm};
+use crate::ledger::{Ledger, unix_ms};
+use crate::retention::policy;
 
 /// A VM by name, as it is now.
 pub fn show(ledger: &Ledger, agents: &Agents, name: &str) -> Option<VmRecord> {
@@ -42,6 +43,10 @@ pub fn vm_record(state: &State, vm: &Vm, host: HostState, observed: Option<VmInf
         resident_bytes: info.resident_bytes,
         on_isolation: vm.on_isolation,
         capabilities: vm.capabilities.clone(),
+        policy: None,
+        checkpoint_age_ms: state
+            .newest_checkpoint(&vm.id)
+            .map_or(0, |entry| unix_ms().saturating_sub(entry.created_unix_ms)),
     }
 }
 
@@ -96,6 +101,18 @@ pub fn event(record: &Record) -> LedgerEvent {
         }
         Event::GaveUp { operation, failure, .. } => {
             (format!("{task}.left"), operation.as_str(), failure.message.clone())
+        }
+        Event::PolicySet { policy, .. } => ("policy.set".into(), "", policy::words(policy)),
+        Event::PolicyRemoved { vm } => ("policy.removed".into(), "", format!("no checkpoints of {vm} by the clock")),
+        Event::PolicyMissed { vm, age_ms } => {
+            ("policy.missed".into(), "", format!("the newest checkpoint of {vm} is {} old", policy::span(*age_ms)))
+        }
+        Event::PolicyRecovered { vm, age_ms } => {
+            ("policy.recovered".into(), "", format!("the newest checkpoint of {vm} is {} old", policy::span(*age_ms)))
+        }
+        Event::PolicyBackedOff { operation, failures, wait_ms, reason, .. } => {
+            let text = format!("failed {failures} in a row, waits {}: {reason}", policy::span(*wait_ms));
+            ("policy.backed-off".into(), operation.as_str(), text)
         }
     };
     LedgerEvent {

@@ -8,6 +8,7 @@ use super::failure::Failure;
 use super::grammar::{CheckpointCommand, RestoreArgs, Verify};
 use super::operation;
 use super::output::{self, Format};
+use super::policy::report::Pruned;
 use super::report::{Checkpoint, Done, List};
 use super::{migration, vm};
 
@@ -22,7 +23,7 @@ pub async fn run(mut client: Client, command: CheckpointCommand, format: Format)
     match command {
         CheckpointCommand::Create(arg) => {
             let what = format!("checkpoint {}", arg.vm);
-            let request = v1::VmName { vm: arg.vm };
+            let request = v1::CreateCheckpointRequest { vm: arg.vm, by_policy: arg.policy };
             let mut calls = client.clone();
             let outcome = operation::follow(&client, &what, calls.create_checkpoint(request)).await?;
             let record = outcome.done.checkpoint.ok_or_else(|| {
@@ -54,6 +55,12 @@ pub async fn run(mut client: Client, command: CheckpointCommand, format: Format)
                 format,
                 &Done { message: format!("checkpoint {id} is removed"), operation: outcome.operation },
             )
+        }
+        CheckpointCommand::Prune { vm, dry_run } => {
+            let doing = format!("prune the checkpoints of {vm}");
+            let reply = client.prune_checkpoints(v1::PruneRequest { vm, dry_run }).await;
+            let reply = reply.map_err(|e| Failure::from_status(&doing, &e))?.into_inner();
+            output::print(format, &Pruned::new(reply, dry_run))
         }
     }
 }

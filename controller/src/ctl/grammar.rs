@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::failure::EXIT_CODES;
 use super::output::Format;
+use super::policy::words::PolicyCommand;
 use super::units;
 
 /// Operates a Godwit cluster: machines that keep running while hosts come and go.
@@ -43,6 +44,9 @@ pub enum Command {
     /// Checkpoints of VMs in the bucket.
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
+    /// Checkpoints by the clock: when they are made, and which are kept.
+    #[command(subcommand)]
+    Policy(PolicyCommand),
     /// Bring a VM back from a checkpoint.
     Restore(RestoreArgs),
     /// Virtual machine control blocks, decoded.
@@ -258,6 +262,9 @@ pub struct MigrateArgs {
     /// What both sides compare before the hand-over: the digest kept while streaming, or every page again.
     #[arg(long, value_enum, default_value_t = Verify::Stream)]
     pub verify: Verify,
+    /// Most that the guest may be slowed down while it dirties memory faster than it can be sent, in percent; 0: never.
+    #[arg(long, default_value_t = 99, value_parser = clap::value_parser!(u32).range(0..=99), value_name = "PERCENT")]
+    pub throttle: u32,
     /// Check everything that can be checked and say what would be done; move nothing.
     #[arg(long)]
     pub dry_run: bool,
@@ -284,8 +291,8 @@ pub enum Verify {
 /// `ctl checkpoint ...`
 #[derive(Subcommand, Debug)]
 pub enum CheckpointCommand {
-    /// Write a VM into the bucket while it runs.
-    Create(VmArg),
+    /// Write a VM into the bucket while it runs. Kept until `rm`, whatever the VM's policy says.
+    Create(CheckpointCreateArgs),
     /// All checkpoints, or those of one VM.
     Ls {
         /// Name of the VM.
@@ -303,6 +310,24 @@ pub enum CheckpointCommand {
         /// Its id.
         id: String,
     },
+    /// Remove what a VM's policy does not keep, now.
+    Prune {
+        /// Name of the VM.
+        vm: String,
+        /// Say what would be removed; remove nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
+}
+
+/// `ctl checkpoint create`
+#[derive(Args, Debug)]
+pub struct CheckpointCreateArgs {
+    /// Name of the VM.
+    pub vm: String,
+    /// As if the VM's policy had made it: the policy may remove it.
+    #[arg(long)]
+    pub policy: bool,
 }
 
 /// `ctl checkpoint verify`
@@ -440,7 +465,7 @@ mod tests {
             "ctl vm resume vm1",
             "ctl vm stop vm1",
             "ctl vm rm vm1",
-            "ctl migrate vm1 --to hostB --via controller --downtime 30ms --bandwidth 1G --verify full --dry-run",
+            "ctl migrate vm1 --to hostB --via controller --downtime 30ms --bandwidth 1G --verify full --throttle 50 --dry-run",
             "ctl checkpoint create vm1",
             "ctl checkpoint ls",
             "ctl checkpoint ls vm1",
@@ -448,6 +473,15 @@ mod tests {
             "ctl checkpoint verify 00",
             "ctl checkpoint verify --all",
             "ctl checkpoint rm 00",
+            "ctl checkpoint create vm1 --policy",
+            "ctl checkpoint prune vm1 --dry-run",
+            "ctl policy set vm1 --every 5m --keep-last 12 --keep-hourly 24 --keep-daily 14 --keep-weekly 8 --keep-monthly 12",
+            "ctl policy set vm1 --every 1h --jitter 5m --window 22:00-06:00 --window 12:00-13:00 --zone Europe/Berlin",
+            "ctl policy ls",
+            "ctl policy ls vm1",
+            "ctl policy rm vm1",
+            "ctl policy simulate vm1 --for 90d",
+            "ctl policy simulate --every 5m --keep-last 12 --keep-daily 14",
             "ctl restore vm1 --to hostB --as vm2",
             "ctl restore vm1",
             "ctl vmcb show vm1 --vcpu 0",
@@ -473,6 +507,11 @@ mod tests {
             "ctl checkpoint verify",
             "ctl checkpoint verify 00 --all",
             "ctl dev up --dir D --hosts 0",
+            "ctl policy set vm1",
+            "ctl policy set vm1 --every 5m --window 22-06",
+            "ctl policy simulate",
+            "ctl policy simulate vm1 --every 5m",
+            "ctl policy simulate vm1 --keep-last 5",
         ] {
             let error = Cli::try_parse_from(line.split_whitespace()).expect_err(line);
             assert_eq!(error.exit_code(), 2, "{line}");

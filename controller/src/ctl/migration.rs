@@ -29,7 +29,10 @@ pub async fn migrate(client: &Client, args: MigrateArgs, format: Format) -> Resu
         vm: args.vm.clone(),
         to: args.to.clone(),
         via_controller: args.via == Via::Controller,
-        policy: Some(policy(args.downtime, args.bandwidth, args.verify)?),
+        policy: Some(v1::TransferPolicy {
+            throttle_percent_max: args.throttle,
+            ..policy(args.downtime, args.bandwidth, args.verify)?
+        }),
         dry_run: args.dry_run,
     };
     let what = format!("migrate {} to {}{}", args.vm, args.to, if args.dry_run { " (dry run)" } else { "" });
@@ -63,6 +66,7 @@ pub fn policy(downtime: Duration, bandwidth: Option<u64>, verify: Verify) -> Res
         bandwidth_bytes_per_s: bandwidth.unwrap_or(0),
         lanes: LANES,
         verify_full: verify == Verify::Full,
+        throttle_percent_max: 0,
     })
 }
 
@@ -99,8 +103,10 @@ struct Round {
     zero_pages: u64,
     bytes: u64,
     ms: f64,
-    /// Bytes per second that the guest dirtied meanwhile.
+    /// Bytes per second that the guest dirtied while it ran, as last measured.
     dirty_rate: u64,
+    /// Percent of its time that the guest was held back.
+    throttle_percent: u32,
 }
 
 impl Migration {
@@ -113,6 +119,7 @@ impl Migration {
             bytes: r.bytes,
             ms: r.ms,
             dirty_rate: r.dirty_rate,
+            throttle_percent: r.throttle_percent,
         };
         Migration {
             vm: report.vm,
@@ -137,6 +144,8 @@ impl Report for Migration {
         let agree = if self.source_digest == self.target_digest { "agree" } else { "DIFFER" };
         let share =
             |ms: f64| if self.total_ms > 0.0 { format!("{:.1} %", 100.0 * ms / self.total_ms) } else { "-".into() };
+        // The guest runs at the target by then.
+        let share = |phase: &Phase| if phase.phase == "release" { "after".to_owned() } else { share(phase.ms) };
         let summary = Text::fields([
             ("vm", format!("{} moved from {} to {}", self.vm, self.source, self.target)),
             ("total", show_ms(self.total_ms)),
@@ -148,7 +157,7 @@ impl Report for Migration {
         ]);
         let phases = Text::Rows {
             columns: vec!["phase", "time", "share"],
-            rows: self.phases.iter().map(|p| vec![p.phase.clone(), show_ms(p.ms), share(p.ms)]).collect(),
+            rows: self.phases.iter().map(|p| vec![p.phase.clone(), show_ms(p.ms), share(p)]).collect(),
             empty: "no phases were reported",
         };
         let round = |r: &Round| {
@@ -161,10 +170,11 @@ impl Report for Migration {
                 show_ms(r.ms),
                 format!("{}/s", show_bytes(rate as u64)),
                 format!("{}/s", show_bytes(r.dirty_rate)),
+                format!("{} %", r.throttle_percent),
             ]
         };
         let rounds = Text::Rows {
-            columns: vec!["round", "pages", "zero", "bytes", "time", "rate", "dirty rate"],
+            columns: vec!["round", "pages", "zero", "bytes", "time", "rate", "dirty rate", "throttle"],
             rows: self.rounds.iter().map(round).collect(),
             empty: "no rounds were reported",
         };
@@ -210,8 +220,16 @@ mod tests {
     #[test]
     fn the_promised_fields_are_there() {
         let report = v1::MigrationReport {
-            rounds: vec![v1::RoundReport { round: 1, pages: 7, bytes: 9, ms: 2.0, dirty_rate: 3, zero_pages: 1 }],
-            phases: vec![v1::PhaseReport { phase: "stop".into(), ms: 1.5 }],
+            rounds: vec![v1::RoundReport {
+                round: 1,
+                pages: 7,
+                bytes: 9,
+                ms: 2.0,
+                dirty_rate: 3,
+                zero_pages: 1,
+                throttle_percent: 20,
+            }],
+            phases: ["stop", "release"].map(|phase| v1::PhaseReport { phase: phase.into(), ms: 1.5 }).to_vec(),
             total_ms: 12.0,
             source_digest: "aa".into(),
             target_digest: "aa".into(),
@@ -233,9 +251,11 @@ mod tests {
         ] {
             assert!(json.get(field).is_some(), "{field}");
         }
-        for field in ["pages", "bytes", "ms", "dirty_rate"] {
+        for field in ["pages", "bytes", "ms", "dirty_rate", "throttle_percent"] {
             assert!(json["rounds"][0].get(field).is_some(), "{field}");
         }
-        assert!(migration.text().render().contains("(agree)"));
+        let text = migration.text().render();
+        assert!(text.contains("(agree)") && text.contains("20 %") && text.contains("12.5 %"), "{text}");
+        assert!(text.contains("after"), "the release is no part of the total: {text}");
     }
 }

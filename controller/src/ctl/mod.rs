@@ -20,6 +20,7 @@ mod inspect;
 mod migration;
 mod operation;
 mod output;
+mod policy;
 mod progress;
 #[cfg(test)]
 mod rehearsal;
@@ -79,6 +80,9 @@ async fn dispatch(command: Command, format: Format, config: Option<&std::path::P
         Command::Inspect(args) if std::path::Path::new(&args.what).exists() => {
             return inspect::file(args.what.as_ref(), format);
         }
+        Command::Policy(command) if policy::needs_no_cluster(&command) => {
+            return policy::run(None, command, format).await;
+        }
         Command::Vmcb(command) if vmcb::needs_no_cluster(&command) => return vmcb::run(None, command, format).await,
         command => command,
     };
@@ -88,6 +92,7 @@ async fn dispatch(command: Command, format: Format, config: Option<&std::path::P
         Command::Vm(command) => vm::run(client, command, format).await,
         Command::Migrate(args) => migration::migrate(&client, args, format).await,
         Command::Checkpoint(command) => checkpoint::run(client, command, format).await,
+        Command::Policy(command) => policy::run(Some(client), command, format).await,
         Command::Restore(args) => checkpoint::restore(client, args, format).await,
         Command::Vmcb(command) => vmcb::run(Some(client), command, format).await,
         Command::Inspect(args) => inspect::checkpoint(client, &args.what, format).await,

@@ -104,8 +104,12 @@ fn numbers_line(progress: &TransferProgress) -> String {
         Some(seconds) => format!("{} left", show_ms(seconds * 1000.0)),
         None => "the guest dirties faster than this".to_owned(),
     };
+    let throttle = match progress.throttle_percent {
+        0 => String::new(),
+        percent => format!("throttle {percent} %, "),
+    };
     format!(
-        "{}/s, round {}, dirty {}/s, {left}",
+        "{}/s, round {}, dirty {}/s, {throttle}{left}",
         show_bytes(progress.bytes_per_s),
         progress.round,
         show_bytes(progress.dirty_rate)
@@ -119,8 +123,12 @@ fn seconds_left(progress: &TransferProgress) -> Option<f64> {
 }
 
 fn round_line(round: &RoundReport) -> String {
+    let throttle = match round.throttle_percent {
+        0 => String::new(),
+        percent => format!(", throttle {percent} %"),
+    };
     format!(
-        "round {}: {} pages ({} zero), {} in {}, dirty rate {}/s",
+        "round {}: {} pages ({} zero), {} in {}, dirty rate {}/s{throttle}",
         round.round,
         round.pages,
         round.zero_pages,
@@ -152,6 +160,12 @@ mod tests {
         assert_eq!(seconds_left(&progress), Some(2.0));
         progress.dirty_rate = 200;
         assert_eq!(seconds_left(&progress), None);
-        assert!(numbers_line(&progress).contains("dirties faster"));
+        assert!(numbers_line(&progress).contains("dirties faster") && !numbers_line(&progress).contains("throttle"));
+        progress.throttle_percent = 30;
+        assert!(numbers_line(&progress).contains("throttle 30 %"));
+        let round = RoundReport { throttle_percent: 40, ..Default::default() };
+        assert!(
+            round_line(&round).contains("throttle 40 %") && !round_line(&RoundReport::default()).contains("throttle")
+        );
     }
 }

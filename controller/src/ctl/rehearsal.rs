@@ -98,7 +98,7 @@ impl Control for Script {
     }
 
     /// The stream ends in the middle.
-    async fn create_checkpoint(&self, _: Request<VmName>) -> Reply<Self::CreateCheckpointStream> {
+    async fn create_checkpoint(&self, _: Request<CreateCheckpointRequest>) -> Reply<Self::CreateCheckpointStream> {
         Ok(Response::new(Box::pin(tokio_stream::once(event(Event::Note("begun".into()))))))
     }
 
@@ -129,6 +129,10 @@ impl Control for Script {
         restore(RestoreRequest) -> Self::RestoreStream;
         get_vmcbs(VmOrCheckpoint) -> VmcbReply;
         events(EventsRequest) -> Self::EventsStream;
+        set_policy(SetPolicyRequest) -> PolicyRecord;
+        remove_policy(VmName) -> Empty;
+        list_policies(VmName) -> ListPoliciesReply;
+        prune_checkpoints(PruneRequest) -> PruneReply;
     }
 }
 
@@ -234,7 +238,9 @@ async fn a_broken_stream_is_taken_up_again() {
     let client = client::connect(&stage.settings).await.unwrap();
     let mut calls = client.clone();
     let outcome =
-        operation::follow(&client, "checkpoint vm1", calls.create_checkpoint(VmName::default())).await.unwrap();
+        operation::follow(&client, "checkpoint vm1", calls.create_checkpoint(CreateCheckpointRequest::default()))
+            .await
+            .unwrap();
     assert_eq!(outcome.done.checkpoint.unwrap().id, "00000000000000aa");
     assert_eq!(outcome.notes, ["begun"]);
 }

@@ -7,7 +7,9 @@ use proto::v1;
 use serde::Serialize;
 
 use super::output::{Report, Text};
+use super::policy::report::Policy;
 use super::units::{show_bytes, show_ms};
+use crate::retention::policy::span;
 
 /// A list, printed as rows of a table and as an array.
 #[derive(Debug, Serialize)]
@@ -148,6 +150,9 @@ pub struct Vm {
     operation: String,
     created: String,
     last_checkpoint: String,
+    checkpoint_age_ms: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    policy: Option<Policy>,
     retired_instructions: u64,
     resident_bytes: u64,
     on_isolation: &'static str,
@@ -245,6 +250,8 @@ impl From<v1::VmRecord> for Vm {
             operation: record.operation,
             created: timestamp(record.created_unix_ms),
             last_checkpoint: record.last_checkpoint,
+            checkpoint_age_ms: record.checkpoint_age_ms,
+            policy: record.policy.map(Policy::from),
             retired_instructions: record.retired_instructions,
             resident_bytes: record.resident_bytes,
             on_isolation,
@@ -277,6 +284,10 @@ impl Report for Vm {
         let disk = |d: &Disk| {
             format!("{} {}{}{}", d.path, show_bytes(d.size_bytes), flag(d.shared, " shared"), flag(d.read_only, " ro"))
         };
+        let checkpoint = match self.last_checkpoint.as_str() {
+            "" => String::new(),
+            id => format!("{id} ({} old)", span(self.checkpoint_age_ms)),
+        };
         let net =
             |n: &Net| if n.tap.is_empty() { format!("{} unplugged", n.mac) } else { format!("{} on {}", n.mac, n.tap) };
         Text::fields([
@@ -289,7 +300,8 @@ impl Report for Vm {
             ("reason", self.reason.clone()),
             ("operation", self.operation.clone()),
             ("created", self.created.clone()),
-            ("checkpoint", self.last_checkpoint.clone()),
+            ("checkpoint", checkpoint),
+            ("policy", self.policy.as_ref().map(Policy::line).unwrap_or_default()),
             ("instructions", self.retired_instructions.to_string()),
             ("memory", format!("{} ({} in use)", show_bytes(c.memory_bytes), show_bytes(self.resident_bytes))),
             ("processors", format!("{} {} on engine {}", c.vcpus, c.cpu_model, c.engine)),
@@ -319,12 +331,16 @@ pub struct Checkpoint {
     vm_id: String,
     generation: u64,
     created: String,
+    age_ms: u64,
     ram_bytes: u64,
     stored_bytes: u64,
+    own_bytes: u64,
     stop_us: u64,
     manifest_key: String,
     digest: Digest,
     verified: String,
+    pinned: bool,
+    kept_by: Vec<String>,
 }
 
 /// What two sides compare, in hex.
@@ -355,30 +371,43 @@ impl From<v1::CheckpointRecord> for Checkpoint {
             vm_id: record.vm_id,
             generation: record.generation,
             created: timestamp(record.created_unix_ms),
+            age_ms: record.age_ms,
             ram_bytes: record.ram_bytes,
             stored_bytes: record.stored_bytes,
+            own_bytes: record.own_bytes,
             stop_us: record.stop_us,
             manifest_key: record.manifest_key,
             digest: record.digest.unwrap_or_default().into(),
             verified: record.verified,
+            pinned: record.pinned,
+            kept_by: record.kept_by,
         }
     }
 }
 
 impl Row for Checkpoint {
-    const COLUMNS: &'static [&'static str] = &["checkpoint", "vm", "created", "ram", "stored", "stopped", "verified"];
+    const COLUMNS: &'static [&'static str] =
+        &["checkpoint", "vm", "created", "age", "ram", "stored", "own", "stopped", "kept by", "verified"];
     const EMPTY: &'static str = "no checkpoints; `ctl checkpoint create VM` makes one";
     fn cells(&self) -> Vec<String> {
         vec![
             self.id.clone(),
             self.vm.clone(),
             self.created.clone(),
+            span(self.age_ms),
             show_bytes(self.ram_bytes),
             show_bytes(self.stored_bytes),
+            own_bytes(self.own_bytes),
             show_ms(self.stop_us as f64 / 1000.0),
+            dash(&self.kept_by.join(", ")),
             self.verified.clone(),
         ]
     }
+}
+
+/// 0 is unknown.
+fn own_bytes(bytes: u64) -> String {
+    if bytes == 0 { "-".into() } else { show_bytes(bytes) }
 }
 
 impl Report for Checkpoint {
@@ -387,9 +416,12 @@ impl Report for Checkpoint {
             ("checkpoint", self.id.clone()),
             ("vm", format!("{} ({})", self.vm, self.vm_id)),
             ("generation", self.generation.to_string()),
-            ("created", self.created.clone()),
+            ("created", format!("{} ({} ago)", self.created, span(self.age_ms))),
+            ("made", if self.pinned { "by hand: no policy removes it" } else { "by policy" }.into()),
+            ("kept by", dash(&self.kept_by.join(", "))),
             ("ram", show_bytes(self.ram_bytes)),
             ("stored", show_bytes(self.stored_bytes)),
+            ("own", own_bytes(self.own_bytes)),
             ("stopped", show_ms(self.stop_us as f64 / 1000.0)),
             ("manifest", self.manifest_key.clone()),
             ("digest", self.digest.machine.clone()),

@@ -310,7 +310,8 @@ impl Assembly {
             let leaf = leaves.get(skip).copied().unwrap_or(ZERO_LEAF);
             let (number, inside) = ((page / REGION_PAGES) as usize, (page % REGION_PAGES) as usize);
             let region = &mut space.regions[number];
-            if region.is_none() && full && leaf == ZERO_LEAF {
+            // Not so in later rounds: a lane that is behind may still bring what was there before.
+            if region.is_none() && full && round == 0 && leaf == ZERO_LEAF {
                 continue;
             }
             let touched =

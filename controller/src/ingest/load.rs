@@ -252,6 +252,7 @@ impl Session<'_> {
             bytes_remaining: remaining,
             bytes_per_s: (self.bytes as f64 / seconds) as u64,
             dirty_rate: 0,
+            throttle_percent: 0,
         }
     }
 }

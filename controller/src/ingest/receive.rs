@@ -80,7 +80,7 @@ pub struct Ingest {
 impl Ingest {
     /// Waits for lanes. What arrives is sealed under `key`, or will be; it may build on `base`.
     pub fn new(expected: Expected, reader: Reader, key: DataKey, base: Option<Base>) -> Arc<Ingest> {
-        let sealer = Arc::new(Sealer::new(&key, expected.vm_id, crate::entropy::bytes()));
+        let sealer = Arc::new(Sealer::new(&key, expected.vm_id, proto::seal::salt()));
         Arc::new(Ingest {
             desk: Desk { opener: Opener::new(key.clone(), expected.vm_id), sealer },
             key,
@@ -350,6 +350,9 @@ impl Ingest {
             pack_keys: manifest::pack_keys(&manifest),
             digest: laid.digest,
             verified: "unverified".into(),
+            own_bytes: 0,
+            by_policy: false,
+            sequence: 0,
         };
         self.reader.bucket.put(&entry.manifest_key, bytes).await?;
         Ok(entry)

@@ -4,7 +4,7 @@
 //! messages inside it (configurations, policies) are the hex of their bytes. Fields are added with a default, never
 //! changed. This file knows nothing of disks and networks.
 
-use proto::v1::{MachineConfig, MachineDigest, TransferPolicy};
+use proto::v1::{CheckpointPolicy, MachineConfig, MachineDigest, TransferPolicy};
 use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
@@ -111,6 +111,46 @@ pub enum Event {
         step: usize,
         /// Why.
         failure: Failure,
+    },
+    /// From here on checkpoints of a VM are made and kept by this policy.
+    PolicySet {
+        /// The VM.
+        vm: String,
+        /// When, and which are kept.
+        #[serde(with = "super::saved::message")]
+        policy: CheckpointPolicy,
+    },
+    /// From here on no checkpoint of a VM is made or removed by the clock.
+    PolicyRemoved {
+        /// The VM.
+        vm: String,
+    },
+    /// The newest checkpoint is older than twice the interval.
+    PolicyMissed {
+        /// The VM.
+        vm: String,
+        /// Its age, milliseconds.
+        age_ms: u64,
+    },
+    /// There is a checkpoint again that is young enough.
+    PolicyRecovered {
+        /// The VM.
+        vm: String,
+        /// Its age, milliseconds.
+        age_ms: u64,
+    },
+    /// A checkpoint by policy failed; the next attempt waits.
+    PolicyBackedOff {
+        /// The VM.
+        vm: String,
+        /// The operation that failed.
+        operation: String,
+        /// Failures since the newest checkpoint, this one among them.
+        failures: u32,
+        /// How long the next attempt waits, milliseconds.
+        wait_ms: u64,
+        /// Why it failed.
+        reason: String,
     },
 }
 
@@ -222,6 +262,9 @@ pub enum Task {
     Checkpoint {
         /// Hex of the checkpoint's id.
         checkpoint: String,
+        /// A policy may remove it again; otherwise only an operator does.
+        #[serde(default)]
+        by_policy: bool,
     },
     /// Load a checkpoint into a VM.
     Restore {
@@ -342,4 +385,10 @@ pub struct CheckpointEntry {
     pub digest: MachineDigest,
     /// `unverified`, `ok` or `damaged: ...`.
     pub verified: String,
+    /// A policy may remove it; otherwise it was made by hand and only an operator does.
+    #[serde(default)]
+    pub by_policy: bool,
+    /// Record that made it true: the order in which checkpoints were made, whatever the clock said. The fold fills it.
+    #[serde(default)]
+    pub sequence: u64,
 }

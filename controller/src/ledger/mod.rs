@@ -8,6 +8,7 @@
 //! This room knows no network, no agent and no bucket; it does not decide, it only refuses what cannot follow.
 
 pub mod event;
+pub mod policy;
 pub mod saved;
 pub mod state;
 #[cfg(test)]
@@ -223,6 +224,11 @@ fn subject(state: &State, event: &Event) -> (String, String) {
         Event::LeaseSet { .. } | Event::HostSeen { .. } => (String::new(), String::new()),
         Event::ContractFrozen { vm, .. } => (vm.clone(), String::new()),
         Event::OperationBegan { plan, .. } => (plan.vm.clone(), plan.task.label().to_owned()),
+        Event::PolicySet { vm, .. }
+        | Event::PolicyRemoved { vm }
+        | Event::PolicyMissed { vm, .. }
+        | Event::PolicyRecovered { vm, .. }
+        | Event::PolicyBackedOff { vm, .. } => (vm.clone(), "policy".into()),
         Event::StepDone { operation, .. }
         | Event::StepFailed { operation, .. }
         | Event::Committed { operation, .. }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use proto::v1::MachineConfig;
 
 use super::event::{CheckpointEntry, Event, Holder, Intent, Outcome, Plan, Record, Task};
+use super::policy::{Attempt, Scheduled};
 use crate::failure::Failure;
 use crate::saga::table::{self, Illegal, Status, Turn};
 
@@ -87,6 +88,8 @@ pub struct State {
     pub operations: BTreeMap<String, Arc<Operation>>,
     /// Checkpoints by id.
     pub checkpoints: BTreeMap<String, Arc<CheckpointEntry>>,
+    /// Policies by name of the VM.
+    pub policies: BTreeMap<String, Arc<Scheduled>>,
     ended: VecDeque<String>,
 }
 
@@ -160,12 +163,18 @@ impl State {
                 let failure = Failure::new(proto::status::Code::Unreachable, "the controller was restarted")
                     .hint("nothing has changed; ask again");
                 self.turn(operation, Turn::Interrupted, Some(&failure))?;
+                self.note(operation, Attempt::Interrupted);
             }
             Event::StepUndone { operation, step } => self.turn(operation, Turn::Undid(*step), None)?,
             Event::GaveUp { operation, step, failure } => {
                 self.turn(operation, Turn::GaveUp(*step), Some(failure))?;
             }
             Event::Committed { operation, result } => self.commit(record, operation, result)?,
+            Event::PolicySet { .. }
+            | Event::PolicyRemoved { .. }
+            | Event::PolicyMissed { .. }
+            | Event::PolicyRecovered { .. }
+            | Event::PolicyBackedOff { .. } => self.apply_policy(record)?,
         }
         self.sequence = record.sequence;
         Ok(())
@@ -186,9 +195,36 @@ impl State {
         self.operations.values().filter(|operation| !operation.status.ended())
     }
 
-    /// The newest checkpoint of a VM's id.
+    /// The newest checkpoint of a VM's id: the one that was made last, whatever the clock said.
     pub fn newest_checkpoint(&self, vm_id: &str) -> Option<&Arc<CheckpointEntry>> {
-        self.checkpoints.values().filter(|c| c.vm_id == vm_id).max_by_key(|c| (c.created_unix_ms, c.id.clone()))
+        let of_vm = self.checkpoints.values().filter(|c| c.vm_id == vm_id);
+        of_vm.max_by(|a, b| made_order(a).cmp(&made_order(b)))
+    }
+
+    /// The newest checkpoint of every VM's id, in one pass.
+    pub fn newest_checkpoints(&self) -> BTreeMap<&str, &Arc<CheckpointEntry>> {
+        let mut newest: BTreeMap<&str, &Arc<CheckpointEntry>> = BTreeMap::new();
+        for entry in self.checkpoints.values() {
+            let there = newest.entry(&entry.vm_id).or_insert(entry);
+            if made_order(entry) > made_order(there) {
+                *there = entry;
+            }
+        }
+        newest
+    }
+
+    /// The checkpoints of a VM's id in the order in which they were made, oldest first.
+    pub fn checkpoints_of(&self, vm_id: &str) -> Vec<&Arc<CheckpointEntry>> {
+        let mut found: Vec<_> = self.checkpoints.values().filter(|c| c.vm_id == vm_id).collect();
+        found.sort_by(|a, b| made_order(a).cmp(&made_order(b)));
+        found
+    }
+
+    /// Notes for the VM's policy how far an operation is.
+    fn note(&mut self, operation: &str, attempt: Attempt) {
+        if let Some(operation) = self.operations.get(operation).cloned() {
+            self.note_attempt(&operation.id, &operation.plan.task, &operation.plan.vm, attempt);
+        }
     }
 
     /// The newest checkpoint of a VM's id in which no damage was found.
@@ -247,6 +283,7 @@ impl State {
             result: None,
         };
         self.operations.insert(id.into(), Arc::new(operation));
+        self.note(id, Attempt::Began);
         Ok(())
     }
 
@@ -278,6 +315,7 @@ impl State {
         }
         if status == Status::Undone && matches!(operation.plan.task, Task::Create { .. }) {
             self.vms.remove(&operation.plan.vm);
+            self.policies.remove(&operation.plan.vm);
         }
         self.store(operation);
         Ok(())
@@ -315,6 +353,7 @@ impl State {
             (Task::Stop, _) => self.edit(plan, |vm| vm.intent = Intent::Stopped),
             (Task::Remove, _) => {
                 self.vms.remove(&plan.vm);
+                self.policies.remove(&plan.vm);
                 Ok(())
             }
             (Task::Migrate { target, .. }, _) => self.edit(plan, |vm| {
@@ -332,7 +371,9 @@ impl State {
             }
             (Task::Checkpoint { .. }, Outcome::Checkpoint(entry)) => {
                 self.edit(plan, |vm| vm.last_checkpoint.clone_from(&entry.id))?;
-                self.checkpoints.insert(entry.id.clone(), Arc::from(entry.clone()));
+                let entry = CheckpointEntry { sequence: record.sequence, ..CheckpointEntry::clone(entry) };
+                self.checkpoints.insert(entry.id.clone(), Arc::new(entry));
+                self.note_attempt("", &plan.task, &plan.vm, Attempt::Made);
                 Ok(())
             }
             (Task::Checkpoint { .. }, _) => Err(Refusal::Stale("a checkpoint's commit names no checkpoint")),
@@ -385,6 +426,11 @@ impl State {
             }
         }
     }
+}
+
+/// Sorts checkpoints as they were made. Those that the ledger did not see made come first, by the clock.
+fn made_order(entry: &CheckpointEntry) -> (u64, u64, &str) {
+    (entry.sequence, entry.created_unix_ms, &entry.id)
 }
 
 /// Lock of a VM's name.

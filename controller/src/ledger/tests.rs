@@ -11,7 +11,7 @@ use super::{Ledger, LedgerError};
 use crate::failure::Failure;
 use crate::saga::table::{Illegal, Status};
 
-fn append(state: &mut State, event: Event) -> Result<(), Refusal> {
+pub(crate) fn append(state: &mut State, event: Event) -> Result<(), Refusal> {
     let record = Record {
         format: FORMAT,
         sequence: state.sequence + 1,
@@ -86,9 +86,14 @@ pub(crate) fn restore_plan(state: &State, vm: &str, checkpoint: &str, target: &s
 }
 
 pub(crate) fn checkpoint_plan(state: &State, vm: &str, checkpoint: &str) -> Plan {
-    let mut plan = plan(state, vm, 0, Task::Checkpoint { checkpoint: checkpoint.into() });
+    let mut plan = plan(state, vm, 0, Task::Checkpoint { checkpoint: checkpoint.into(), by_policy: false });
     plan.locks.push(packs_lock(&plan.vm_id));
     plan
+}
+
+pub(crate) fn scheduled_plan(state: &State, vm: &str, checkpoint: &str) -> Plan {
+    let task = Task::Checkpoint { checkpoint: checkpoint.into(), by_policy: true };
+    Plan { task, ..checkpoint_plan(state, vm, checkpoint) }
 }
 
 pub(crate) fn simple_plan(state: &State, vm: &str, task: Task) -> Plan {
@@ -110,6 +115,9 @@ pub(crate) fn entry(id: &str, vm: &str, generation: u64) -> CheckpointEntry {
         pack_keys: vec![],
         digest: Default::default(),
         verified: "unverified".into(),
+        own_bytes: 0,
+        by_policy: false,
+        sequence: 0,
     }
 }
 
@@ -139,7 +147,7 @@ fn attempt(state: &State, serial: usize, choice: (u8, u8, u8)) -> Event {
         };
         let failure = Failure::new(proto::status::Code::Unreachable, "gone");
         let result = match &operation.plan.task {
-            Task::Checkpoint { checkpoint } => {
+            Task::Checkpoint { checkpoint, .. } => {
                 Outcome::Checkpoint(Box::new(entry(checkpoint, &operation.plan.vm, state.fresh_generation(vm))))
             }
             _ => Outcome::AsPlanned,

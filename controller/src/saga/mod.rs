@@ -7,7 +7,8 @@
 //! hears when it comes back.
 
 #[cfg(test)]
-mod fake;
+pub(crate) mod fake;
+pub mod gate;
 pub mod hosts;
 pub mod report;
 pub mod steps;
@@ -28,6 +29,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
+use self::gate::{Gate, Limits};
 use self::steps::{Hands, Memory};
 use self::table::Status;
 use self::voice::{Voice, Voices};
@@ -65,6 +67,7 @@ struct Inner<W> {
     /// Who appends what nobody asked for.
     actor: String,
     show: ShowVm,
+    gate: Gate,
     cancels: Mutex<HashMap<String, CancellationToken>>,
 }
 
@@ -82,14 +85,19 @@ impl<W> Clone for Sagas<W> {
 impl<W: World> Sagas<W> {
     /// Over this world. `actor` is this controller's identity.
     pub fn new(ledger: Ledger, world: W, patience: Patience, actor: String, show: ShowVm) -> Sagas<W> {
-        let inner =
-            Inner { ledger, world, voices: Voices::default(), patience, actor, show, cancels: Mutex::default() };
+        let (voices, gate, cancels) = (Voices::default(), Gate::new(Limits::default()), Mutex::default());
+        let inner = Inner { ledger, world, voices, patience, actor, show, gate, cancels };
         Sagas { inner: Arc::new(inner) }
     }
 
     /// The world.
     pub fn world(&self) -> &W {
         &self.inner.world
+    }
+
+    /// How many checkpoints are taken at once.
+    pub fn gate(&self) -> &Gate {
+        &self.inner.gate
     }
 
     /// Begins an operation: reserves its locks and generation in the ledger, then drives it beside the caller.
@@ -261,7 +269,8 @@ impl<W: World> Drive<W> {
     }
 
     fn hands<'a>(&'a self, operation: &'a Operation) -> Hands<'a, W> {
-        Hands { world: &self.inner.world, ledger: &self.inner.ledger, operation, voice: &self.voice }
+        let Inner { world, ledger, gate, .. } = &*self.inner;
+        Hands { world, ledger, operation, voice: &self.voice, gate }
     }
 
     /// A step before the commit: once, and no longer than nobody cancels. `None` if somebody did.

@@ -93,6 +93,10 @@ pub fn record(entry: &CheckpointEntry) -> CheckpointRecord {
         manifest_key: entry.manifest_key.clone(),
         digest: Some(entry.digest.clone()),
         verified: entry.verified.clone(),
+        own_bytes: entry.own_bytes,
+        kept_by: Vec::new(),
+        pinned: !entry.by_policy,
+        age_ms: unix_ms().saturating_sub(entry.created_unix_ms),
     }
 }
 
@@ -117,7 +121,7 @@ fn migration(operation: &Operation, memory: &Memory, transfers: &[TransferEvent]
         vm: operation.plan.vm.clone(),
         source: operation.plan.holder.as_ref().map(|holder| holder.host.clone()).unwrap_or_default(),
         target: target.clone(),
-        total_ms: unix_ms().saturating_sub(operation.began_unix_ms) as f64,
+        total_ms: memory.running_unix_ms.unwrap_or_else(unix_ms).saturating_sub(operation.began_unix_ms) as f64,
         downtime_ms: memory.downtime_ms,
         phases,
         rounds,

@@ -26,13 +26,14 @@ use proto::v1::{
 };
 use tokio::time::Instant;
 
+use super::gate::Gate;
 use super::voice::Voice;
 use super::world::{LoadRequest, World};
 use crate::failure::Failure;
 use crate::ingest::receive::Expected;
-use crate::ledger::Ledger;
 use crate::ledger::event::{CheckpointEntry, Holder, Intent, Outcome, Plan, Task};
 use crate::ledger::state::Operation;
+use crate::ledger::{Ledger, unix_ms};
 
 /// How long a ticket is good for the first word of a lane.
 const TICKET_MS: u64 = 120_000;
@@ -50,6 +51,9 @@ pub struct Memory {
     pub verdict: Option<String>,
     /// Time from the hand-over to the answer of the target, and the phases that the controller measured itself.
     pub downtime_ms: f64,
+    /// When the target said that the guest runs there, in milliseconds of the Unix clock: what comes after it
+    /// (`release`) is no part of the migration's time.
+    pub running_unix_ms: Option<u64>,
     /// Phases that the controller measured itself.
     pub phases: Vec<PhaseReport>,
 }
@@ -64,6 +68,8 @@ pub struct Hands<'a, W> {
     pub operation: &'a Operation,
     /// What it says.
     pub voice: &'a Voice,
+    /// How many checkpoints are taken at once.
+    pub gate: &'a Gate,
 }
 
 fn lost(what: &str) -> Failure {
@@ -106,7 +112,7 @@ impl<W: World> Hands<'_, W> {
             }
             (Task::Migrate { target, paused, .. }, "activate") => self.activate(target, *paused, memory).await,
             (Task::Migrate { .. }, _) => self.release(memory).await,
-            (Task::Checkpoint { checkpoint }, _) => self.stream(checkpoint, memory).await,
+            (Task::Checkpoint { checkpoint, .. }, _) => self.stream(checkpoint, memory).await,
             (Task::Restore { .. }, "fence") => self.fence().await,
             (Task::Restore { target, .. }, "prepare") => self.prepare(target, memory).await,
             (Task::Restore { checkpoint, target, policy, .. }, "load") => {
@@ -134,7 +140,7 @@ impl<W: World> Hands<'_, W> {
                 self.world.abandon(target, self.itself(why)).await
             }
             (Task::Migrate { .. }, "precopy") => self.world.abandon(&self.holder()?.host, self.itself(why)).await,
-            (Task::Checkpoint { checkpoint }, _) => self.unstream(checkpoint, why).await,
+            (Task::Checkpoint { checkpoint, .. }, _) => self.unstream(checkpoint, why).await,
             (Task::Restore { .. }, "fence") => self.unfence().await,
             (
                 Task::Pause { .. }
@@ -156,10 +162,10 @@ impl<W: World> Hands<'_, W> {
     /// If the steps before it did not bring what it needs.
     pub fn outcome(&self, memory: &Memory) -> Result<Outcome, Failure> {
         match &self.plan().task {
-            Task::Checkpoint { .. } => memory
+            Task::Checkpoint { by_policy, .. } => memory
                 .checkpoint
                 .clone()
-                .map(|entry| Outcome::Checkpoint(Box::new(entry)))
+                .map(|entry| Outcome::Checkpoint(Box::new(CheckpointEntry { by_policy: *by_policy, ..entry })))
                 .ok_or_else(|| lost("the checkpoint")),
             Task::Verify { .. } => memory.verdict.clone().map(Outcome::Verified).ok_or_else(|| lost("the verdict")),
             Task::Migrate { .. } => {
@@ -301,6 +307,7 @@ impl<W: World> Hands<'_, W> {
             memory.phases.push(phase("commit", began.duration_since(*at).as_secs_f64() * 1e3));
             memory.downtime_ms = handed_over.stopped_us as f64 / 1e3 + at.elapsed().as_secs_f64() * 1e3;
         }
+        memory.running_unix_ms.get_or_insert_with(unix_ms);
         memory.phases.push(phase("resume", reply.resume_us as f64 / 1e3));
         Ok(())
     }
@@ -308,6 +315,8 @@ impl<W: World> Hands<'_, W> {
     async fn stream(&self, checkpoint: &str, memory: &mut Memory) -> Result<(), Failure> {
         let holder = self.holder()?;
         let (config, capabilities, on_isolation) = self.machine()?;
+        // Before the ticket is made, which expires.
+        let _room = self.gate.enter(&holder.host, |why| self.voice.note(format!("waits: {why}"))).await;
         let request = SendRequest {
             vm: self.plan().vm.clone(),
             generation: holder.generation,

@@ -17,30 +17,45 @@ const MESSAGE_BYTES: usize = 1 << 20;
 const MESSAGES: usize = 1024;
 const WINDOW_BYTES: u32 = 32 << 20;
 
-/// Megabytes a second, one value a run.
+/// Megabytes a second, one value a run; a bare TLS stream also in CPU seconds a GiB, both ends.
 #[derive(Debug, Default)]
 pub struct Ceilings {
+    runtime: Option<tokio::runtime::Runtime>,
     memcpy: Vec<f64>,
     blake3: Vec<f64>,
     tonic_plain: Vec<f64>,
     tonic_tls: Vec<f64>,
+    tonic_tls_cpu: Vec<f64>,
 }
 
 impl Ceilings {
-    /// Measures all, so many times.
+    /// Measures all once more. Another's load on the machine changes from second to second, so a ceiling belongs right
+    /// before what is compared with it.
     ///
     /// # Errors
     /// A server that cannot be started, or a stream that breaks.
-    pub fn measure(runs: usize) -> Result<Self, String> {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|e| e.to_string())?;
-        let mut all = Self::default();
-        for _ in 0..runs {
-            all.memcpy.push(memcpy());
-            all.blake3.push(blake3());
-            all.tonic_plain.push(runtime.block_on(stream(false))?);
-            all.tonic_tls.push(runtime.block_on(stream(true))?);
-        }
-        Ok(all)
+    pub fn measure(&mut self) -> Result<(), String> {
+        self.memcpy.push(memcpy());
+        self.blake3.push(blake3());
+        let runtime = match &self.runtime {
+            Some(runtime) => runtime,
+            None => {
+                let built = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+                self.runtime.insert(built.map_err(|e| e.to_string())?)
+            }
+        };
+        self.tonic_plain.push(runtime.block_on(stream(false))?);
+        let before = own_cpu_seconds();
+        self.tonic_tls.push(runtime.block_on(stream(true))?);
+        let gib = (MESSAGES * MESSAGE_BYTES) as f64 / f64::from(1u32 << 30);
+        self.tonic_tls_cpu.push((own_cpu_seconds() - before) / gib);
+        Ok(())
+    }
+
+    /// The last measured bare stream with TLS: megabytes a second, and CPU seconds a GiB.
+    pub fn last_tls(&self) -> (f64, f64) {
+        let last = |values: &[f64]| values.last().copied().unwrap_or(f64::NAN);
+        (last(&self.tonic_tls), last(&self.tonic_tls_cpu))
     }
 
     /// Puts all beside a measurement.
@@ -51,6 +66,12 @@ impl Ceilings {
             .beside("blake3", &self.blake3)
             .beside("memcpy", &self.memcpy)
     }
+}
+
+/// CPU seconds of this process so far.
+fn own_cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    super::migrate::cpu_seconds_of_stat(&stat)
 }
 
 fn rate(bytes: usize, elapsed: Duration) -> f64 {

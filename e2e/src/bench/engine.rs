@@ -13,7 +13,7 @@ use super::loops::Loop;
 use super::{GUEST_PATIENCE, Measurement, Report, has_program};
 
 const QEMU: &str = "qemu-system-x86_64";
-const QEMU_PATIENCE_S: &str = "30";
+const QEMU_PATIENCE_S: &str = "60";
 const ITERATIONS: u64 = 60_000_000;
 const RUNS: usize = 3;
 const SLICE: u64 = 4_000_000;
@@ -35,6 +35,7 @@ pub fn run(report: &Report, guest: &Path, cases: &[String]) -> Result<(), String
     let wanted = |case: &str| cases.is_empty() || cases.iter().any(|c| c == case);
     let dir = std::env::temp_dir().join(format!("godwit-bench-{}", std::process::id()));
     std::fs::create_dir_all(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+    eprintln!("beside: {}", qemu_version().as_deref().unwrap_or("nothing, there is no QEMU"));
     for (case, kind) in Loop::ALL.into_iter().filter(|(case, _)| wanted(case)) {
         let kernel = kind.elf(ITERATIONS).map_err(|e| e.to_string())?;
         let kernel_path = dir.join(format!("{case}.elf"));
@@ -134,6 +135,12 @@ fn between_marks(boot: &Boot, from: &str, to: &str) -> Result<Timed, String> {
     Err(format!("the guest did not print {to:?} in {GUEST_PATIENCE:?}:\n{console}"))
 }
 
+/// What QEMU says it is; `None` where there is none.
+fn qemu_version() -> Option<String> {
+    let output = Command::new(QEMU).arg("--version").output().ok()?;
+    String::from_utf8_lossy(&output.stdout).lines().next().map(str::to_owned)
+}
+
 /// Ends the process with the value.
 struct Ended(Child);
 
@@ -154,16 +161,8 @@ fn qemu_between_marks(boot: &Boot, from: &str, to: &str) -> Result<Option<Durati
     let mut command = Command::new("timeout");
     command
         .args([QEMU_PATIENCE_S, QEMU])
-        .args([
-            "-M",
-            "microvm,acpi=on,pic=off,pit=off,rtc=on",
-            "-accel",
-            "tcg",
-            "-cpu",
-            "qemu64",
-            "-icount",
-            "shift=0,sleep=off",
-        ])
+        // With its PIT, against which Linux finds the frequency of the TSC here.
+        .args(["-M", "microvm,acpi=on,rtc=on", "-accel", "tcg", "-cpu", "qemu64", "-icount", "shift=0,sleep=off"])
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"])
         .args(["-m", &(boot.memory_bytes >> 20).to_string()])
         .arg("-kernel")

@@ -1,7 +1,11 @@
 //! `bench migrate`: a guest of 1 GiB full of incompressible pages between two agents over loopback, TLS and hashing on, at
-//! several dirty rates, beside what this machine's parts can do at best in the same run.
+//! several dirty rates, beside what this machine's parts can do at best: measured right before each migration.
+//!
+//! Right before each migration 1.5 times the guest's RAM is touched: this is the figure of a host whose free memory is its
+//! own, not of a virtual one that must ask its own host for each page.
 
 use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::ceilings::Ceilings;
 use super::{Measurement, Report};
@@ -21,6 +25,14 @@ struct Runs {
     total: Vec<f64>,
     downtime: Vec<f64>,
     cpu: Vec<f64>,
+    /// Percent of a bare tonic stream with TLS, and times its CPU seconds.
+    share: Vec<f64>,
+    cpu_times: Vec<f64>,
+    release: Vec<f64>,
+    rounds: Vec<f64>,
+    throttle: Vec<f64>,
+    rest_mib: Vec<f64>,
+    peak_mib: Vec<f64>,
 }
 
 /// Runs all cases.
@@ -28,44 +40,92 @@ struct Runs {
 /// # Errors
 /// A ceiling cannot be measured. A cluster that does not work panics with its logs.
 pub fn run(report: &Report, cases: &[String]) -> Result<(), String> {
-    let ceilings = Ceilings::measure(RUNS)?;
     for (case, pages_per_s) in CASES.into_iter().filter(|(case, _)| cases.is_empty() || cases.iter().any(|c| c == case))
     {
-        migrate_case(report, case, pages_per_s, &ceilings);
+        migrate_case(report, case, pages_per_s)?;
     }
     Ok(())
 }
 
-fn migrate_case(report: &Report, case: &str, pages_per_s: u64, ceilings: &Ceilings) {
+fn migrate_case(report: &Report, case: &str, pages_per_s: u64) -> Result<(), String> {
     let program =
         Program { start: REGION, region_bytes: REGION_BYTES, pages_per_s, tick_ms: 100, tsc_hz: 1_000_000_000 };
+    let mut ceilings = Ceilings::default();
     let cluster = Cluster::up(2);
     cluster.create_with("vm1", "hostA", program, &["--memory", "1G"]);
     wait_until_filled(&cluster);
     let mut runs = Runs::default();
-    let mut overhead = Vec::new();
     for run in 0..RUNS {
         let (source, target) = if run % 2 == 0 { ("hostA", "hostB") } else { ("hostB", "hostA") };
         cluster.goes_on("vm1", 5);
-        overhead.extend(resident_overhead_mib(&cluster, source));
+        wait("the guest's runner", || cluster.runner(source, "vm1"));
+        runs.rest_mib.extend(overhead_mib(&cluster, source));
+        ceilings.measure()?;
         warm(REGION_BYTES + REGION_BYTES / 2);
         let before = cpu_seconds(&cluster);
-        let result = cluster.json(["migrate", "vm1", "--to", target]);
-        let number = |field: &str| result[field].as_f64().unwrap_or(f64::NAN);
-        let sent = number("bytes_sent");
-        runs.throughput.push(sent / 1e6 / (number("total_ms") / 1e3));
-        runs.total.push(number("total_ms"));
-        runs.downtime.push(number("downtime_ms"));
-        runs.cpu.push((cpu_seconds(&cluster) - before) / (sent / f64::from(1u32 << 30)));
+        let (result, peak) = watch(&cluster, || cluster.json(["migrate", "vm1", "--to", target]));
+        runs.note(&result, cpu_seconds(&cluster) - before, &ceilings);
+        runs.peak_mib.push(peak);
         eprintln!("{case}: {}", phases(&result));
     }
     cluster.goes_on("vm1", 5);
     let of = |metric, unit, values: &[f64]| Measurement::of("migrate", case, metric, unit, values);
     report.add(of("throughput_mb_per_s", "MB/s", &runs.throughput).map(|m| ceilings.beside(m)));
+    report.add(of("share_of_bare_tls", "%", &runs.share));
     report.add(of("total_ms", "ms", &runs.total));
     report.add(of("downtime_ms", "ms", &runs.downtime));
+    report.add(of("release_ms", "ms", &runs.release));
+    report.add(of("rounds", "", &runs.rounds));
+    report.add(of("throttle_percent", "%", &runs.throttle));
     report.add(of("cpu_seconds_per_gib", "s", &runs.cpu));
-    report.add(of("resident_overhead_mib", "MiB", &overhead));
+    report.add(of("cpu_of_bare_tls", "x", &runs.cpu_times));
+    report.add(of("resident_overhead_mib", "MiB", &runs.rest_mib));
+    report.add(of("resident_peak_mib", "MiB", &runs.peak_mib));
+    Ok(())
+}
+
+impl Runs {
+    fn note(&mut self, result: &serde_json::Value, cpu_s: f64, ceilings: &Ceilings) {
+        let number = |field: &str| result[field].as_f64().unwrap_or(f64::NAN);
+        let none = Vec::new();
+        let (rounds, phases) =
+            (result["rounds"].as_array().unwrap_or(&none), result["phases"].as_array().unwrap_or(&none));
+        let (bare, bare_cpu) = ceilings.last_tls();
+        let rate = number("bytes_sent") / 1e6 / (number("total_ms") / 1e3);
+        let cpu = cpu_s / (number("bytes_sent") / f64::from(1u32 << 30));
+        let release = phases.iter().find(|phase| phase["phase"] == "release");
+        self.throughput.push(rate);
+        self.share.push(100.0 * rate / bare);
+        self.total.push(number("total_ms"));
+        self.downtime.push(number("downtime_ms"));
+        self.cpu.push(cpu);
+        self.cpu_times.push(cpu / bare_cpu);
+        self.release.push(release.and_then(|phase| phase["ms"].as_f64()).unwrap_or(0.0));
+        self.rounds.push(rounds.len() as f64);
+        self.throttle.push(
+            rounds.iter().filter_map(|round| round["throttle_percent"].as_f64()).fold(0.0, |most, now| now.max(most)),
+        );
+    }
+}
+
+/// Does something and looks meanwhile how much memory agent and runner hold beyond the guest's RAM, on the host where it
+/// is most; in MiB.
+fn watch<T>(cluster: &Cluster, work: impl FnOnce() -> T) -> (T, f64) {
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let watching = scope.spawn(|| {
+            let mut most = 0f64;
+            while !over.load(Ordering::Relaxed) {
+                most =
+                    ["hostA", "hostB"].into_iter().filter_map(|host| overhead_mib(cluster, host)).fold(most, f64::max);
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+            most
+        });
+        let done = work();
+        over.store(true, Ordering::Relaxed);
+        (done, watching.join().unwrap_or(f64::NAN))
+    })
 }
 
 fn wait_until_filled(cluster: &Cluster) {
@@ -95,18 +155,19 @@ fn warm(bytes: u64) {
 
 /// CPU seconds of controller and agents so far. The runners run the guest and are not counted.
 fn cpu_seconds(cluster: &Cluster) -> f64 {
-    let ticks_per_s = rustix::param::clock_ticks_per_second() as f64;
-    let of = |name: &str| -> f64 {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", cluster.daemon(name))).unwrap_or_default();
-        let fields: Vec<&str> = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().collect();
-        [11, 12].iter().filter_map(|i| fields.get(*i)?.parse::<f64>().ok()).sum::<f64>() / ticks_per_s
-    };
-    ["controller", "hostA", "hostB"].into_iter().map(of).sum()
+    let stat = |name: &str| fs::read_to_string(format!("/proc/{}/stat", cluster.daemon(name))).unwrap_or_default();
+    ["controller", "hostA", "hostB"].into_iter().map(|name| cpu_seconds_of_stat(&stat(name))).sum()
 }
 
-/// What agent and runner hold beyond the guest's RAM: all resident memory that is not the shared memfd of RAM.
-fn resident_overhead_mib(cluster: &Cluster, host: &str) -> Option<f64> {
-    let runner = wait("the guest's runner", || cluster.runner(host, "vm1"));
+/// User and system time of a process, in seconds, from its `/proc/PID/stat`.
+pub fn cpu_seconds_of_stat(stat: &str) -> f64 {
+    let ticks_per_s = rustix::param::clock_ticks_per_second() as f64;
+    let fields: Vec<&str> = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().collect();
+    [11, 12].iter().filter_map(|i| fields.get(*i)?.parse::<f64>().ok()).sum::<f64>() / ticks_per_s
+}
+
+/// What agent and runner (if there is one) hold beyond the guest's RAM: all resident memory that is not the shared memfd.
+fn overhead_mib(cluster: &Cluster, host: &str) -> Option<f64> {
     let private_kib = |pid: i32| -> Option<f64> {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
         let field = |name: &str| -> Option<f64> {
@@ -116,5 +177,6 @@ fn resident_overhead_mib(cluster: &Cluster, host: &str) -> Option<f64> {
     };
     // Stamps are shared memory too: 4 bytes a page.
     let stamps_kib = (1u64 << 30) as f64 / 4096.0 * 4.0 / 1024.0;
-    Some((private_kib(cluster.daemon(host))? + private_kib(runner)? + stamps_kib) / 1024.0)
+    let runner = cluster.runner(host, "vm1").and_then(private_kib).unwrap_or(0.0);
+    Some((private_kib(cluster.daemon(host))? + runner + stamps_kib) / 1024.0)
 }

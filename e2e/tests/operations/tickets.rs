@@ -49,8 +49,10 @@ impl Agents {
     }
 
     async fn prepare(&mut self, ticket: &Ticket) -> Result<(), tonic::Status> {
+        let capabilities = node_agent::facts::contract_of(&self.config).unwrap();
         let config = Some(self.config.clone());
-        let request = PrepareRequest { ticket: Some(ticket.clone()), config, ..PrepareRequest::default() };
+        let request =
+            PrepareRequest { ticket: Some(ticket.clone()), config, capabilities, ..PrepareRequest::default() };
         self.b.prepare(request).await.map(drop)
     }
 

@@ -7,7 +7,7 @@
 use bytes::Bytes;
 use proto::frame::{self, FrameError, Kind};
 use proto::v1::lane_message::Message as Case;
-use proto::v1::{Abort, Hello, HelloReply, LaneMessage, Ready, RoundAck, RoundEnd, Section, StateEnd};
+use proto::v1::{Abort, BaseLeaves, Hello, HelloReply, LaneMessage, Ready, RoundAck, RoundEnd, Section, StateEnd};
 
 /// A message on a lane.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,6 +20,8 @@ pub enum Message {
     Hello(Hello),
     /// First from the target.
     HelloReply(HelloReply),
+    /// Digests of what the base of a checkpoint holds.
+    BaseLeaves(BaseLeaves),
     /// The lane's part of a round is complete.
     RoundEnd(RoundEnd),
     /// All lanes' parts are written.
@@ -46,9 +48,12 @@ impl Message {
                 let body = |text: &str| FrameError::Body { kind: Kind::Control, text: text.to_owned() };
                 message.message.map(Self::from).ok_or_else(|| body("a lane message of no known case"))
             }
-            found @ (Kind::Manifest | Kind::PackIndex | Kind::Journal) => {
-                Err(FrameError::Unexpected { found, expected: Kind::Control })
-            }
+            found @ (Kind::Manifest
+            | Kind::PackIndex
+            | Kind::Journal
+            | Kind::Sealed
+            | Kind::PageMap
+            | Kind::Envelope) => Err(FrameError::Unexpected { found, expected: Kind::Control }),
         }
     }
 
@@ -59,6 +64,7 @@ impl Message {
             Self::Section(section) => return frame::encode_message(Kind::Section, &section).into(),
             Self::Hello(m) => Case::Hello(m),
             Self::HelloReply(m) => Case::HelloReply(m),
+            Self::BaseLeaves(m) => Case::BaseLeaves(m),
             Self::RoundEnd(m) => Case::RoundEnd(m),
             Self::RoundAck(m) => Case::RoundAck(m),
             Self::StateEnd(m) => Case::StateEnd(m),
@@ -75,6 +81,7 @@ impl Message {
             Self::Section(_) => "Section",
             Self::Hello(_) => "Hello",
             Self::HelloReply(_) => "HelloReply",
+            Self::BaseLeaves(_) => "BaseLeaves",
             Self::RoundEnd(_) => "RoundEnd",
             Self::RoundAck(_) => "RoundAck",
             Self::StateEnd(_) => "StateEnd",
@@ -89,6 +96,7 @@ impl From<Case> for Message {
         match case {
             Case::Hello(m) => Self::Hello(m),
             Case::HelloReply(m) => Self::HelloReply(m),
+            Case::BaseLeaves(m) => Self::BaseLeaves(m),
             Case::RoundEnd(m) => Self::RoundEnd(m),
             Case::RoundAck(m) => Self::RoundAck(m),
             Case::StateEnd(m) => Self::StateEnd(m),

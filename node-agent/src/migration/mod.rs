@@ -16,7 +16,7 @@
 //! ─────────── the controller's ledger append: the point of no return ──────────────────────────────────────────
 //! (discarded)                                       (activated)                     target
 //! ```
-//! Any failure, loss of a lane, `Abort` or cancel before `HandedOver` ends in `Failed` on that side: the source lets the
+//! Any failure, loss of a lane, `Abort`, cancel or long silence of the target before `HandedOver` ends in `Failed` on that side: the source lets the
 //! guest go on, the target keeps it stopped and discards it. A source in `HandedOver` does nothing by itself any more.
 //! Since only the controller's word can start the target and that word needs `HandedOver`, both never run.
 //!
@@ -43,6 +43,8 @@ use vmcb_engine::memory::shared::SharedPages;
 
 /// Versions of the lane protocol that this release speaks.
 pub const PROTOCOL: std::ops::RangeInclusive<u32> = 1..=1;
+/// How often a guest that is held back must be held back again: it must run free when this agent dies.
+pub const THROTTLE_REPEAT: std::time::Duration = std::time::Duration::from_secs(1);
 /// Limit to set on both ends of the `Lanes` service for one message.
 pub const MESSAGE_BYTES_MAX: usize = 10 << 20;
 
@@ -73,6 +75,9 @@ impl From<Failure> for v1::Abort {
 pub trait SourceVm: Send + 'static {
     /// Closes the running epoch and returns the new one (`RunnerAdvanceEpoch`).
     fn advance_epoch(&mut self) -> impl Future<Output = Result<u32, Failure>> + Send;
+    /// Holds the guest back by so much percent of its time; 0 lifts it. It lapses by itself unless it is repeated every
+    /// [`THROTTLE_REPEAT`].
+    fn throttle(&mut self, percent: u32) -> impl Future<Output = Result<(), Failure>> + Send;
     /// Pauses the guest for the hand-over. It stays paused until [`SourceVm::resume`], whatever the lease says.
     fn stop(&mut self) -> impl Future<Output = Result<(), Failure>> + Send;
     /// Sections of the stopped guest.

@@ -1,9 +1,10 @@
 //! Source, target and the controller's decision in virtual time under one seed: loss, delay, reordering between lanes,
-//! duplicates, flipped bits, cancels and crashes at any step. Frames and pages are the real ones; the network, the guest
+//! duplicates, flipped bits, silence, cancels and crashes at any step. Frames and pages are the real ones; the network, the guest
 //! and the clock are not.
 //!
 //! Each seed runs a few attempts in a row on one guest: migrations, or checkpoints that build on the last good one, with
-//! faults; then one without faults, which must succeed. Held at every event: never both sides runnable; when the target
+//! faults; then one without faults, which must succeed. Held at every event: never both sides runnable; before the hand-over
+//! the guest never stands still for longer than a silent target may keep it; it is never left held back; when the target
 //! says Ready its memory is what the source's was when it stopped; whatever failed, the guest runs in exactly one place in the
 //! end, and no page is forgotten by the attempt after. A failure prints the seed: `run(SEED)` is all there is to repeat it.
 
@@ -23,12 +24,13 @@ use vmcb_engine::transfer::{receive, runs};
 use super::Failure;
 use super::bank::{Bank, noise};
 use super::message::Message;
-use super::source::{self, Effect, Plan, RoundTotals, Source};
+use super::source::{self, Effect, Plan, RoundTotals, SILENCE_US_MAX, SILENCE_VERIFY_US_MAX, Source};
 use super::target::{self, Target};
 
 const RAM_PAGES: u64 = 40;
 const DISK_PAGES: u64 = 8;
 const CONTROLLER_PATIENCE_US: u64 = 400_000;
+const TICK_US: u64 = 200_000;
 
 /// A generator of its own, so that a seed means the same for ever (splitmix64).
 struct Chance(u64);
@@ -53,13 +55,22 @@ struct Guest {
     spaces: [SharedPages; 2],
     epoch: u32,
     running: bool,
+    throttle_percent: u32,
     steps: u64,
 }
 
 impl Guest {
     fn new() -> Self {
         let (ram, disk) = (Bank::new(RAM_PAGES), Bank::new(DISK_PAGES));
-        Self { spaces: [ram.shared(), disk.shared()], ram, disk, epoch: 1, running: true, steps: 0 }
+        Self {
+            spaces: [ram.shared(), disk.shared()],
+            ram,
+            disk,
+            epoch: 1,
+            running: true,
+            throttle_percent: 0,
+            steps: 0,
+        }
     }
 
     fn act(&mut self, chance: &mut Chance) {
@@ -94,6 +105,8 @@ enum Fault {
     SourceCrashesAt(u64),
     TargetCrashesAt(u64),
     CancelAt(u64),
+    /// Nothing arrives any more, and no lane is seen to be lost.
+    SilentFrom(u64),
     HandOverUnheard,
     CaptureDiffers,
 }
@@ -101,7 +114,7 @@ enum Fault {
 impl Fault {
     fn draw(chance: &mut Chance) -> Self {
         let at = chance.below(200);
-        match chance.below(11) {
+        match chance.below(12) {
             0 => Self::None,
             1 => Self::CutAt(at),
             2 => Self::FlipFrame(at / 3),
@@ -111,6 +124,7 @@ impl Fault {
             7 => Self::TargetCrashesAt(at),
             8 => Self::CancelAt(at),
             9 => Self::HandOverUnheard,
+            10 => Self::SilentFrom(at),
             _ => Self::CaptureDiffers,
         }
     }
@@ -132,6 +146,7 @@ enum Event {
     SourceAnswer(source::Input),
     TargetAnswer(target::Input),
     NextPiece,
+    TimePasses,
     GuestActs,
     ControllerHears,
     ControllerLosesPatience,
@@ -180,6 +195,10 @@ struct World<'a> {
     fault: Fault,
     frames: u64,
     checkpoint: bool,
+    silent: bool,
+    /// How long the guest may stand still before the hand-over, and since when it has.
+    stands_us_max: u64,
+    stands_since_us: Option<u64>,
     lanes: Vec<Lane>,
     source: Option<Source>,
     source_digests: Vec<PageDigests>,
@@ -205,12 +224,13 @@ impl<'a> World<'a> {
         }
         let lanes = 1 + chance.below(4) as u32;
         let policy = TransferPolicy {
-            downtime_ms_max: chance.below(3) as u32,
+            downtime_ms_max: 1 + chance.below(2) as u32,
             rounds_max: 1 + chance.below(6) as u32,
             verify_full: chance.below(3) == 0,
+            throttle_percent_max: 99 * chance.below(2) as u32,
             ..Default::default()
         };
-        let plan = Plan { lanes, policy, checkpoint, mark: base.map_or(0, |base| base.mark) };
+        let plan = Plan { lanes, policy, checkpoint, mark: base.map_or(0, |base| base.mark), wants_leaves: false };
         let ticket = Ticket { operation: "op".into(), secret: vec![1], expires_in_ms: 1000, ..Default::default() };
         let lane = || Lane { up: true, to_target_us: 0, to_source_us: 0, frames: 0 };
         let mut world = World {
@@ -223,6 +243,9 @@ impl<'a> World<'a> {
             fault,
             frames: 0,
             checkpoint,
+            silent: false,
+            stands_us_max: TICK_US + if policy.verify_full { SILENCE_VERIFY_US_MAX } else { SILENCE_US_MAX },
+            stands_since_us: None,
             lanes: (0..lanes).map(|_| lane()).collect(),
             source: Some(Source::new(plan, 0)),
             source_digests: digests.clone(),
@@ -249,6 +272,7 @@ impl<'a> World<'a> {
         }
         world.after(CONTROLLER_PATIENCE_US, Event::ControllerLosesPatience);
         world.after(10, Event::GuestActs);
+        world.after(TICK_US, Event::TimePasses);
         world
     }
 
@@ -323,7 +347,18 @@ impl<'a> World<'a> {
             let event = self.bodies[body].take().expect("an event happens once");
             self.happen(event);
             assert!(!(self.guest.running && self.target_runs), "both sides run");
+            self.check_standing();
         }
+        assert_eq!(self.guest.throttle_percent, 0, "left held back");
+    }
+
+    /// Stopped for a hand-over that has not come about: not for ever.
+    fn check_standing(&mut self) {
+        let holds = self.source.as_ref().is_some_and(|source| !source.is_over() && source.holds_guest());
+        self.stands_since_us = self.stands_since_us.or(Some(self.now_us)).filter(|_| holds && !self.guest.running);
+        let stood_us = self.stands_since_us.map_or(0, |since| self.now_us - since);
+        // The bytes of the last pages and the steps around them take their time too.
+        assert!(stood_us <= self.stands_us_max + 1_000_000, "it has stood still for {stood_us} us");
     }
 
     fn break_something(&mut self, count: u64) {
@@ -334,6 +369,8 @@ impl<'a> World<'a> {
             }
             Fault::SourceCrashesAt(at) if at == count => {
                 (self.source, self.worker) = (None, None);
+                // Nobody repeats it: the runner lets it lapse.
+                self.guest.throttle_percent = 0;
                 (0..self.lanes.len() as u32).for_each(|lane| self.cut(lane));
             }
             // What a host's loss after Ready means is the controller's affair.
@@ -341,6 +378,7 @@ impl<'a> World<'a> {
                 self.target = None;
                 (0..self.lanes.len() as u32).for_each(|lane| self.cut(lane));
             }
+            Fault::SilentFrom(at) if at == count => self.silent = true,
             Fault::CancelAt(at) if at == count => {
                 self.step_source(source::Input::Cancel(Failure::new(Code::Cancelled, "cancelled")));
             }
@@ -350,6 +388,7 @@ impl<'a> World<'a> {
 
     fn happen(&mut self, event: Event) {
         match event {
+            Event::ToTarget { .. } | Event::ToSource { .. } if self.silent => (),
             Event::ToTarget { lane, frame } if self.lanes[lane as usize].up => self.target_hears(lane, &frame),
             Event::ToSource { lane, frame } if self.lanes[lane as usize].up => self.source_hears(lane, &frame),
             Event::ToTarget { .. } | Event::ToSource { .. } => (),
@@ -363,10 +402,26 @@ impl<'a> World<'a> {
             Event::TargetAnswer(input) => self.step_target(input),
             Event::NextPiece => self.next_piece(),
             Event::GuestActs => {
-                (0..self.chance.below(6)).for_each(|_| self.guest.act(self.chance));
-                if self.source.as_ref().is_some_and(|source| !source.is_over()) {
-                    self.soon(Event::GuestActs);
+                let acts = self.chance.below(6) * u64::from(100 - self.guest.throttle_percent) / 100;
+                (0..acts).for_each(|_| self.guest.act(self.chance));
+                match self.source.as_ref().is_some_and(|source| !source.is_over()) {
+                    true if self.guest.running => self.soon(Event::GuestActs),
+                    true => self.after(TICK_US / 10, Event::GuestActs),
+                    false => (),
                 }
+            }
+            Event::TimePasses => {
+                let bytes_sent = self.frames;
+                self.step_source(source::Input::Tick { bytes_sent });
+                if self.source.as_ref().is_some_and(|source| !source.is_over()) {
+                    self.after(TICK_US, Event::TimePasses);
+                }
+            }
+            // A controller that is patient: the source must help itself.
+            Event::ControllerLosesPatience
+                if self.silent && self.stands_since_us.is_some() && self.verdict == Verdict::Open =>
+            {
+                self.after(SILENCE_US_MAX, Event::ControllerLosesPatience);
             }
             Event::ControllerHears if self.verdict == Verdict::Open => {
                 self.verdict = Verdict::Committed;
@@ -431,6 +486,7 @@ impl<'a> World<'a> {
                 let sections = self.guest.sections();
                 self.soon(Event::SourceAnswer(source::Input::Captured(sections)));
             }
+            Effect::Throttle { percent } => self.guest.throttle_percent = percent,
             Effect::Resume => self.guest.running = true,
             Effect::Digest { sections, verify_full } => {
                 if verify_full {
@@ -477,14 +533,16 @@ impl<'a> World<'a> {
         let at = usize::from(space);
         let digests = &mut self.source_digests[at];
         let pages = &self.guest.spaces[at];
-        let frames = runs::frames(space, pages, run, |page| digests.get(page) == ZERO_LEAF).unwrap();
-        frames.iter().flat_map(runs::PageFrame::digests).for_each(|(page, leaf)| digests.set(page, leaf));
+        let mut batch = runs::Batch::new(Vec::new(), |_, _: &mut Vec<u8>| ());
+        batch.push(space, pages, run, |page| digests.get(page) == ZERO_LEAF).unwrap();
+        let made = batch.seal();
+        made.digests().for_each(|(_, page, leaf)| digests.set(page, leaf));
         worker.totals.pages += run.pages;
-        for frame in frames {
-            worker.totals.bytes += frame.bytes.len() as u64;
+        for frame in made.frame_bytes() {
+            worker.totals.bytes += frame.len() as u64;
             let lane = self.chance.below(self.lanes.len() as u64) as u32;
             self.lanes[lane as usize].frames += 1;
-            self.tell_target(lane, Message::Pages(frame.bytes.into()));
+            self.tell_target(lane, Message::Pages(Bytes::copy_from_slice(frame)));
         }
         self.worker = Some(worker);
         let us = 1 + self.chance.below(60);
@@ -579,6 +637,8 @@ struct Tally {
     committed: u32,
     checkpoints: u32,
     failed: u32,
+    /// Of these, by a source that let its guest go by itself because the target was silent.
+    silent: u32,
 }
 
 /// Everything that a seed stands for.
@@ -614,6 +674,10 @@ fn run(seed: u64) -> Tally {
             }
             other => {
                 tally.failed += 1;
+                let reason = |source: &Source| {
+                    if let Source::Failed(failed) = source { failed.failure.reason.clone() } else { String::new() }
+                };
+                tally.silent += u32::from(other.as_ref().map(reason).is_some_and(|reason| reason.contains("silent")));
                 assert_eq!(running, (true, false), "{fault:?} {other:?}");
                 assert!(fault != Fault::None, "failed without a fault: {other:?}");
             }
@@ -640,8 +704,9 @@ fn thousands_of_seeds_keep_every_promise() {
         sum.committed += tally.committed;
         sum.checkpoints += tally.checkpoints;
         sum.failed += tally.failed;
+        sum.silent += tally.silent;
     }
     // The simulator must do something: every seed ends in a commit, and most attempts before it fail.
     assert_eq!(sum.committed, 3000, "{sum:?}");
-    assert!(sum.failed > 2500 && sum.checkpoints > 2500, "{sum:?}");
+    assert!(sum.failed > 2500 && sum.checkpoints > 2500 && sum.silent > 20, "{sum:?}");
 }

@@ -6,7 +6,8 @@
 //! Live runs while: no pause is asked for, and the lease holds (CLOCK_BOOTTIME)
 //! ```
 //! The guest runs in slices of about two milliseconds; between two slices the driver takes inputs, moves console
-//! bytes and looks at the lease. Stopping is therefore always between two instructions. The driver knows no socket and
+//! bytes and looks at the lease. Stopping is therefore always between two instructions. A guest that is held back for a
+//! transfer rests after each slice in proportion to how long it took; that is the driver's doing and no state of the guest. The driver knows no socket and
 //! no file: inputs and outputs are values, the clock is an argument.
 
 use std::collections::VecDeque;
@@ -21,6 +22,7 @@ use proto::v1::{
     MachineConfig, RunnerAttached, RunnerEpoch, RunnerFailure, RunnerReply, RunnerRequest, RunnerSections, RunnerState,
     VmState, VmcbReply,
 };
+use vmcb_engine::transfer::rounds::THROTTLE_PERCENT_MAX;
 
 use super::guest::{Guest, Outcome};
 use super::pace::{Idle, Pace, Start};
@@ -162,9 +164,21 @@ pub struct Driver<G, C, O> {
     sealed: bool,
     quick_resets: u32,
     booted_tsc: u64,
+    throttle: Option<Throttle>,
     running: bool,
     stopped_ns: u64,
     started_ns: u64,
+}
+
+/// How a guest is held back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Throttle {
+    /// Of its time, at most [`THROTTLE_PERCENT_MAX`].
+    percent: u64,
+    /// It lapses then.
+    until_ns: u64,
+    /// No slice begins before.
+    rest_until_ns: u64,
 }
 
 impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
@@ -188,6 +202,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
             sealed: false,
             quick_resets: 0,
             booted_tsc: 0,
+            throttle: None,
             running: false,
             stopped_ns,
             started_ns: 0,
@@ -236,6 +251,9 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         }
         self.feed_console();
         self.deliver_packets()?;
+        if let Some(instant) = self.resting() {
+            return Ok(Wait::Until(instant));
+        }
         if let Some(until_tsc) = self.idle {
             let wait = self.rest(until_tsc);
             if wait != Wait::No {
@@ -245,6 +263,10 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         let before = self.clock.boottime_ns();
         let outcome = self.guest.run(self.guest.retired().saturating_add(self.slice));
         let after = self.clock.boottime_ns();
+        if let Some(throttle) = &mut self.throttle {
+            let rest_ns = after.saturating_sub(before).saturating_mul(throttle.percent) / (100 - throttle.percent);
+            throttle.rest_until_ns = after.saturating_add(rest_ns);
+        }
         self.flush_console()?;
         match outcome {
             Outcome::Reached => self.adapt_slice(after.saturating_sub(before)),
@@ -279,6 +301,17 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         Ok(())
     }
 
+    /// Until when a guest that is held back rests; none if it may go on.
+    fn resting(&mut self) -> Option<u64> {
+        let now = self.clock.boottime_ns();
+        if self.throttle.is_some_and(|throttle| now >= throttle.until_ns) {
+            self.throttle = None;
+        }
+        let throttle = self.throttle?;
+        let lease = self.lease_end_ns();
+        (now < throttle.rest_until_ns).then_some(throttle.rest_until_ns.min(throttle.until_ns).min(lease))
+    }
+
     fn adapt_slice(&mut self, took_ns: u64) {
         let (low, high) = (*SLICE_INSTRUCTIONS.start(), *SLICE_INSTRUCTIONS.end());
         self.slice = if took_ns > SLICE_NS { self.slice / 2 } else { self.slice + self.slice / 4 }.clamp(low, high);
@@ -286,10 +319,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
 
     /// An idle guest: lets its time jump, or says how long to wait.
     fn rest(&mut self, until_tsc: Option<u64>) -> Wait {
-        let lease = match self.lease {
-            Lease::Until(instant) => instant.saturating_add(1),
-            Lease::Unlimited | Lease::Missing => u64::MAX,
-        };
+        let lease = self.lease_end_ns();
         let decision = match (&self.pace, until_tsc) {
             (Some(pace), until) => pace.idle(self.clock.boottime_ns(), until),
             (None, Some(until)) => Idle::Skip(until),
@@ -314,6 +344,14 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         {
             let tsc = pace.woken(self.clock.boottime_ns(), self.guest.tsc(), until_tsc);
             self.guest.skip_idle_until(tsc);
+        }
+    }
+
+    /// When the lease will have ended.
+    fn lease_end_ns(&self) -> u64 {
+        match self.lease {
+            Lease::Until(instant) => instant.saturating_add(1),
+            Lease::Unlimited | Lease::Missing => u64::MAX,
         }
     }
 
@@ -459,6 +497,8 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
     fn answer(&mut self, request: Request) -> Result<Reply, RunnerFailure> {
         match request {
             Request::Attach(_) => {
+                // Whoever held it back is gone, or will say so again.
+                self.throttle = None;
                 return Ok(Reply::Attached(RunnerAttached {
                     config: Some(self.terms.config.clone()),
                     state: Some(self.state()),
@@ -488,6 +528,12 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
                     0 => Lease::Unlimited,
                     instant => Lease::Until(instant),
                 };
+            }
+            Request::Throttle(throttle) => {
+                let until_ns = self.clock.boottime_ns().saturating_add(u64::from(throttle.valid_ms) * 1_000_000);
+                let rest_until_ns = self.throttle.map_or(0, |before| before.rest_until_ns);
+                let percent = u64::from(throttle.percent.min(THROTTLE_PERCENT_MAX));
+                self.throttle = (percent > 0).then_some(Throttle { percent, until_ns, rest_until_ns });
             }
             Request::Status(_) | Request::Shutdown(_) => {}
             Request::Console(input) => {

@@ -22,7 +22,7 @@ use proto::v1::runner_request::Request;
 use proto::v1::{
     MachineConfig, RunnerAdvanceEpoch, RunnerApply, RunnerAttach, RunnerCapture, RunnerConsoleOutput, RunnerLease,
     RunnerPause, RunnerReply, RunnerRequest, RunnerResume, RunnerSections, RunnerShutdown, RunnerState, RunnerStatus,
-    VmState,
+    RunnerThrottle, VmState,
 };
 use rustix::process::{Pid, Signal};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
@@ -39,6 +39,8 @@ const CONNECT_STEP: Duration = Duration::from_millis(2);
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
 /// Unpacking a kernel, capturing and applying state.
 const LONG_CALL_DEADLINE: Duration = Duration::from_secs(60);
+/// A guest that is held back runs free after so long without a word: several times what the migration repeats it in.
+const THROTTLE_VALID_MS: u32 = 5_000;
 const EXIT_DEADLINE: Duration = Duration::from_secs(2);
 const CONSOLE_BACKLOG: usize = 1024;
 const LOG_TAIL_BYTES: usize = 2000;
@@ -451,6 +453,13 @@ impl SourceVm for Leaving {
             Reply::Epoch(epoch) => Ok(epoch.epoch),
             _ => Err(Failure::new(Code::Protocol, "the runner answered something else")),
         }
+    }
+
+    async fn throttle(&mut self, percent: u32) -> Result<(), Failure> {
+        self.runner
+            .state_after(Request::Throttle(RunnerThrottle { percent, valid_ms: THROTTLE_VALID_MS }))
+            .await
+            .map(drop)
     }
 
     async fn stop(&mut self) -> Result<(), Failure> {

@@ -268,7 +268,7 @@ impl Actor {
         let runner = self.the_runner()?;
         let spaces = runner.spaces()?;
         let paused = self.record.as_ref().is_some_and(|record| record.paused);
-        let base = self.base.clone().filter(|base| !request.base.is_empty() && base.checkpoint == request.base);
+        let base = self.base.clone();
         let cancel = CancellationToken::new();
         self.transfer = Some(Transfer {
             operation: operation.clone(),

@@ -7,8 +7,8 @@ use proptest::prelude::*;
 use proto::v1::runner_reply::Reply;
 use proto::v1::runner_request::Request;
 use proto::v1::{
-    RunnerApply, RunnerBoot, RunnerCapture, RunnerConsoleInput, RunnerLease, RunnerPause, RunnerRequest, RunnerResume,
-    RunnerState, RunnerStatus, Section, VmState,
+    RunnerApply, RunnerAttach, RunnerBoot, RunnerCapture, RunnerConsoleInput, RunnerLease, RunnerPause, RunnerRequest,
+    RunnerResume, RunnerState, RunnerStatus, RunnerThrottle, Section, VmState,
 };
 
 const MS: u64 = 1_000_000;
@@ -93,6 +93,70 @@ fn nothing_runs_without_a_lease_and_a_lost_lease_stops_the_guest_until_it_is_ren
     bench.driver.step().unwrap();
     assert_eq!(bench.runs(), 3);
     assert_eq!(bench.driver.state().state(), VmState::Running);
+}
+
+/// A bench whose guest is always busy, two milliseconds a slice.
+fn busy_bench() -> Bench {
+    let (clock, kept) = (Hand::at(1_000_000 * MS), Kept::default());
+    let (guest, seen) = Scripted::new(vec![Act::Takes(clock.clone(), 2 * MS); 5000]);
+    let images = Box::new(Kernel(b"kernel"));
+    let driver = Driver::new(guest, clock.clone(), kept.clone(), terms(false, &[]), Some(images));
+    Bench { driver, clock, kept, seen }
+}
+
+/// Lets the host's time pass for so long; returns how many slices the guest ran.
+fn slices_in(bench: &mut Bench, ms: u64) -> u64 {
+    use node_agent::clock::Clock;
+    let (before, end) = (bench.runs(), bench.clock.boottime_ns() + ms * MS);
+    while bench.clock.boottime_ns() < end {
+        match bench.driver.step().unwrap() {
+            Wait::No => {}
+            Wait::Until(instant) => bench.clock.advance(instant - bench.clock.boottime_ns()),
+            Wait::Input => panic!("a busy guest waits for nobody"),
+        }
+    }
+    bench.runs() - before
+}
+
+#[test]
+fn a_guest_that_is_held_back_runs_so_much_less_and_free_again_when_it_is_lifted_or_forgotten() {
+    let mut bench = busy_bench();
+    bench.booted();
+    let throttle = |percent, valid_ms| Request::Throttle(RunnerThrottle { percent, valid_ms });
+    assert_eq!(slices_in(&mut bench, 400), 200);
+    for (percent, expected) in [(20, 160), (50, 100), (90, 20), (99, 2), (500, 2)] {
+        bench.ask(throttle(percent, 5000));
+        slices_in(&mut bench, 200);
+        let ran = slices_in(&mut bench, 400);
+        assert!(ran.abs_diff(expected) <= 2, "{percent} %: {ran} slices");
+    }
+    let Reply::State(state) = bench.ask(throttle(0, 0)) else { panic!() };
+    assert_eq!(state.state(), VmState::Running, "to be held back is not to be paused");
+    assert_eq!(slices_in(&mut bench, 400), 200);
+
+    bench.ask(throttle(99, 300));
+    slices_in(&mut bench, 300);
+    assert!(slices_in(&mut bench, 400) >= 199, "nobody has repeated it");
+    bench.ask(throttle(99, 60_000));
+    bench.ask(Request::Attach(RunnerAttach {}));
+    assert_eq!(slices_in(&mut bench, 400), 200, "a new connection lifts it");
+}
+
+#[test]
+fn a_guest_that_is_held_back_hears_and_loses_its_lease_as_any_other() {
+    let mut bench = busy_bench();
+    bench.booted();
+    bench.lease(50);
+    bench.ask(Request::Throttle(RunnerThrottle { percent: 99, valid_ms: 60_000 }));
+    bench.driver.step().unwrap();
+    let Wait::Until(instant) = bench.driver.step().unwrap() else { panic!("it rests") };
+    assert_eq!(instant, 1_000_050 * MS + 1);
+    bench.ask(Request::Console(RunnerConsoleInput { data: b"x".to_vec() }));
+    bench.driver.step().unwrap();
+    assert_eq!(bench.seen.lock().unwrap().typed, b"x");
+    assert!(
+        matches!(bench.ask(Request::Pause(RunnerPause::default())), Reply::State(state) if state.state() == VmState::Paused)
+    );
 }
 
 #[test]

@@ -55,6 +55,8 @@ pub type Shared = Arc<Mutex<Seen>>;
 pub enum Act {
     Busy,
     IdleUntil(Option<u64>),
+    /// Busy while the clock goes on by so much.
+    Takes(Hand, u64),
     Say(&'static [u8]),
     End(Outcome),
 }
@@ -105,6 +107,10 @@ impl Guest for Scripted {
         }
         match act {
             Act::Busy => Outcome::Reached,
+            Act::Takes(clock, ns) => {
+                clock.advance(ns);
+                Outcome::Reached
+            }
             Act::IdleUntil(until_tsc) => Outcome::Idle { until_tsc },
             Act::Say(bytes) => {
                 self.said.extend_from_slice(bytes);

@@ -4,7 +4,8 @@
 //! 0x0_0500  GDT                       0x2_0000  command line
 //! 0x0_6000  PVH start info            0x3_0000  setup data: the kernel's seed
 //! 0x0_7000  zero page                 0xe_0000  ACPI tables
-//! 0x0_9000  page tables (6 pages)    0x10_0000  kernel; the initrd lies at the end of low RAM
+//! 0x0_9000  page tables (6 pages)    0xf_fff0  code that resets the machine
+//!                                    0x10_0000  kernel; the initrd lies at the end of low RAM
 //! ```
 
 use super::BootError;
@@ -28,6 +29,12 @@ pub const SETUP_DATA: u64 = 0x3_0000;
 pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// End of what this room writes for itself.
 pub const TABLES_END: u64 = 0x10_0000;
+
+/// Where a PC's processor begins after a reset, as real mode reaches it (F000:FFF0). A kernel that knows no other way to
+/// reset jumps here: Linux without EFI on hardware-reduced ACPI does.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
+/// `mov al, 0xfe; out 0x64, al; again: hlt; jmp again`
+pub const RESET_CODE: [u8; 7] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
 
 /// Kind of a range: usable RAM.
 pub const RAM: u32 = 1;

@@ -115,6 +115,7 @@ pub fn load(memory: &GuestMemory, boot: &Boot<'_>, first: &mut CpuState) -> Resu
         }
     }
     acpi::write(memory, boot)?;
+    memory.write(layout::RESET_VECTOR, &layout::RESET_CODE)?;
     Ok(())
 }
 

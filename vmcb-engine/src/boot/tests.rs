@@ -305,6 +305,7 @@ fn acpi_tables_point_to_each_other_and_sum_to_zero() {
     load(&memory, &boot(&elf(0x100_0000, b"x", &[]), None), &mut CpuState::reset()).unwrap();
     let zero = |gpa, bytes| read(&memory, gpa, bytes).iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)) == 0;
     assert_eq!(read(&memory, RSDP, 8), b"RSD PTR ");
+    assert_eq!(read(&memory, 0xf_fff0, 4), [0xb0, 0xfe, 0xe6, 0x64], "who jumps to the PC's reset vector resets");
     assert!(zero(RSDP, 20) && zero(RSDP, 36));
     let table = |gpa: u64| {
         let bytes = number(&memory, gpa + 4, 4) as usize;

@@ -3,7 +3,7 @@
 //! The frame is hostile until all of that has been done. Nothing is allocated from its numbers; its pages must lie in the
 //! spaces of the configuration, which the other side did not choose.
 
-use proto::frame::{self, Encoding, FrameError, PageRun};
+use proto::frame::{self, Encoding, FrameError, PageRun, Pages};
 use proto::leaf::Leaf;
 
 use crate::memory::digest::PageDigests;
@@ -61,7 +61,21 @@ pub fn check(run: &PageRun, pages_of: impl Fn(u16) -> Option<u64>) -> Result<Run
 /// # Errors
 /// Any [`ReceiveError`]; nothing is written then, unless the host failed in the middle.
 pub fn land(spaces: &[SharedPages], frame: &[u8]) -> Result<Landed, ReceiveError> {
-    let pages = frame::decode_pages(frame)?;
+    write(spaces, frame::decode_pages(frame)?)
+}
+
+/// [`land`] for several frames, in order; their pages are hashed side by side before the first is written.
+///
+/// # Errors
+/// As [`land`]; of the frames before the one that is refused some may be written.
+pub fn land_all<'a>(
+    spaces: &[SharedPages],
+    frames: impl IntoIterator<Item = &'a [u8]>,
+) -> Result<Vec<Landed>, ReceiveError> {
+    frame::decode_all_pages(frames)?.into_iter().map(|pages| write(spaces, pages)).collect()
+}
+
+fn write(spaces: &[SharedPages], pages: Pages<'_>) -> Result<Landed, ReceiveError> {
     let at = check(&pages.run, |space| spaces.get(usize::from(space)).map(SharedPages::pages))?;
     let space = &spaces[usize::from(pages.run.space)];
     let written = match pages.run.encoding {
@@ -110,10 +124,9 @@ mod tests {
         source.write_pages(500, &[2; 4096]).unwrap();
         let (mut ours, mut theirs) = (PageDigests::new(600), [PageDigests::new(1), PageDigests::new(600)]);
         for piece in runs::pieces(Run { first: 0, pages: 600 }) {
-            for frame in runs::frames(1, &source, piece, |_| true).unwrap() {
-                frame.digests().for_each(|(page, leaf)| ours.set(page, leaf));
-                land(&target, &frame.bytes).unwrap().note(&mut theirs);
-            }
+            let made = runs::tests::frames(1, &source, piece, |_| true);
+            made.digests().for_each(|(_, page, leaf)| ours.set(page, leaf));
+            land_all(&target, made.frame_bytes()).unwrap().iter().for_each(|landed| landed.note(&mut theirs));
         }
         assert_eq!(ours.root(), theirs[1].root());
         assert_ne!(ours.root(), PageDigests::new(600).root());

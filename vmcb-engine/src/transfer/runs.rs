@@ -1,72 +1,155 @@
 //! From runs of dirty pages to frames: cut into pieces, read, hashed, zeros elided.
 //!
-//! A piece is at most [`PAGES_MAX`] pages (1 MiB); pieces are independent, so several threads may make frames of one round.
+//! A piece is at most [`PIECE_PAGES`] pages: what is read, hashed and sent stays in the processor's caches on the way.
+//! Pieces are independent, so several threads may make frames of one round; a [`Batch`] takes several small ones, because
+//! dirt is often single pages, and hashes their pages side by side.
 //! A page that is zero and that the target has as zero is not mentioned at all; a zero page that the target has
 //! otherwise travels as a frame without payload. A few zeros between data are sent as data: frames cost more than they do.
 //!
 //! The bytes are copied out of the guest once, into the frame itself, and hashed there: a guest that writes at the same
 //! moment cannot make hash and payload disagree.
 
-use proto::frame::{self, Encoding, PAGE_BYTES, PAGES_MAX, PageRun};
-use proto::leaf::{Leaf, ZERO_LEAF, leaves};
+use std::ops::Range;
+
+use proto::frame::{self, Encoding, PAGE_BYTES, PageRun};
+use proto::leaf::{Leaf, ZERO_LEAF, leaves_of_pages};
 
 use crate::memory::shared::{PagesError, Run, SharedPages};
 
+/// Pages of a piece: 256 KiB.
+pub const PIECE_PAGES: u64 = 64;
 /// A run of zero pages between data is worth a cut from this length on.
 const ZERO_RUN_MIN: usize = 4;
 const PAYLOAD_OFFSET: usize = frame::HEADER_BYTES + frame::PAGES_PREFIX_BYTES;
 
-/// A complete frame and what it says.
+/// Cuts a run into pieces of at most [`PIECE_PAGES`] pages, at multiples of it.
+pub fn pieces(run: Run) -> impl Iterator<Item = Run> {
+    run.pieces(PIECE_PAGES)
+}
+
+/// Frames of pages one after the other in one buffer, each behind the envelope of whoever carries it.
+#[derive(Debug)]
+pub struct Batch<E> {
+    envelope: E,
+    bytes: Vec<u8>,
+    frames: Vec<PageFrame>,
+}
+
+/// A frame in a batch.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct PageFrame {
     /// Which pages.
     pub run: PageRun,
-    /// Their digests; none if they are zero.
-    pub leaves: Vec<Leaf>,
-    /// The frame.
+    /// Where the frame lies in the buffer.
+    pub at: Range<usize>,
+}
+
+/// A batch whose frames are complete.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Sealed {
+    /// Envelopes and frames.
     pub bytes: Vec<u8>,
+    /// The frames, in order.
+    pub frames: Vec<PageFrame>,
+    /// Digests of the pages that have payload, in order.
+    leaves: Vec<Leaf>,
 }
 
-/// Cuts a run into pieces of at most [`PAGES_MAX`] pages, at multiples of it.
-pub fn pieces(run: Run) -> impl Iterator<Item = Run> {
-    run.pieces(PAGES_MAX.into())
-}
-
-/// Reads a piece and makes its frames. `is_zero_there` says of a page whether the target has it as zero.
-///
-/// # Errors
-/// Pages that cannot be read.
-///
-/// # Panics
-/// If the piece is longer than [`PAGES_MAX`].
-pub fn frames(
-    space: u16,
-    pages: &SharedPages,
-    piece: Run,
-    is_zero_there: impl Fn(u64) -> bool,
-) -> Result<Vec<PageFrame>, PagesError> {
-    assert!(piece.pages <= u64::from(PAGES_MAX), "{piece:?}");
-    let run = PageRun { first_page: piece.first, pages: piece.pages as u32, space, encoding: Encoding::Raw };
-    let mut bytes = run.begin();
-    pages.append_pages(piece, &mut bytes)?;
-    let (payload, _) = bytes[PAYLOAD_OFFSET..].as_chunks::<PAGE_BYTES>();
-    let kinds: Vec<Content> =
-        (piece.first..).zip(payload).map(|(page, bytes)| kind_of(bytes, page, &is_zero_there)).collect();
-    let segments = segments(&kinds);
-    if let [(Content::Data, _, _)] = segments[..] {
-        let leaves = leaves(&bytes[PAYLOAD_OFFSET..]);
-        frame::seal_pages(&mut bytes, &leaves);
-        return Ok(vec![PageFrame { run, leaves, bytes }]);
+impl<E: Fn(usize, &mut Vec<u8>)> Batch<E> {
+    /// An empty batch in this buffer, whose room is used again. `envelope` appends what precedes a frame of so many bytes.
+    pub fn new(mut buffer: Vec<u8>, envelope: E) -> Self {
+        buffer.clear();
+        Self { envelope, bytes: buffer, frames: Vec::new() }
     }
-    let made = segments.into_iter().filter_map(|(content, at, count)| {
-        let run = PageRun { first_page: piece.first + at as u64, pages: count as u32, ..run };
-        match content {
-            Content::Data => Some(data_frame(run, &payload[at..at + count])),
-            Content::Zero => Some(zero_frame(run)),
-            Content::ZeroThere => None,
+
+    /// Reads a piece and appends its frames. `is_zero_there` says of a page whether the target has it as zero.
+    ///
+    /// # Errors
+    /// Pages that cannot be read.
+    pub fn push(
+        &mut self,
+        space: u16,
+        pages: &SharedPages,
+        piece: Run,
+        is_zero_there: impl Fn(u64) -> bool,
+    ) -> Result<(), PagesError> {
+        let start = self.bytes.len();
+        let run = PageRun { first_page: piece.first, pages: piece.pages as u32, space, encoding: Encoding::Raw };
+        let frame = self.begin(run);
+        pages.append_pages(piece, &mut self.bytes)?;
+        let (payload, _) = self.bytes[frame + PAYLOAD_OFFSET..].as_chunks::<PAGE_BYTES>();
+        let kinds: Vec<Content> =
+            (piece.first..).zip(payload).map(|(page, bytes)| kind_of(bytes, page, &is_zero_there)).collect();
+        let segments = segments(&kinds);
+        if let [(Content::Data, _, _)] = segments[..] {
+            self.frames.push(PageFrame { run, at: frame..self.bytes.len() });
+            return Ok(());
         }
-    });
-    Ok(made.collect())
+        let payload = self.bytes.split_off(frame + PAYLOAD_OFFSET);
+        self.bytes.truncate(start);
+        for (content, at, count) in segments {
+            let run = PageRun { first_page: piece.first + at as u64, pages: count as u32, ..run };
+            match content {
+                Content::Data => {
+                    let frame = self.begin(run);
+                    self.bytes.extend_from_slice(&payload[at * PAGE_BYTES..(at + count) * PAGE_BYTES]);
+                    self.frames.push(PageFrame { run, at: frame..self.bytes.len() });
+                }
+                Content::Zero => {
+                    let run = PageRun { encoding: Encoding::Zero, ..run };
+                    let frame = self.begin(run);
+                    self.frames.push(PageFrame { run, at: frame..self.bytes.len() });
+                }
+                Content::ZeroThere => (),
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends envelope and header of a frame; returns where the frame begins.
+    fn begin(&mut self, run: PageRun) -> usize {
+        (self.envelope)(run.frame_bytes(), &mut self.bytes);
+        let at = self.bytes.len();
+        run.begin_in(&mut self.bytes);
+        at
+    }
+
+    /// Hashes all pages and completes the frames.
+    pub fn seal(self) -> Sealed {
+        let Self { mut bytes, frames, .. } = self;
+        let payload = |frame: &PageFrame| bytes[frame.at.clone()][PAYLOAD_OFFSET..].as_chunks::<PAGE_BYTES>().0;
+        let leaves = leaves_of_pages(frames.iter().flat_map(payload));
+        let mut first = 0;
+        for frame in &frames {
+            let count = frame.run.payload_bytes() / PAGE_BYTES;
+            frame::seal_pages(&mut bytes[frame.at.clone()], &leaves[first..first + count]);
+            first += count;
+        }
+        Sealed { bytes, frames, leaves }
+    }
+}
+
+impl Sealed {
+    /// Digest of each page, by space and number.
+    pub fn digests(&self) -> impl Iterator<Item = (u16, u64, Leaf)> {
+        let mut leaves = self.leaves.iter();
+        let pages = self
+            .frames
+            .iter()
+            .flat_map(|frame| (frame.run.first_page..).zip(std::iter::repeat_n(frame.run, frame.run.pages as usize)));
+        pages.map(move |(page, run)| {
+            let leaf = match run.encoding {
+                Encoding::Raw => *leaves.next().expect("a leaf for each page with payload"),
+                Encoding::Zero => ZERO_LEAF,
+            };
+            (run.space, page, leaf)
+        })
+    }
+
+    /// The bytes of its frames, without their envelopes.
+    pub fn frame_bytes(&self) -> impl Iterator<Item = &[u8]> {
+        self.frames.iter().map(|frame| &self.bytes[frame.at.clone()])
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -104,29 +187,6 @@ fn segments(kinds: &[Content]) -> Vec<(Content, usize, usize)> {
     segments
 }
 
-fn data_frame(run: PageRun, payload: &[[u8; PAGE_BYTES]]) -> PageFrame {
-    let mut bytes = run.begin();
-    bytes.extend_from_slice(payload.as_flattened());
-    let leaves = leaves(payload.as_flattened());
-    frame::seal_pages(&mut bytes, &leaves);
-    PageFrame { run, leaves, bytes }
-}
-
-fn zero_frame(run: PageRun) -> PageFrame {
-    let run = PageRun { encoding: Encoding::Zero, ..run };
-    let mut bytes = run.begin();
-    frame::seal_pages(&mut bytes, &[]);
-    PageFrame { run, leaves: Vec::new(), bytes }
-}
-
-impl PageFrame {
-    /// Digest of each of its pages, in order.
-    pub fn digests(&self) -> impl Iterator<Item = (u64, Leaf)> {
-        let leaves = self.leaves.iter().copied().chain(std::iter::repeat(ZERO_LEAF));
-        (self.run.first_page..).zip(leaves).take(self.run.pages as usize)
-    }
-}
-
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
@@ -138,11 +198,18 @@ pub(super) mod tests {
         SharedPages::new(data, stamps, pages * 4096).unwrap()
     }
 
+    /// The frames of one piece, without envelopes.
+    pub fn frames(space: u16, pages: &SharedPages, piece: Run, is_zero_there: impl Fn(u64) -> bool) -> Sealed {
+        let mut batch = Batch::new(Vec::new(), |_, _: &mut Vec<u8>| ());
+        batch.push(space, pages, piece, is_zero_there).unwrap();
+        batch.seal()
+    }
+
     #[test]
     fn pieces_cover_the_run_and_are_cut_at_multiples() {
         let cut = |first, pages| pieces(Run { first, pages }).map(|run| (run.first, run.pages)).collect::<Vec<_>>();
-        assert_eq!(cut(250, 300), [(250, 6), (256, 256), (512, 38)]);
-        assert_eq!(cut(0, 256), [(0, 256)]);
+        assert_eq!(cut(250, 100), [(250, 6), (256, 64), (320, 30)]);
+        assert_eq!(cut(0, 64), [(0, 64)]);
         assert_eq!(cut(u64::MAX - 3, 2), [(u64::MAX - 3, 2)]);
         assert_eq!(cut(7, 0), []);
     }
@@ -154,8 +221,8 @@ pub(super) mod tests {
         pages.write_pages(2, &[1; 4096]).unwrap();
         pages.write_pages(100, &[1; 4096]).unwrap();
         let made = |zero_there: fn(u64) -> bool| -> Vec<(u64, u32, Encoding)> {
-            let frames = frames(0, &pages, Run { first: 0, pages: 256 }, zero_there).unwrap();
-            frames.iter().map(|f| (f.run.first_page, f.run.pages, f.run.encoding)).collect()
+            let made = frames(0, &pages, Run { first: 0, pages: 256 }, zero_there);
+            made.frames.iter().map(|f| (f.run.first_page, f.run.pages, f.run.encoding)).collect()
         };
         assert_eq!(made(|_| true), [(0, 3, Encoding::Raw), (100, 1, Encoding::Raw)]);
         assert_eq!(
@@ -178,16 +245,32 @@ pub(super) mod tests {
                 target.write_pages(page, &[*b; 4096]).unwrap();
             }
             let run = Run { first: 0, pages: here.len() as u64 };
-            for frame in frames(3, &source, run, |page| there[page as usize] == 0).unwrap() {
-                let pages = frame::decode_pages(&frame.bytes).unwrap();
-                prop_assert_eq!(&pages.leaves, &frame.leaves);
-                prop_assert_eq!(pages.run, frame.run);
-                let whole = Run { first: frame.run.first_page, pages: frame.run.pages.into() };
-                match frame.run.encoding {
+            // In two pieces with an envelope of three bytes, as one that carries them would.
+            let mut batch = Batch::new(vec![9; 5], |bytes, into: &mut Vec<u8>| into.extend(&(bytes as u32).to_be_bytes()[1..]));
+            for piece in run.pieces(48) {
+                batch.push(3, &source, piece, |page| there[page as usize] == 0).unwrap();
+            }
+            let sealed = batch.seal();
+            let mut end = 0;
+            for (made, bytes) in sealed.frames.iter().zip(sealed.frame_bytes()) {
+                prop_assert_eq!(made.at.start, end + 3);
+                prop_assert_eq!(&sealed.bytes[end..end + 3], &(bytes.len() as u32).to_be_bytes()[1..]);
+                end = made.at.end;
+                let pages = frame::decode_pages(bytes).unwrap();
+                prop_assert_eq!(pages.run, made.run);
+                let whole = Run { first: made.run.first_page, pages: made.run.pages.into() };
+                let noted = sealed.digests().filter(|(_, page, _)| (whole.first..whole.end()).contains(page));
+                let noted: Vec<Leaf> = noted.map(|(space, _, leaf)| { assert_eq!(space, 3); leaf }).collect();
+                match made.run.encoding {
+                    Encoding::Raw => prop_assert_eq!(&pages.leaves, &noted),
+                    Encoding::Zero => prop_assert_eq!(vec![ZERO_LEAF; whole.pages as usize], noted),
+                }
+                match made.run.encoding {
                     Encoding::Raw => target.write_pages(whole.first, pages.payload).unwrap(),
                     Encoding::Zero => target.zero_pages(whole).unwrap(),
                 }
             }
+            prop_assert_eq!(end, sealed.bytes.len());
             let (mut a, mut b) = (vec![], vec![]);
             source.append_pages(run, &mut a).unwrap();
             target.append_pages(run, &mut b).unwrap();

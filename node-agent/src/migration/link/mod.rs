@@ -2,14 +2,18 @@
 //!
 //! - [`send`]: the source's driver, one task; [`workers`]: threads that read, hash and queue pages, one a lane.
 //! - [`Receiver`]: the target's driver; one thread a lane checks and writes pages, in the order of the lane.
+//! - [`load`]: what goes out in one go; for a checkpoint without what the target has, and sealed.
+//! - [`envelope`]: what the call puts around a frame, so that frames leave without being copied.
 //! - [`pace`]: how long a thread must wait so that all lanes together keep to a bandwidth.
 //!
 //! ```text
 //! memfd --pread--> frame (hashed in place) --queue of the lane--> tonic --TLS--> tonic --queue--> check --pwrite--> memfd
 //! ```
-//! A page is copied into its frame once and never again on our side; a queue holds a few frames, so that memory stays
-//! bounded and a slow lane only slows itself. It refuses to decide anything that the machines can decide.
+//! A page is copied into its frame once and never again on our side; a queue holds a few batches of frames, so that memory
+//! stays bounded and a slow lane only slows itself. It refuses to decide anything that the machines can decide.
 
+mod envelope;
+mod load;
 mod pace;
 mod receive;
 mod send;
@@ -30,9 +34,10 @@ use super::message::Message;
 pub use receive::{Phase, Receiver, Replies};
 pub use send::send;
 
-/// HTTP/2 windows: well above a frame, or the wire stands still between frames.
-const STREAM_WINDOW_BYTES: u32 = 16 << 20;
-const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
+/// HTTP/2 windows: well above a batch of frames, or the wire stands still between two of them; and no larger, because what
+/// has arrived and is not yet written lies in memory.
+const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
 
 /// A connection that says nothing for so long is asked, and given up when it does not answer: a silent network must not
 /// keep a guest standing.
@@ -56,7 +61,6 @@ pub fn tune_server<L>(server: Server<L>) -> Server<L> {
         .tcp_nodelay(true)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_frame_size(1 << 20)
         .http2_keepalive_interval(Some(SILENCE))
         .http2_keepalive_timeout(Some(ANSWER))
 }

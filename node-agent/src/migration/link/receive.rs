@@ -15,7 +15,7 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::Status;
 use vmcb_engine::memory::digest::PageDigests;
 use vmcb_engine::memory::shared::SharedPages;
-use vmcb_engine::transfer::receive::{ReceiveError, land};
+use vmcb_engine::transfer::receive::{ReceiveError, land_all};
 
 use super::workers::blocking;
 use super::{chunk, words};
@@ -23,8 +23,11 @@ use crate::migration::message::Message;
 use crate::migration::target::{Effect, Input, Step, Target};
 use crate::migration::{Failure, Spaces, TargetVm};
 
-/// Frames of a lane that wait for its thread.
-const QUEUE_FRAMES: usize = 3;
+/// Batches of frames of a lane that wait for its thread.
+const QUEUE_BATCHES: usize = 3;
+/// Frames that go to the thread together, if they are there already: many small ones, or one large one.
+const BATCH_FRAMES: usize = 64;
+const BATCH_BYTES: usize = 256 << 10;
 
 /// What goes back on a lane.
 pub type Replies = UnboundedReceiverStream<Result<Chunk, Status>>;
@@ -104,18 +107,14 @@ impl Receiver {
                 let _ = queue.send(Ok(super::refusal(failure)));
             }
             Ok(()) => {
-                let (to_thread, frames) = mpsc::channel(QUEUE_FRAMES);
+                let (to_thread, batches) = mpsc::channel(QUEUE_BATCHES);
                 let shared = Arc::clone(&self.0);
-                tokio::task::spawn_blocking(move || shared.serve(lane, frames));
+                tokio::task::spawn_blocking(move || shared.serve(lane, batches));
                 tokio::spawn(async move {
                     loop {
-                        let item = match inbound.next().await {
-                            Some(Ok(chunk)) => Ok(chunk.frame),
-                            Some(Err(status)) => Err(words(&status)),
-                            None => Err("the source closed it".to_owned()),
-                        };
-                        let is_end = item.is_err();
-                        if to_thread.send(item).await.is_err() || is_end {
+                        let batch = next_batch(&mut inbound).await;
+                        let is_end = batch.end.is_some();
+                        if to_thread.send(batch).await.is_err() || is_end {
                             return;
                         }
                     }
@@ -151,6 +150,38 @@ impl Receiver {
                 return Err(Failure::new(Code::Internal, "the receiver has gone"));
             }
         }
+    }
+}
+
+/// What has arrived on a lane, and why nothing more will come, if so.
+#[derive(Default)]
+struct Arrived {
+    frames: Vec<Bytes>,
+    end: Option<String>,
+}
+
+/// Waits for a frame, and takes those that are there already with it.
+async fn next_batch(inbound: &mut (impl Stream<Item = Result<Chunk, Status>> + Unpin)) -> Arrived {
+    let mut batch = Arrived::default();
+    let mut next = inbound.next().await;
+    let mut bytes = 0;
+    loop {
+        match next {
+            Some(Ok(chunk)) => {
+                bytes += chunk.frame.len();
+                batch.frames.push(chunk.frame);
+            }
+            Some(Err(status)) => batch.end = Some(words(&status)),
+            None => batch.end = Some("the source closed it".to_owned()),
+        }
+        if batch.end.is_some() || batch.frames.len() >= BATCH_FRAMES || bytes >= BATCH_BYTES {
+            return batch;
+        }
+        next = tokio::select! {
+            biased;
+            item = inbound.next() => item,
+            () = std::future::ready(()) => return batch,
+        };
     }
 }
 
@@ -243,12 +274,12 @@ impl Shared {
     }
 
     /// The thread of a lane: what has arrived before its end counts first.
-    fn serve(&self, lane: u32, mut frames: mpsc::Receiver<Result<Bytes, String>>) {
+    fn serve(&self, lane: u32, mut batches: mpsc::Receiver<Arrived>) {
         let reason = loop {
-            match frames.blocking_recv() {
-                Some(Ok(frame)) if self.arrived(lane, &frame) => (),
-                Some(Ok(_)) => break "it was closed here".to_owned(),
-                Some(Err(reason)) => break reason,
+            match batches.blocking_recv() {
+                Some(Arrived { frames, .. }) if !self.arrived(lane, &frames) => break "it was closed here".to_owned(),
+                Some(Arrived { end: Some(reason), .. }) => break reason,
+                Some(Arrived { end: None, .. }) => (),
                 None => break "its reader has gone".to_owned(),
             }
         };
@@ -256,21 +287,38 @@ impl Shared {
         lock(&self.replies).remove(&lane);
     }
 
-    /// Takes a frame in; returns whether the lane goes on.
-    fn arrived(&self, lane: u32, frame: &Bytes) -> bool {
-        match Message::decode(frame) {
-            Ok(Message::Pages(frame)) => {
-                if !self.step(Input::Pages { lane }) {
-                    return false;
+    /// Takes frames in, in order; returns whether the lane goes on.
+    fn arrived(&self, lane: u32, frames: &[Bytes]) -> bool {
+        let mut pages: Vec<&[u8]> = Vec::with_capacity(frames.len());
+        for frame in frames {
+            match Message::decode(frame) {
+                Ok(Message::Pages(_)) => {
+                    if !self.step(Input::Pages { lane }) {
+                        return false;
+                    }
+                    pages.push(frame);
                 }
-                match land(&self.spaces, &frame) {
-                    Ok(landed) => landed.note(&mut lock(&self.digests)),
-                    Err(error) => drop(self.step(refused(&error))),
+                other => {
+                    // What it says holds for pages that are written.
+                    self.land(&std::mem::take(&mut pages));
+                    let _ = self.step(input(lane, other));
                 }
             }
-            other => drop(self.step(input(lane, other))),
         }
+        self.land(&pages);
         true
+    }
+
+    fn land(&self, frames: &[&[u8]]) {
+        match land_all(&self.spaces, frames.iter().copied()) {
+            Ok(landed) => {
+                let mut digests = lock(&self.digests);
+                landed.iter().for_each(|landed| landed.note(&mut digests));
+            }
+            Err(error) => {
+                let _ = self.step(refused(&error));
+            }
+        }
     }
 
     fn roots(&self, verify_full: bool) -> Result<Vec<proto::ids::Digest>, Failure> {

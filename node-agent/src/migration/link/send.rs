@@ -5,29 +5,30 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+use proto::seal::{DataKey, Sealer};
 use proto::status::Code;
 use proto::v1::lanes_client::LanesClient;
 use proto::v1::transfer_event::Event;
-use proto::v1::{self, Chunk, Hello, Section, SendRequest, StateEnd, TransferEvent, TransferProgress};
+use proto::v1::{self, BaseLeaves, Hello, Section, SendRequest, StateEnd, TransferEvent, TransferProgress};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tokio_stream::StreamExt;
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use vmcb_engine::memory::PAGE_BYTES;
 use vmcb_engine::memory::digest::PageDigests;
 use vmcb_engine::snapshot::{machine_digest, state_digest};
 
+use super::envelope::{Posting, enclose, enclose_frame};
 use super::pace::Pace;
+use super::words;
 use super::workers::{Outgoing, Round, blocking};
-use super::{chunk, words};
 use crate::migration::message::Message;
 use crate::migration::source::{Effect, HandedOver, Input, Plan, Source, Step};
-use crate::migration::{Base, Failure, MESSAGE_BYTES_MAX, PROTOCOL, Sent, SourceVm, Spaces};
+use crate::migration::{Base, Failure, MESSAGE_BYTES_MAX, PROTOCOL, Sent, SourceVm, Spaces, THROTTLE_REPEAT};
 
-/// Frames that wait in the queue of a lane.
-const QUEUE_FRAMES: usize = 3;
+/// Batches of frames that wait in the queue of a lane.
+const QUEUE_BATCHES: usize = 3;
 /// How often progress is told.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 /// How long an `Abort` may take to leave before the lanes are cut.
@@ -50,21 +51,35 @@ pub async fn send(
     events: mpsc::Sender<TransferEvent>,
     cancel: CancellationToken,
 ) -> Result<Sent, Failure> {
-    let base = base.filter(|base| !request.base.is_empty() && base.checkpoint == request.base);
+    let named = !request.base.is_empty();
+    let base = base.filter(|base| named && !request.base_damaged && base.checkpoint == request.base);
+    let sealer = sealer(&request)?;
     let teller = Teller::new(events);
-    let mut driver = Driver::new(vm, spaces, &lanes, &request, base.as_ref(), &teller);
+    let mut driver = Driver::new(vm, spaces, &lanes, &request, (base.as_ref(), sealer), &teller);
     driver.open(lanes, &request, base.as_ref());
     let plan = Plan {
         lanes: driver.lanes.len() as u32,
         policy: request.policy.unwrap_or_default(),
         checkpoint: request.checkpoint,
         mark: base.as_ref().map_or(0, |base| base.mark),
+        wants_leaves: named && base.is_none(),
     };
     let ended = driver.run(Source::new(plan, 0), &cancel).await;
-    let sent = driver.close(ended, request.ticket.unwrap_or_default().operation).await;
+    let sent = driver.close(ended, request.checkpoint_id).await;
     drop(driver);
     teller.close().await;
     sent
+}
+
+/// What seals the frames of a checkpoint; a migration has none: TLS keeps it from others.
+fn sealer(request: &SendRequest) -> Result<Option<Sealer>, Failure> {
+    if !request.checkpoint || request.data_key.is_empty() {
+        return Ok(None);
+    }
+    let bad = || Failure::new(Code::BadInput, "a checkpoint's key and VM id do not have the right length");
+    let key = DataKey::from_slice(&request.data_key).ok_or_else(bad)?;
+    let vm = request.vm_id.parse().map_err(|_| bad())?;
+    Ok(Some(Sealer::new(&key, vm, proto::seal::salt())))
 }
 
 /// Passes events on without ever holding up the transfer.
@@ -94,7 +109,7 @@ impl Teller {
 struct Driver<V> {
     vm: V,
     outgoing: Arc<Outgoing>,
-    lanes: Vec<mpsc::Sender<Chunk>>,
+    lanes: Vec<mpsc::Sender<Bytes>>,
     /// One a lane: keeps the call open and reads what comes back.
     listeners: Vec<JoinHandle<()>>,
     round: Option<JoinHandle<()>>,
@@ -104,6 +119,8 @@ struct Driver<V> {
     to_inputs: mpsc::UnboundedSender<Input>,
     events: mpsc::UnboundedSender<TransferEvent>,
     told: (Instant, u64),
+    /// How far the guest is held back, and when that was last said.
+    throttle: (u32, Instant),
     /// The guest could not be let go.
     stuck: Option<Failure>,
 }
@@ -114,18 +131,20 @@ impl<V: SourceVm> Driver<V> {
         spaces: Spaces,
         lanes: &[Channel],
         request: &SendRequest,
-        base: Option<&Base>,
+        (base, sealer): (Option<&Base>, Option<Sealer>),
         teller: &Teller,
     ) -> Self {
         let zeros = || spaces.iter().map(|space| PageDigests::new(space.pages())).collect();
         let outgoing = Outgoing {
             digests: Mutex::new(base.map_or_else(zeros, |base| base.digests.clone())),
+            buffers: Arc::default(),
             pace: Mutex::new(Pace::new(request.policy.as_ref().map_or(0, |policy| policy.bandwidth_bytes_per_s))),
             began: Instant::now(),
             over: AtomicBool::new(false),
             bytes_sent: AtomicU64::new(0),
             bytes_left: AtomicU64::new(0),
             spaces,
+            sealer,
         };
         let (to_inputs, inputs) = mpsc::unbounded_channel();
         Self {
@@ -140,6 +159,7 @@ impl<V: SourceVm> Driver<V> {
             to_inputs,
             events: teller.queue.clone(),
             told: (Instant::now(), 0),
+            throttle: (0, Instant::now()),
             stuck: None,
         }
     }
@@ -152,7 +172,7 @@ impl<V: SourceVm> Driver<V> {
         }
         let ticket = request.ticket.clone().unwrap_or_default();
         for (lane, channel) in (0..).zip(channels) {
-            let (queue, waiting) = mpsc::channel(QUEUE_FRAMES);
+            let (queue, waiting) = mpsc::channel(QUEUE_BATCHES);
             let hello = Hello {
                 protocol_min: *PROTOCOL.start(),
                 protocol_max: *PROTOCOL.end(),
@@ -160,14 +180,15 @@ impl<V: SourceVm> Driver<V> {
                 secret: ticket.secret.clone(),
                 lane,
                 lanes,
-                base: base.map(|base| base.checkpoint.clone()).unwrap_or_default(),
+                base: request.base.clone(),
+                wants_leaves: !request.base.is_empty() && base.is_none(),
             };
-            let first = tokio_stream::once(chunk(Message::Hello(hello)));
-            let outbound = first.chain(ReceiverStream::new(waiting));
-            let inputs = self.to_inputs.clone();
+            queue.try_send(enclose(Message::Hello(hello))).expect("the queue is new and has room");
+            let outbound = Posting::new(channel, waiting);
+            let (inputs, outgoing) = (self.to_inputs.clone(), Arc::clone(&self.outgoing));
             self.lanes.push(queue);
             self.listeners.push(tokio::spawn(async move {
-                let ended = listen(lane, channel, outbound, &inputs).await;
+                let ended = listen(lane, outbound, &outgoing, &inputs).await;
                 let _ = inputs.send(Input::Lost(ended));
             }));
         }
@@ -189,10 +210,7 @@ impl<V: SourceVm> Driver<V> {
                     biased;
                     () = cancel.cancelled() => cancelled(),
                     Some(input) = self.inputs.recv() => input,
-                    _ = progress.tick() => {
-                        self.tell_progress();
-                        continue;
-                    }
+                    _ = progress.tick() => self.tick().await,
                 },
             };
             let Step { state, effects } = source.step(input, self.now_us());
@@ -210,6 +228,7 @@ impl<V: SourceVm> Driver<V> {
             Effect::AdvanceEpoch => Some(self.vm.advance_epoch().await.map_or_else(Input::Lost, Input::Epoch)),
             Effect::Stop => Some(self.vm.stop().await.map_or_else(Input::Lost, |()| Input::Stopped)),
             Effect::Capture => Some(self.vm.capture().await.map_or_else(Input::Lost, Input::Captured)),
+            Effect::Throttle { percent } => self.hold_back(percent).await.err().map(Input::Lost),
             Effect::Resume => {
                 self.stuck = self.vm.resume().await.err();
                 None
@@ -235,7 +254,7 @@ impl<V: SourceVm> Driver<V> {
             Effect::AbortTarget(failure) => {
                 self.outgoing.over.store(true, Ordering::Relaxed);
                 if let Some(lane) = self.lanes.first() {
-                    let farewell = chunk(Message::Abort(failure.into()));
+                    let farewell = enclose(Message::Abort(failure.into()));
                     let _ = tokio::time::timeout(FAREWELL, lane.send(farewell)).await;
                 }
                 None
@@ -250,6 +269,24 @@ impl<V: SourceVm> Driver<V> {
                 None
             }
         }
+    }
+
+    async fn tick(&mut self) -> Input {
+        self.tell_progress();
+        let (percent, said) = self.throttle;
+        match percent > 0 && said.elapsed() >= THROTTLE_REPEAT {
+            true => self.hold_back(percent).await.map_or_else(Input::Lost, |()| self.time()),
+            false => self.time(),
+        }
+    }
+
+    fn time(&self) -> Input {
+        Input::Tick { bytes_sent: self.outgoing.bytes_sent.load(Ordering::Relaxed) }
+    }
+
+    async fn hold_back(&mut self, percent: u32) -> Result<(), Failure> {
+        self.throttle = (percent, Instant::now());
+        self.vm.throttle(percent).await
     }
 
     fn send_round(&mut self, round: Round) {
@@ -279,9 +316,16 @@ impl<V: SourceVm> Driver<V> {
 
     async fn send_state(&self, sections: Vec<Section>, digest: v1::MachineDigest, verify_full: bool) {
         let end = StateEnd { sections: sections.len() as u32, digest: Some(digest), verify_full };
-        let messages = sections.into_iter().map(Message::Section).chain([Message::StateEnd(end)]);
-        for message in messages {
-            if self.lanes[0].send(chunk(message)).await.is_err() {
+        let frame = |section| {
+            let frame = Message::Section(section).encode();
+            match &self.outgoing.sealer {
+                Some(sealer) => enclose_frame(&sealer.seal(&frame)),
+                None => enclose_frame(&frame),
+            }
+        };
+        let frames = sections.into_iter().map(frame).chain([enclose(Message::StateEnd(end))]);
+        for frame in frames {
+            if self.lanes[0].send(frame).await.is_err() {
                 give_way().await;
                 let _ = self.to_inputs.send(Input::Lost(Failure::new(Code::Unreachable, "lane 0 was lost")));
                 return;
@@ -304,6 +348,7 @@ impl<V: SourceVm> Driver<V> {
             bytes_remaining: self.outgoing.bytes_left.load(Ordering::Relaxed),
             bytes_per_s: bytes_per_s.min(u64::MAX.into()) as u64,
             dirty_rate: self.dirty_rate,
+            throttle_percent: self.throttle.0,
         }));
     }
 
@@ -364,31 +409,39 @@ fn cancelled() -> Input {
 }
 
 /// Opens a lane and turns what comes back into inputs, until it ends; returns how.
-async fn listen(
-    lane: u32,
-    channel: Channel,
-    outbound: impl tokio_stream::Stream<Item = Chunk> + Send + 'static,
-    inputs: &mpsc::UnboundedSender<Input>,
-) -> Failure {
+async fn listen(lane: u32, outbound: Posting, outgoing: &Outgoing, inputs: &mpsc::UnboundedSender<Input>) -> Failure {
     let lost = |what: &str, status: &tonic::Status| {
         let text = format!("lane {lane} {what}: {}", words(status));
         let code = if status.code() == tonic::Code::PermissionDenied { Code::Denied } else { Code::Unreachable };
         Failure::new(code, text)
     };
-    let mut client = LanesClient::new(channel)
-        .max_decoding_message_size(MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    let mut inbound = match client.lane(outbound).await {
+    let mut client = LanesClient::new(outbound).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    // The body is the queue's, not this stream's.
+    let mut inbound = match client.lane(tokio_stream::empty()).await {
         Ok(response) => response.into_inner(),
         Err(status) => return lost("was not opened", &status),
     };
     loop {
         let input = match inbound.message().await {
-            Ok(Some(chunk)) => input(lane, Message::decode(&chunk.frame)),
+            Ok(Some(chunk)) => match Message::decode(&chunk.frame) {
+                Ok(Message::BaseLeaves(told)) if lane == 0 => match learn(outgoing, &told) {
+                    Some(input) => input,
+                    None => continue,
+                },
+                message => input(lane, message),
+            },
             Ok(None) => return Failure::new(Code::Unreachable, format_args!("lane {lane} was closed by the target")),
             Err(status) => return lost("was lost", &status),
         };
         let _ = inputs.send(input);
+    }
+}
+
+/// What the target says of its base goes straight to who compares with it; the machine hears of the end.
+fn learn(outgoing: &Outgoing, told: &BaseLeaves) -> Option<Input> {
+    match outgoing.learn(told) {
+        Ok(()) => told.last.then_some(Input::LeavesTold),
+        Err(failure) => Some(Input::Lost(failure)),
     }
 }
 
@@ -405,6 +458,7 @@ fn input(lane: u32, message: Result<Message, proto::frame::FrameError>) -> Input
             other @ (Message::Pages(_)
             | Message::Section(_)
             | Message::Hello(_)
+            | Message::BaseLeaves(_)
             | Message::RoundEnd(_)
             | Message::RoundAck(_)
             | Message::StateEnd(_)

@@ -90,6 +90,11 @@ impl Guest {
 }
 
 impl SourceVm for Guest {
+    async fn throttle(&mut self, percent: u32) -> Result<(), Failure> {
+        self.log.lock().unwrap().push(if percent == 0 { "free" } else { "held back" });
+        Ok(())
+    }
+
     async fn advance_epoch(&mut self) -> Result<u32, Failure> {
         let _cpu = self.cpu.lock().unwrap();
         Ok(self.epoch.fetch_add(1, Ordering::SeqCst) + 1)
@@ -389,6 +394,9 @@ async fn a_full_comparison_passes_and_sees_a_write_without_a_stamp() {
 
     struct Liar(Guest);
     impl SourceVm for Liar {
+        async fn throttle(&mut self, percent: u32) -> Result<(), Failure> {
+            self.0.throttle(percent).await
+        }
         async fn advance_epoch(&mut self) -> Result<u32, Failure> {
             self.0.advance_epoch().await
         }

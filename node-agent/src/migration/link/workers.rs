@@ -1,23 +1,27 @@
 //! Threads that put the pages of a round on the lanes: read, hash, queue.
 //!
-//! The round's runs are cut into pieces of 1 MiB in a list; each lane has a thread that takes the next piece when its
-//! queue has room, so a slow lane takes fewer. When the list is empty each thread queues the `RoundEnd` of its lane.
+//! The round's runs are cut into pieces in a list; each lane has a thread that takes the next of them, up to
+//! [`PIECE_PAGES`] pages together, when its queue has room, so a slow lane takes fewer. When the list is empty each thread
+//! queues the `RoundEnd` of its lane.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use proto::frame::Encoding;
+use bytes::Bytes;
+use proto::seal::Sealer;
 use proto::status::Code;
-use proto::v1::{Chunk, RoundEnd};
+use proto::v1::{BaseLeaves, RoundEnd};
 use tokio::sync::mpsc;
 use vmcb_engine::memory::PAGE_BYTES;
 use vmcb_engine::memory::digest::{PageDigests, ZERO_LEAF};
 use vmcb_engine::memory::shared::{PagesError, Run};
-use vmcb_engine::transfer::runs;
+use vmcb_engine::transfer::runs::{self, Batch, PIECE_PAGES};
 
+use super::envelope::{self, Buffers};
+use super::load::{Load, with_holes};
 use super::pace::Pace;
-use super::{chunk, words};
+use super::words;
 use crate::migration::message::Message;
 use crate::migration::source::RoundTotals;
 use crate::migration::{Failure, Spaces};
@@ -30,6 +34,9 @@ pub struct Outgoing {
     pub spaces: Spaces,
     /// Digests of what the target has or is about to have.
     pub digests: Mutex<Vec<PageDigests>>,
+    pub buffers: Arc<Buffers>,
+    /// A checkpoint: seals every frame, and leaves out pages that the target has.
+    pub sealer: Option<Sealer>,
     pub pace: Mutex<Pace>,
     pub began: Instant,
     /// Set when the transfer is over: threads end at their next piece.
@@ -80,7 +87,7 @@ impl Outgoing {
     }
 
     /// Sends a round over all lanes; ends when everything is queued.
-    pub async fn send(self: Arc<Self>, round: Round, lanes: Vec<mpsc::Sender<Chunk>>) -> Result<RoundTotals, Failure> {
+    pub async fn send(self: Arc<Self>, round: Round, lanes: Vec<mpsc::Sender<Bytes>>) -> Result<RoundTotals, Failure> {
         let this = Arc::clone(&self);
         let pieces = Arc::new(blocking(move || this.pieces(round.since)).await??);
         let next = Arc::new(AtomicUsize::new(0));
@@ -113,9 +120,10 @@ impl Outgoing {
         for (number, space) in (0..).zip(self.spaces.iter()) {
             let mut runs = space.since(since).map_err(|e| cannot_read(&e))?;
             if since == 0 {
-                // Everything, and the target has zeros: holes need not be looked at.
+                // Everything: holes need be looked at only where the target has something else than zeros.
                 let filled: Result<Vec<_>, _> = runs.into_iter().map(|run| space.filled(run)).collect();
                 runs = filled.map_err(|e| cannot_read(&e))?.concat();
+                runs = with_holes(runs, &self.digests()[usize::from(number)]);
             }
             pieces.extend(runs.into_iter().flat_map(runs::pieces).map(|run| (number, run)));
         }
@@ -125,7 +133,7 @@ impl Outgoing {
 
     fn send_on(
         &self,
-        lane: &mpsc::Sender<Chunk>,
+        lane: &mpsc::Sender<Bytes>,
         round: Round,
         pieces: &[(u16, Run)],
         next: &AtomicUsize,
@@ -133,45 +141,77 @@ impl Outgoing {
         let lost = |_| Failure::new(Code::Unreachable, "a lane was lost");
         let mut totals = RoundTotals::default();
         let (mut frames, mut data_pages) = (0, 0);
-        while let Some((space, run)) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
-            for frame in self.frames(*space, *run)? {
-                let bytes = frame.bytes.len() as u64;
-                if !round.last {
-                    self.wait(bytes)?;
-                }
-                if frame.run.encoding == Encoding::Raw {
-                    data_pages += u64::from(frame.run.pages);
-                }
-                totals.bytes += bytes;
-                frames += 1;
-                lane.blocking_send(Chunk { frame: frame.bytes.into() }).map_err(lost)?;
-                self.bytes_sent.fetch_add(bytes, Ordering::Relaxed);
+        while let Some(pieces) = take(pieces, next) {
+            let batch = self.batch(pieces)?;
+            let bytes = batch.frame_bytes;
+            if !round.last {
+                self.wait(bytes)?;
             }
-            totals.pages += run.pages;
-            self.bytes_left.fetch_sub(run.pages * PAGE_BYTES, Ordering::Relaxed);
+            data_pages += batch.data_pages;
+            totals.bytes += bytes;
+            frames += batch.frames;
+            // Nothing to say is not an end: an empty piece of a body would be one.
+            if batch.frames > 0 {
+                lane.blocking_send(self.buffers.lend(batch.bytes)).map_err(lost)?;
+            }
+            self.bytes_sent.fetch_add(bytes, Ordering::Relaxed);
+            let pages: u64 = pieces.iter().map(|(_, run)| run.pages).sum();
+            totals.pages += pages;
+            self.bytes_left.fetch_sub(pages * PAGE_BYTES, Ordering::Relaxed);
         }
         totals.zero_pages = totals.pages - data_pages;
         let end = RoundEnd { round: round.number, frames, last: round.last };
-        lane.blocking_send(chunk(Message::RoundEnd(end))).map_err(lost)?;
+        lane.blocking_send(envelope::enclose(Message::RoundEnd(end))).map_err(lost)?;
         Ok(totals)
     }
 
-    fn frames(&self, space: u16, run: Run) -> Result<Vec<runs::PageFrame>, Failure> {
+    fn batch(&self, pieces: &[(u16, Run)]) -> Result<Load, Failure> {
         if self.over.load(Ordering::Relaxed) {
             return Err(Failure::new(Code::Cancelled, "the transfer is over"));
         }
-        let at = usize::from(space);
-        let zero_there: Vec<bool> = {
+        let zero_there: Vec<Vec<bool>> = {
             let digests = self.digests();
-            (run.first..run.end()).map(|page| digests[at].get(page) == ZERO_LEAF).collect()
+            let of = |(space, run): &(u16, Run)| {
+                let digests = &digests[usize::from(*space)];
+                (run.first..run.end()).map(|page| digests.get(page) == ZERO_LEAF).collect()
+            };
+            pieces.iter().map(of).collect()
         };
-        let is_zero_there = |page: u64| zero_there[(page - run.first) as usize];
-        let frames = runs::frames(space, &self.spaces[at], run, is_zero_there).map_err(|e| cannot_read(&e))?;
-        let mut digests = self.digests();
-        for (page, leaf) in frames.iter().flat_map(runs::PageFrame::digests) {
-            digests[at].set(page, leaf);
+        let mut batch = Batch::new(self.buffers.take(), envelope::begin);
+        for ((space, run), zero_there) in pieces.iter().zip(&zero_there) {
+            let is_zero_there = |page: u64| zero_there[(page - run.first) as usize];
+            let pages = &self.spaces[usize::from(*space)];
+            batch.push(*space, pages, *run, is_zero_there).map_err(|e| cannot_read(&e))?;
         }
-        Ok(frames)
+        let batch = batch.seal();
+        let mut changed = Vec::new();
+        {
+            let mut digests = self.digests();
+            for (space, page, leaf) in batch.digests() {
+                let digests = &mut digests[usize::from(space)];
+                changed.push(digests.get(page) != leaf);
+                digests.set(page, leaf);
+            }
+        }
+        Ok(match &self.sealer {
+            None => Load::plain(batch),
+            Some(sealer) => Load::sealed(sealer, batch, &changed, self.buffers.take()),
+        })
+    }
+
+    /// Takes in what the target says that its base holds.
+    pub fn learn(&self, told: &BaseLeaves) -> Result<(), Failure> {
+        let mut digests = self.digests();
+        let space = usize::try_from(told.space).ok().and_then(|space| digests.get_mut(space));
+        let (leaves, rest) = told.leaves.as_chunks::<32>();
+        let fits = |pages| told.first_page.checked_add(leaves.len() as u64).is_some_and(|end| end <= pages);
+        match space {
+            Some(space) if rest.is_empty() && fits(space.pages()) => {
+                (told.first_page..).zip(leaves).for_each(|(page, leaf)| space.set(page, *leaf));
+                Ok(())
+            }
+            _ => Err(Failure::new(Code::Protocol, "the target told digests of pages that are not there")),
+        }
     }
 
     fn wait(&self, bytes: u64) -> Result<(), Failure> {
@@ -191,6 +231,23 @@ impl Outgoing {
     }
 }
 
+/// The next pieces that nobody has taken: few pages together, and one piece at least.
+fn take<'a>(pieces: &'a [(u16, Run)], next: &AtomicUsize) -> Option<&'a [(u16, Run)]> {
+    let grown = |first: usize| {
+        let mut pages = 0;
+        let more = pieces.get(first..)?.iter().take_while(|(_, run)| {
+            pages += run.pages;
+            pages <= PIECE_PAGES
+        });
+        Some(first + more.count().max(1))
+    };
+    let first = next
+        .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |first| grown(first).filter(|end| *end <= pieces.len()))
+        .ok()?;
+    // The same sum as in the update that succeeded.
+    grown(first).map(|end| &pieces[first..end])
+}
+
 /// Runs on a thread that may block.
 pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Failure> {
     tokio::task::spawn_blocking(work).await.map_err(|e| Failure::new(Code::Internal, e))
@@ -198,4 +255,19 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stat
 
 fn cannot_read(error: &PagesError) -> Failure {
     Failure::new(Code::Internal, words(error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_taken_once_and_small_ones_together() {
+        let piece = |first, pages| (0, Run { first, pages });
+        let pieces = [piece(0, 64), piece(64, 1), piece(70, 60), piece(200, 4), piece(300, 64)];
+        let next = AtomicUsize::new(0);
+        let taken: Vec<usize> = std::iter::from_fn(|| take(&pieces, &next)).map(<[_]>::len).collect();
+        assert_eq!(taken, [1, 2, 1, 1]);
+        assert!(take(&[], &AtomicUsize::new(0)).is_none());
+    }
 }

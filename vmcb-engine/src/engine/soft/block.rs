@@ -1,9 +1,11 @@
 //! Decoded blocks: straight runs of operations within one page of RAM, keyed by guest-physical address and [`Mode`].
 //!
-//! Blocks are found by linear RIP through a jump cache whose entries die with the TLB's map epoch, else by key. A write to
-//! a line that holds decoded code kills the blocks of that line: their operations are patched to end at once, and the
-//! memory stays until the loop is out of the block.
+//! A block is found by its key; that the key is right is the execute TLB's word, asked each time. The branch that ends a
+//! block remembers where the blocks lie that followed it ([`Link`]), and each block remembers who remembers it. A write to
+//! a line that holds decoded code kills the blocks of that line: their operations are patched to end at once, whoever links
+//! to them forgets them, and the memory stays until the loop is out of the block.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 
 use super::core::Mode;
@@ -12,14 +14,38 @@ use super::op::{Op, stop_here};
 /// Most operations of a block.
 pub const OPS_MAX: usize = 32;
 const SLOTS: usize = 1 << 16;
-const JUMPS: usize = 1 << 12;
+/// Slot of a block that is run once.
+const NO_SLOT: u32 = u32::MAX;
+
+/// Where the block lies that follows another one; empty until it was found once.
+#[derive(Default)]
+pub struct Link {
+    /// Address of its operations, as a number: what holds these may move between threads. 0 if unknown.
+    pub ops: Cell<usize>,
+    /// Guest-physical address of its first byte.
+    pub gpa: Cell<u64>,
+}
+
+/// The links of one block: [0] to what follows it, [1] to the target of the branch that ends it.
+pub struct Links {
+    /// Slot of the block.
+    pub slot: u32,
+    /// See the type.
+    pub exits: [Link; 2],
+}
+
+impl Default for Links {
+    fn default() -> Self {
+        Self { slot: NO_SLOT, exits: Default::default() }
+    }
+}
 
 /// A decoded run of instructions.
 pub struct Block {
     /// Guest-physical address of the first byte.
     pub gpa: u64,
     /// Mode it was decoded for.
-    pub mode: u32,
+    pub mode: Mode,
     /// Page number of RAM.
     pub page: u64,
     /// Lines of the page that its bytes touch.
@@ -28,38 +54,91 @@ pub struct Block {
     pub count: u32,
     /// Operations; the last returns.
     pub ops: Box<[Op]>,
+    /// The operation that uses `links`, if one does.
+    pub linked: Option<usize>,
+    /// What its last operation remembers.
+    pub links: Links,
+    /// (slot, exit) of links that were made to it. Some may lead elsewhere by now.
+    pub incoming: Vec<(u32, u8)>,
 }
 
 impl Block {
-    /// Whatever of it has not run yet never will.
+    /// Whatever of it has not run yet never will, and nothing follows it.
     fn stop(&self) {
         for op in &self.ops {
             op.run.set(stop_here);
         }
+        for link in &self.links.exits {
+            link.ops.set(0);
+        }
+    }
+
+    fn first(&self) -> usize {
+        self.ops.as_ptr() as usize
+    }
+
+    /// Gives it its final place, which its last operation then knows.
+    fn settle(mut self, slot: u32) -> Box<Self> {
+        self.links.slot = slot;
+        let mut block = Box::new(self);
+        if let Some(at) = block.linked {
+            block.ops[at].immediate = &raw const block.links as u64;
+        }
+        block
     }
 }
 
-/// Where the block of a linear RIP is. Dies with any translation of code and with any block: `epoch` is the sum of both
-/// counts, and each only grows.
-#[derive(Clone, Copy, Default)]
-struct Jump {
-    rip: u64,
-    /// Address of its operations, as a number: what holds these may move between threads.
+/// What finding a block needs to know of it: address and mode in one word, and where its operations are.
+#[derive(Clone, Copy)]
+struct Head {
+    key: u64,
     ops: usize,
-    epoch: u32,
-    mode: u32,
-    count: u32,
+}
+
+/// Calls that are remembered.
+const CALLS: usize = 32;
+
+/// Where the last calls return to, as a ring: RIP, and the address of the [`Links`] of the block that called.
+#[derive(Default)]
+pub struct Returns {
+    calls: [(u64, u64); CALLS],
+    next: usize,
+}
+
+impl Returns {
+    /// A call whose links (0 if there are none) know what follows it.
+    #[inline(always)]
+    pub fn push(&mut self, rip: u64, links: u64) {
+        self.calls[self.next % CALLS] = (rip, links);
+        self.next = self.next.wrapping_add(1);
+    }
+
+    /// The call that returns next.
+    #[inline(always)]
+    pub fn top(&self) -> (u64, u64) {
+        self.calls[self.next.wrapping_sub(1) % CALLS]
+    }
+
+    /// It has returned.
+    #[inline(always)]
+    pub fn pop(&mut self) {
+        self.next = self.next.wrapping_sub(1);
+    }
+
+    /// Blocks are about to go.
+    pub fn forget(&mut self) {
+        self.calls = Default::default();
+    }
 }
 
 /// All decoded blocks of a processor.
 pub struct Blocks {
+    heads: Box<[Head]>,
     slots: Box<[Option<Box<Block>>]>,
-    jumps: Box<[Jump]>,
     pages: BTreeMap<u64, Vec<u32>>,
-    dead: Vec<Block>,
+    #[allow(clippy::vec_box, reason = "a dead block may still run, and its last operation knows where its links are")]
+    dead: Vec<Box<Block>>,
     held: Option<Box<Block>>,
-    /// Blocks that died so far.
-    buried: u32,
 }
 
 /// Lines (64 bytes each) of a page that a range touches, one bit each. Ranges do not leave their page.
@@ -70,15 +149,9 @@ pub fn lines_of(offset: u64, bytes: usize) -> u64 {
     (u64::MAX >> (63 - last)) & (u64::MAX << first)
 }
 
-#[inline]
-fn slot_of(gpa: u64, mode: u32) -> usize {
-    let mixed = (gpa ^ u64::from(mode) << 40).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    (mixed >> 48) as usize & (SLOTS - 1)
-}
-
 #[inline(always)]
-fn jump_of(rip: u64) -> usize {
-    (rip ^ rip >> 12) as usize & (JUMPS - 1)
+fn slot_of(key: u64) -> usize {
+    (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48) as usize & (SLOTS - 1)
 }
 
 impl Default for Blocks {
@@ -91,31 +164,32 @@ impl Blocks {
     /// None yet.
     pub fn new() -> Self {
         Self {
+            // No address is all ones.
+            heads: vec![Head { key: u64::MAX, ops: 0 }; SLOTS].into_boxed_slice(),
             slots: (0..SLOTS).map(|_| None).collect(),
-            // Epoch 0 never is: the TLB's begins at 1.
-            jumps: vec![Jump::default(); JUMPS].into_boxed_slice(),
             pages: BTreeMap::new(),
             dead: Vec::new(),
             held: None,
-            buried: 0,
         }
     }
 
-    /// Operations and instruction count of the block that begins at linear `rip`, if the jump cache knows it.
+    /// Operations of the block that begins at `gpa`, if there is one.
     #[inline(always)]
-    pub fn jump(&self, rip: u64, map_epoch: u32, mode: u32) -> Option<(*const Op, u32)> {
-        let jump = &self.jumps[jump_of(rip)];
-        let known = jump.rip == rip && jump.epoch == map_epoch.wrapping_add(self.buried) && jump.mode == mode;
-        known.then_some((jump.ops as *const Op, jump.count))
+    pub fn find(&self, gpa: u64, mode: Mode) -> Option<*const Op> {
+        let key = gpa | mode.key();
+        let slot = slot_of(key);
+        let (head, other) = (self.heads[slot], self.heads[slot ^ 1]);
+        if head.key == key {
+            return Some(head.ops as *const Op);
+        }
+        (other.key == key).then_some(other.ops as *const Op)
     }
 
-    /// The block that begins at `gpa`, if there is one; remembers it for `rip`.
-    pub fn find(&mut self, rip: u64, map_epoch: u32, gpa: u64, mode: Mode) -> Option<&Block> {
-        let (mode, slot) = (mode.key(), slot_of(gpa, mode.key()));
-        let block = self.slots[slot].as_deref().filter(|block| block.gpa == gpa && block.mode == mode)?;
-        let epoch = map_epoch.wrapping_add(self.buried);
-        self.jumps[jump_of(rip)] = Jump { rip, ops: block.ops.as_ptr() as usize, epoch, mode, count: block.count };
-        Some(block)
+    /// The slot of the block with this key, or where it would go: its own, unless only the other one is free.
+    fn place_of(&self, key: u64) -> usize {
+        let slot = slot_of(key);
+        let (head, other) = (self.heads[slot].key, self.heads[slot ^ 1].key);
+        if head != key && (other == key || (head != u64::MAX && other == u64::MAX)) { slot ^ 1 } else { slot }
     }
 
     /// True if blocks wait to be let go of: the loop must be reached.
@@ -126,25 +200,66 @@ impl Blocks {
 
     /// Adds a block and returns its operations. The caller has told the stamps and the TLB about its lines.
     pub fn insert(&mut self, block: Block) -> *const Op {
-        let slot = slot_of(block.gpa, block.mode);
+        let key = block.gpa | block.mode.key();
+        let slot = self.place_of(key);
         self.bury(slot as u32);
         self.pages.entry(block.page).or_default().push(slot as u32);
-        self.slots[slot].insert(Box::new(block)).ops.as_ptr()
+        let block = self.slots[slot].insert(block.settle(slot as u32));
+        self.heads[slot] = Head { key, ops: block.first() };
+        block.ops.as_ptr()
     }
 
     /// Keeps a block that is run once, and returns its operations.
     pub fn hold(&mut self, block: Block) -> *const Op {
-        self.held.insert(Box::new(block)).ops.as_ptr()
+        self.held.insert(block.settle(NO_SLOT)).ops.as_ptr()
+    }
+
+    /// Makes an exit of the block in slot `from` lead to the block at `gpa`. A block that is run once has no use for it.
+    pub fn connect(&mut self, from: u32, exit: usize, gpa: u64, mode: Mode) {
+        let key = gpa | mode.key();
+        let to = self.place_of(key);
+        if from == NO_SLOT || self.heads[to].key != key {
+            return;
+        }
+        let first = self.heads[to].ops;
+        let Some(source) = self.slots[from as usize].as_deref() else { return };
+        source.links.exits[exit].ops.set(first);
+        source.links.exits[exit].gpa.set(gpa);
+        let slots = &self.slots;
+        let leads_here = |(slot, exit): &(u32, u8)| {
+            let source = slots[*slot as usize].as_deref();
+            source.is_some_and(|source| source.links.exits[usize::from(*exit)].ops.get() == first)
+        };
+        let Some(target) = slots[to].as_deref() else { return };
+        // Before the list grows, what does not lead here any more goes.
+        let mut incoming = match target.incoming.len() == target.incoming.capacity() {
+            true => Some(target.incoming.iter().copied().filter(leads_here).collect::<Vec<_>>()),
+            false => None,
+        };
+        let target = self.slots[to].as_deref_mut().expect("it was there a moment ago");
+        if let Some(kept) = incoming.take() {
+            target.incoming.clear();
+            target.incoming.extend(kept);
+        }
+        target.incoming.push((from, exit as u8));
     }
 
     fn bury(&mut self, slot: u32) {
         if let Some(block) = self.slots[slot as usize].take() {
+            self.heads[slot as usize] = Head { key: u64::MAX, ops: 0 };
             block.stop();
-            self.buried = self.buried.wrapping_add(1);
+            let first = block.first();
+            for (source, exit) in &block.incoming {
+                let source = self.slots[*source as usize].as_deref();
+                let link = source.map(|source| &source.links.exits[usize::from(*exit)]);
+                if let Some(link) = link.filter(|link| link.ops.get() == first) {
+                    link.ops.set(0);
+                }
+            }
             if let Some(slots) = self.pages.get_mut(&block.page) {
                 slots.retain(|other| *other != slot);
             }
-            self.dead.push(*block);
+            self.dead.push(block);
         }
     }
 
@@ -169,11 +284,8 @@ impl Blocks {
     }
 
     /// Between blocks: lets go of dead ones.
-    #[inline(always)]
     pub fn sweep(&mut self) {
-        if !self.dead.is_empty() {
-            self.dead.clear();
-        }
+        self.dead.clear();
     }
 
     /// Pages that hold decoded code.

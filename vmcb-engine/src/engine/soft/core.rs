@@ -134,17 +134,20 @@ pub struct Mode {
     pub user: bool,
     /// CR0.PE.
     pub protected: bool,
-    /// Small number that names the set of intercepts; blocks are decoded for one.
-    pub intercepts: u16,
+    key: u64,
 }
 
 impl Mode {
-    /// The mode as a number, for keys. One load: asked for at every block.
+    /// The mode as a number above all guest-physical addresses (52 bits): together they are the key of a block.
     #[inline(always)]
-    pub fn key(self) -> u32 {
-        debug_assert!(self.intercepts < 0x80, "a set of intercepts is a small number");
-        u32::from_le_bytes([self.long.into(), self.big.into(), self.user.into(), self.protected.into()])
-            | u32::from(self.intercepts) << 1
+    pub fn key(self) -> u64 {
+        self.key
+    }
+
+    /// A mode whose key is worked out: that is done here, since the key is asked for at every block.
+    pub fn new(long: bool, big: bool, user: bool, protected: bool) -> Self {
+        let bits = u64::from(long) | u64::from(big) << 1 | u64::from(user) << 2 | u64::from(protected) << 3;
+        Self { long, big, user, protected, key: bits << 52 }
     }
 }
 
@@ -160,8 +163,10 @@ pub struct Core {
     /// Blocks that may still follow one another without a look at the loop. Bounds the stack where LLVM does not turn the
     /// last call of a handler into a jump.
     pub follow: u32,
-    /// Offset into the TLB's arrays: 0 for CPL 0-2, `tlb::ENTRIES` for CPL 3.
+    /// Offset into the TLB's arrays: 0 for CPL 0-2, `tlb::ENTRIES` for CPL 3. Set by `Core::use_tlb_set`.
     pub tlb_set: usize,
+    /// Address of that set's entries: see [`Tlb::base`].
+    pub tlb_base: usize,
     /// Translations.
     pub tlb: Box<Tlb>,
     /// RIP between blocks.
@@ -222,6 +227,8 @@ pub struct Core {
     pub new_code_pages: Vec<u64>,
     /// Software on this processor whose guest is loaded.
     pub hosted: Option<Box<super::svm::leave::Hosted>>,
+    /// The host's MXCSR gathers the flags that SSE operations raise; see `sse/operand.rs`.
+    pub gathers_flags: bool,
     /// Retired instructions at which the running `run_until` stops: retired now = `stop_at - budget` between blocks.
     pub stop_at: u64,
     /// TSC = retired * this + `tsc_base` (offset and idle time folded in).
@@ -230,6 +237,8 @@ pub struct Core {
     pub tsc_base: u64,
     /// Decoded blocks.
     pub blocks: super::block::Blocks,
+    /// Where calls that have not returned yet return to: the block that follows is known to the caller's links.
+    pub returns: super::block::Returns,
     /// Set while an instruction is emulated for its host: accesses that are not RAM are recorded or answered here.
     pub mmio: super::svm::mmio::MmioPort,
     /// Guest RAM.
@@ -467,38 +476,70 @@ impl Core {
         self.raise_code(13, 0)
     }
 
-    /// Loads from a linear address. Unaligned and page-crossing accesses are legal; #AC is the slow path's business.
+    /// Makes the TLB's set for this privilege level the one in use.
+    pub fn use_tlb_set(&mut self, set: usize) {
+        (self.tlb_set, self.tlb_base) = (set, self.tlb.base(set));
+    }
+
+    /// Loads from a linear address if the TLB has its page; `None` has changed nothing.
     #[inline(always)]
-    pub fn load<T: Word>(&mut self, linear: u64) -> Step<T> {
-        let entry = self.tlb.read_entry(linear, self.tlb_set);
-        if entry.hits::<T>(linear) {
+    pub fn load_hit<T: Word>(&self, linear: u64) -> Option<T> {
+        let entry = Tlb::read_entry(self.tlb_base, linear);
+        entry.hits::<T>(linear).then(|| {
             // SAFETY: a tag that matches the page of the access's last byte in the slot of its first byte means that
             // the whole access lies in one mapped page of guest RAM (tlb.rs: entries are made for RAM pages only, and
             // dropped before the mapping could go). T is plain data, any bytes are valid, and the read is unaligned.
-            return Ok(unsafe { entry.host::<T>(linear).read_unaligned() });
+            unsafe { entry.host::<T>(linear).read_unaligned() }
+        })
+    }
+
+    /// Stores to a linear address if the TLB has its page; `None` has changed nothing.
+    #[inline(always)]
+    pub fn store_hit<T: Word>(&mut self, linear: u64, value: T) -> Option<()> {
+        let entry = Tlb::write_entry(self.tlb_base, linear);
+        entry.hits::<T>(linear).then(|| {
+            // SAFETY: as in `load_hit`; write entries exist only for pages that are writable for the guest, stamped in
+            // this epoch, dirty in the guest's page table and free of decoded code.
+            unsafe { entry.host::<T>(linear).write_unaligned(value) }
+        })
+    }
+
+    /// Loads from a linear address. Unaligned and page-crossing accesses are legal; #AC is the slow path's business.
+    #[inline(always)]
+    pub fn load<T: Word>(&mut self, linear: u64) -> Step<T> {
+        match self.load_hit(linear) {
+            Some(value) => Ok(value),
+            None => self.load_slow(linear),
         }
-        self.load_slow(linear)
     }
 
     /// Stores to a linear address.
     #[inline(always)]
     pub fn store<T: Word>(&mut self, linear: u64, value: T) -> Step {
-        let entry = self.tlb.write_entry(linear, self.tlb_set);
-        if entry.hits::<T>(linear) {
-            // SAFETY: as in `load`; write entries exist only for pages that are writable for the guest, stamped in this
-            // epoch, dirty in the guest's page table and free of decoded code.
-            unsafe { entry.host::<T>(linear).write_unaligned(value) };
-            return Ok(());
+        match self.store_hit(linear, value) {
+            Some(()) => Ok(()),
+            None => self.store_slow(linear, value),
         }
-        self.store_slow(linear, value)
     }
 
     /// Host address for a read-modify-write of one value, if the page is in the write table: both halves then cannot
     /// fault. Otherwise `None`, and the caller probes with [`Core::probe_write`] first.
     #[inline(always)]
     pub fn fast_rmw<T: Word>(&mut self, linear: u64) -> Option<*mut T> {
-        let entry = self.tlb.write_entry(linear, self.tlb_set);
+        let entry = Tlb::write_entry(self.tlb_base, linear);
         entry.hits::<T>(linear).then(|| entry.host::<T>(linear))
+    }
+
+    /// Loads, applies, stores, if the TLB has the page; `None` has changed nothing.
+    #[inline(always)]
+    pub fn modify_hit<T: Word, R>(&mut self, linear: u64, f: impl FnOnce(&mut Self, T) -> (T, R)) -> Option<R> {
+        let host = self.fast_rmw::<T>(linear)?;
+        // SAFETY: as in `store_hit`; the page is readable because it is writable.
+        let old = unsafe { host.read_unaligned() };
+        let (new, out) = f(self, old);
+        // SAFETY: the same address; `f` cannot unmap RAM.
+        unsafe { host.write_unaligned(new) };
+        Some(out)
     }
 
     /// Loads, applies, stores; faults are those of a write. `f` returns what to store and what to hand back. Must have no

@@ -3,10 +3,11 @@
 //! Exactness does not depend on how code was split: a block longer than what is left of the budget is decoded again, only
 //! as long as that, outside the cache.
 
-use super::block::OPS_MAX;
-use super::core::{CS, Core, RIP_BASE, rflags};
+use super::block::{Block, OPS_MAX};
+use super::core::{CS, Core, RIP_BASE};
 use super::decode;
-use super::op::Flow;
+use super::op::{Flow, Op, count_of};
+use super::tlb::Tlb;
 
 /// Blocks that run one after the other before the loop is seen again.
 const FOLLOW: u32 = 64;
@@ -25,21 +26,33 @@ impl Core {
     /// taken is looked at before every block that follows an event; a block never contains an instruction after which that
     /// could change.
     pub fn run_until(&mut self, stop_at: u64) -> Ended {
+        let ended = self.run_blocks(stop_at);
+        self.settle_mxcsr();
+        ended
+    }
+
+    fn run_blocks(&mut self, stop_at: u64) -> Ended {
         let retired = self.retired();
         assert!(stop_at >= retired, "time does not run backwards: {stop_at} < {retired}");
         self.stop_at = stop_at;
         self.budget = (stop_at - retired) as i64;
         loop {
-            self.blocks.sweep();
-            if self.event_pending() && self.take_event() == Flow::Exit && !self.leave_to_hosted() {
-                return Ended::Exit;
+            self.sweep();
+            if self.event_pending() {
+                if self.take_event() == Flow::Exit && !self.leave_to_hosted() {
+                    return Ended::Exit;
+                }
+                // Another one may be pending behind it.
+                continue;
             }
             if self.budget <= 0 {
                 return Ended::Reached;
             }
             // One instruction only, where an event must be looked at right after it (interrupt shadow, single step).
-            let limit = if self.single_step() { 1 } else { self.budget as usize };
-            self.follow = FOLLOW;
+            // Otherwise there is none until an instruction that ends with a look at the loop.
+            let alone = self.single_step();
+            let limit = if alone { 1 } else { self.budget as usize };
+            self.follow = if alone { 0 } else { FOLLOW };
             let mut flow = self.run_block(limit);
             if flow == Flow::Fault {
                 flow = self.deliver_fault();
@@ -58,13 +71,31 @@ impl Core {
 
     /// Runs one instruction and delivers what it raised, whatever the budget is.
     pub(super) fn step_one(&mut self) -> Flow {
-        self.blocks.sweep();
+        self.sweep();
         self.single_step();
         self.follow = 0;
-        match self.run_block(1) {
+        let flow = self.run_block(1);
+        self.settle_mxcsr();
+        match flow {
             Flow::Fault => self.deliver_fault(),
             flow => flow,
         }
+    }
+
+    /// Lets go of dead blocks, and of what is known of them.
+    #[inline(always)]
+    fn sweep(&mut self) {
+        if self.blocks.has_dead() {
+            self.returns.forget();
+            self.blocks.sweep();
+        }
+    }
+
+    /// Runs a block once.
+    fn hold(&mut self, block: Block) -> *const Op {
+        // The one before it goes.
+        self.returns.forget();
+        self.blocks.hold(block)
     }
 
     /// True where a block could reach beyond the limit of CS: blocks know pages, not segments.
@@ -81,51 +112,56 @@ impl Core {
             Ok(decoded) => decoded,
             Err(stop) => return self.fetch_stopped(stop),
         };
-        let count = decoded.block.count;
-        let ops = self.blocks.hold(decoded.block);
-        self.enter(ops, count)
+        let ops = self.hold(decoded.block);
+        self.enter(ops)
     }
 
     fn run_block(&mut self, limit: usize) -> Flow {
         if self.is_near_code_end() {
             return self.run_near_code_end();
         }
-        let mode = self.mode.key();
-        if let Some((ops, count)) = self.blocks.jump(self.rip, self.tlb.map_epoch, mode)
-            && count as usize <= limit
-        {
-            return self.enter(ops, count);
+        match self.block_at(self.rip) {
+            Some((_, ops)) if count_of(ops) as usize <= limit => self.enter(ops),
+            _ => self.run_found(limit),
         }
-        self.run_found(limit)
+    }
+
+    /// Guest-physical address and operations of the block that begins at `rip`, if it is known and the translation of its
+    /// page is cached: what is found must not outlive its translation, or where a run is cut would be visible.
+    #[inline(always)]
+    pub(super) fn block_at(&self, rip: u64) -> Option<(u64, *const Op)> {
+        let linear = if self.mode.long { rip } else { rip.wrapping_add(self.segments[CS].base) & 0xffff_ffff };
+        let gpa = Tlb::code_gpa(self.tlb_base, linear)?;
+        self.blocks.find(gpa, self.mode).map(|ops| (gpa, ops))
     }
 
     /// From the end of a block that changed nothing but RIP, registers and memory: runs the next one, if the loop would do
-    /// nothing but that.
+    /// nothing but that. No event can have come up: what makes one possible ends its block with a look at the loop.
     #[inline(always)]
     pub(super) fn follow(&mut self) -> Flow {
-        if self.follow == 0
-            || self.blocks.has_dead()
-            || self.interrupt_shadow
-            || self.system_flags & rflags::TF != 0
-            || self.event_pending()
-        {
+        if self.follow == 0 || self.is_near_code_end() {
             return Flow::Next;
         }
-        match self.blocks.jump(self.rip, self.tlb.map_epoch, self.mode.key()) {
-            Some((ops, count)) if i64::from(count) <= self.budget => {
-                self.follow -= 1;
-                // Ends the shadow of the instruction before; there is none to begin.
-                self.single_step();
-                self.enter(ops, count)
-            }
-            _ => Flow::Next,
+        match self.block_at(self.rip) {
+            Some((_, ops)) => self.enter_next(ops),
+            None => Flow::Next,
         }
     }
 
+    /// Enters the next block without a look at the loop, if the budget allows.
     #[inline(always)]
-    fn enter(&mut self, ops: *const super::op::Op, count: u32) -> Flow {
+    pub(super) fn enter_next(&mut self, ops: *const Op) -> Flow {
+        if count_of(ops) > self.budget {
+            return Flow::Next;
+        }
+        self.follow -= 1;
+        self.enter(ops)
+    }
+
+    #[inline(always)]
+    fn enter(&mut self, ops: *const Op) -> Flow {
         self.gprs[RIP_BASE as usize] = self.rip;
-        self.budget -= i64::from(count);
+        self.budget -= count_of(ops);
         super::op::start(self, ops)
     }
 
@@ -135,12 +171,10 @@ impl Core {
             Ok(fetched) => fetched,
             Err(stop) => return self.fetch_stopped(stop),
         };
-        let (rip, epoch, mode) = (self.rip, self.tlb.map_epoch, self.mode);
-        if let Some(block) = self.blocks.find(rip, epoch, fetched.gpa, mode)
-            && block.count as usize <= limit
+        if let Some(ops) = self.blocks.find(fetched.gpa, self.mode)
+            && count_of(ops) as usize <= limit
         {
-            let (ops, count) = (block.ops.as_ptr(), block.count);
-            return self.enter(ops, count);
+            return self.enter(ops);
         }
         let decoded = match decode::block(self, fetched, limit.min(OPS_MAX)) {
             Ok(decoded) => decoded,
@@ -148,16 +182,19 @@ impl Core {
         };
         let count = decoded.block.count;
         for (page, lines) in [(decoded.block.page, decoded.block.lines)].into_iter().chain(decoded.second) {
-            if self.shares_memory && self.memory.stamps().code_lines(page) == 0 {
-                self.new_code_pages.push(page);
+            // A page that has code already is not in any write table.
+            if self.memory.stamps().code_lines(page) == 0 {
+                if self.shares_memory {
+                    self.new_code_pages.push(page);
+                }
+                self.tlb.protect_code(page);
             }
             self.memory.stamps().add_code_lines(page, lines);
-            self.tlb.protect_code(page);
         }
         // Not kept: a block that was cut short by the budget, and one whose last instruction crosses into another page,
         // which could change unseen.
         let keep = decoded.second.is_none() && (limit >= OPS_MAX || (count as usize) < limit);
-        let ops = if keep { self.blocks.insert(decoded.block) } else { self.blocks.hold(decoded.block) };
-        self.enter(ops, count)
+        let ops = if keep { self.blocks.insert(decoded.block) } else { self.hold(decoded.block) };
+        self.enter(ops)
     }
 }

@@ -1,10 +1,12 @@
 //! The software TLB: three direct-mapped tables (read, write, execute), each in two sets (supervisor, user).
 //!
-//! An entry holds a tag (the linear page) and an addend (host address minus linear address), so a hit costs one compare.
+//! An entry holds a tag (the linear page) and an addend (host address minus linear address; for code guest-physical minus
+//! linear, since blocks are found by that), so a hit costs one compare.
 //! What must be seen is kept out of the write table: pages not yet dirty in the guest's page tables, pages not stamped in
 //! this epoch (the tag is marked [`REARM`], the translation kept), pages with decoded code, and everything not RAM.
 //!
 //! Geometry and replacement are guest-visible through stale translations, so they belong to the engine's semantics.
+#![allow(unsafe_code, reason = "hot path: a slot is read by address, without a look at which set is in use")]
 
 use super::block::lines_of;
 
@@ -54,10 +56,15 @@ impl Entry {
 struct Extra {
     page: u64,
     gpa: u64,
+    host: u64,
     global: bool,
 }
 
+/// Entries of both sets of one table: the distance from a table's entry to the same entry of the next.
+const TABLE: usize = 2 * ENTRIES;
+
 /// All tables of one processor.
+#[repr(C)]
 pub struct Tlb {
     read: [Entry; 2 * ENTRIES],
     write: [Entry; 2 * ENTRIES],
@@ -65,8 +72,6 @@ pub struct Tlb {
     read_extra: [Extra; 2 * ENTRIES],
     write_extra: [Extra; 2 * ENTRIES],
     execute_extra: [Extra; 2 * ENTRIES],
-    /// Raised whenever a translation of code may have changed: caches keyed by linear RIP carry it.
-    pub map_epoch: u32,
 }
 
 /// A translation as the walker found it.
@@ -108,34 +113,39 @@ impl Tlb {
             read_extra: [Extra::default(); 2 * ENTRIES],
             write_extra: [Extra::default(); 2 * ENTRIES],
             execute_extra: [Extra::default(); 2 * ENTRIES],
-            map_epoch: 1,
         })
+    }
+
+    /// Address of a set's entries: what [`Tlb::read_entry`] and its like take. Right as long as the TLB stays in its box.
+    pub fn base(&self, set: usize) -> usize {
+        &raw const self.read as usize + set * size_of::<Entry>()
+    }
+
+    #[inline(always)]
+    fn entry<const NUMBER: usize>(base: usize, linear: u64) -> Entry {
+        let at = (linear >> 12) as usize & (ENTRIES - 1);
+        // SAFETY: `base` is of `Tlb::base` (core.rs keeps the TLB in its box), so this is an entry of one of the three
+        // tables, which follow each other (`repr(C)`).
+        unsafe { *(base as *const Entry).add(NUMBER * TABLE + at) }
     }
 
     /// The slot for a load.
     #[inline(always)]
-    pub fn read_entry(&self, linear: u64, set: usize) -> Entry {
-        self.read[slot(linear, set) & (2 * ENTRIES - 1)]
+    pub fn read_entry(base: usize, linear: u64) -> Entry {
+        Self::entry::<0>(base, linear)
     }
 
     /// The slot for a store.
     #[inline(always)]
-    pub fn write_entry(&self, linear: u64, set: usize) -> Entry {
-        self.write[slot(linear, set) & (2 * ENTRIES - 1)]
+    pub fn write_entry(base: usize, linear: u64) -> Entry {
+        Self::entry::<1>(base, linear)
     }
 
     /// Guest-physical address of code at `linear`, if its translation is cached.
-    #[inline]
-    pub fn code_gpa(&self, linear: u64, set: usize) -> Option<u64> {
-        let at = slot(linear, set);
-        (self.execute[at].tag == linear & PAGE_MASK).then(|| self.execute_extra[at].gpa | linear & !PAGE_MASK)
-    }
-
-    /// Host address of code at `linear`, if its translation is cached.
-    #[inline]
-    pub fn code_host(&self, linear: u64, set: usize) -> Option<*const u8> {
-        let entry = self.execute[slot(linear, set)];
-        (entry.tag == linear & PAGE_MASK).then(|| entry.host::<u8>(linear) as *const u8)
+    #[inline(always)]
+    pub fn code_gpa(base: usize, linear: u64) -> Option<u64> {
+        let entry = Self::entry::<2>(base, linear);
+        (entry.tag == linear & PAGE_MASK).then_some(linear.wrapping_add(entry.addend))
     }
 
     /// The cached translation for a data write that only waits to be stamped again.
@@ -143,8 +153,7 @@ impl Tlb {
         let at = slot(linear, set);
         (self.write[at].tag == linear & PAGE_MASK | REARM).then(|| {
             let extra = self.write_extra[at];
-            let host = (linear & PAGE_MASK).wrapping_add(self.write[at].addend) as *mut u8;
-            Translation { host, page: extra.page, gpa: extra.gpa, global: extra.global }
+            Translation { host: extra.host as *mut u8, page: extra.page, gpa: extra.gpa, global: extra.global }
         })
     }
 
@@ -156,8 +165,8 @@ impl Tlb {
             Access::Write => (self.write[at], self.write_extra[at]),
             Access::Execute => (self.execute[at], self.execute_extra[at]),
         };
-        (entry.tag == linear & PAGE_MASK).then(|| Translation {
-            host: (linear & PAGE_MASK).wrapping_add(entry.addend) as *mut u8,
+        (entry.tag == linear & PAGE_MASK).then_some(Translation {
+            host: extra.host as *mut u8,
             page: extra.page,
             gpa: extra.gpa,
             global: extra.global,
@@ -168,16 +177,11 @@ impl Tlb {
     pub fn insert(&mut self, linear: u64, set: usize, access: Access, found: Translation) {
         let at = slot(linear, set);
         let page = linear & PAGE_MASK;
-        let entry = Entry { tag: page, addend: (found.host as u64).wrapping_sub(page) };
-        let extra = Extra { page: found.page, gpa: found.gpa & PAGE_MASK, global: found.global };
+        let (host, gpa) = (found.host as u64, found.gpa & PAGE_MASK);
+        let base = if access == Access::Execute { gpa } else { host };
         let (entries, extras) = self.table(access);
-        let evicts = entries[at].tag != EMPTY && entries[at].tag != page;
-        entries[at] = entry;
-        extras[at] = extra;
-        if access == Access::Execute && evicts {
-            // What is found by RIP must not outlive its translation, or where a run is cut would be visible.
-            self.map_epoch = self.map_epoch.wrapping_add(1);
-        }
+        entries[at] = Entry { tag: page, addend: base.wrapping_sub(page) };
+        extras[at] = Extra { page: found.page, gpa, host, global: found.global };
     }
 
     /// Adds a translation for writes that the next write completes: it is stamped then.
@@ -199,7 +203,6 @@ impl Tlb {
         self.read.fill(Entry::NONE);
         self.write.fill(Entry::NONE);
         self.execute.fill(Entry::NONE);
-        self.map_epoch = self.map_epoch.wrapping_add(1);
     }
 
     /// Forgets what is not global: a load of CR3.
@@ -212,7 +215,6 @@ impl Tlb {
                 }
             }
         }
-        self.map_epoch = self.map_epoch.wrapping_add(1);
     }
 
     /// Forgets one page: INVLPG.
@@ -226,7 +228,6 @@ impl Tlb {
                 }
             }
         }
-        self.map_epoch = self.map_epoch.wrapping_add(1);
     }
 
     /// The epoch of stamps advanced: every write goes through the slow path once, with its translation kept.

@@ -154,9 +154,10 @@ impl Core {
 
     /// Runs `access` with supervisor rights, as the processor reads descriptor tables (APM2 5.6.1).
     pub fn as_supervisor<R>(&mut self, access: impl FnOnce(&mut Self) -> Step<R>) -> Step<R> {
-        let set = std::mem::replace(&mut self.tlb_set, 0);
+        let set = self.tlb_set;
+        self.use_tlb_set(0);
         let result = access(self);
-        self.tlb_set = set;
+        self.use_tlb_set(set);
         result
     }
 
@@ -218,6 +219,10 @@ impl Core {
             return false;
         }
         let left = self.blocks.invalidate(page, lines);
+        if self.blocks.has_dead() {
+            // The running block, and any that would follow it, may be among them.
+            self.follow = 0;
+        }
         if self.shares_memory {
             // Other processors may have decoded the same lines.
             self.memory.stamps().report_written_code(page);

@@ -6,7 +6,7 @@ use super::one_byte::ONE_BYTE;
 use super::table::{Entry, Immediate, flag};
 use super::two_byte::{MAP_3A, MAP_38, TWO_BYTE};
 use crate::engine::soft::core::{DS, Mode, RIP_BASE, SS, ZERO};
-use crate::engine::soft::interp::pick::{self, Pick};
+use crate::engine::soft::interp::pick::{self, Pick, Standing};
 use crate::engine::soft::op::{NO_SEGMENT, Op, form};
 use crate::engine::soft::{sse, x87};
 
@@ -23,9 +23,9 @@ struct Prefixes {
     rex: u8,
 }
 
-/// Decodes the instruction under the cursor; `offset` bytes lie before it in its block. Returns it and whether it ends
+/// Decodes the instruction under the cursor; `offset` bytes lie before it in its block. Returns it and how it stands in
 /// the block. Undefined and overlong instructions are operations too: they raise.
-pub fn decode(cursor: &mut Cursor<'_>, mode: Mode, offset: u16) -> Result<(Op, bool), Trouble> {
+pub fn decode(cursor: &mut Cursor<'_>, mode: Mode, offset: u16) -> Result<(Op, Standing), Trouble> {
     let mut insn = Insn::new(mode);
     let picked = match parse(cursor, &mut insn) {
         Ok(picked) => picked,
@@ -41,7 +41,10 @@ pub fn decode(cursor: &mut Cursor<'_>, mode: Mode, offset: u16) -> Result<(Op, b
     }
     op.code = u16::from(insn.map) << 8 | u16::from(insn.opcode);
     op.run.set(picked.run);
-    Ok((op, picked.ends))
+    if let Standing::Linked(_) = picked.place {
+        op.displacement = (op.immediate as i64).wrapping_add(i64::from(offset) + i64::from(op.length));
+    }
+    Ok((op, picked.place))
 }
 
 fn raising(insn: &mut Insn, f: impl crate::engine::soft::op::Meaning) -> Pick {

@@ -6,7 +6,7 @@
 
 use std::cell::Cell;
 
-use super::block::{Block, OPS_MAX, lines_of};
+use super::block::{Block, Links, OPS_MAX, lines_of};
 use super::core::{Core, Mode, Step, Stop, ZERO};
 use super::op::{self, Handler, NO_SEGMENT, Op, form};
 
@@ -16,6 +16,8 @@ mod one_byte;
 mod table;
 mod two_byte;
 
+use super::interp::pick::Standing;
+use super::interp::{fuse, liveness};
 use bytes::{Cursor, Trouble};
 
 /// Where the bytes at RIP lie.
@@ -70,6 +72,8 @@ pub enum PlaceKind {
     Register,
     /// Memory, base + displacement, 64-bit mode without segment base.
     Near,
+    /// Other memory, 64-bit mode with a 64-bit address.
+    Wide,
     /// Any other memory.
     Any,
 }
@@ -112,6 +116,8 @@ impl Insn {
             PlaceKind::Register
         } else if op.address_size == 8 && op.segment == NO_SEGMENT && op.index == ZERO {
             PlaceKind::Near
+        } else if self.mode.long && op.address_size == 8 {
+            PlaceKind::Wide
         } else {
             PlaceKind::Any
         }
@@ -137,12 +143,12 @@ pub fn block(core: &mut Core, fetched: Fetched, limit: usize) -> Step<Decoded> {
     let mode = core.mode;
     let in_page = 0x1000 - (fetched.gpa & 0xfff) as usize;
     let mut ops = Vec::with_capacity(limit.min(OPS_MAX) + 1);
-    let (mut at, mut ended, mut second) = (0usize, false, None);
-    while ops.len() < limit.min(OPS_MAX) && at < in_page && !ended {
+    let (mut at, mut standing, mut second) = (0usize, Standing::Inside, None);
+    while ops.len() < limit.min(OPS_MAX) && at < in_page && matches!(standing, Standing::Inside) {
         let mut cursor = Cursor::new(core, fetched, at, ops.is_empty());
         match insn::decode(&mut cursor, mode, at as u16) {
-            Ok((op, ends)) => {
-                ended = ends;
+            Ok((op, place)) => {
+                standing = place;
                 second = cursor.second_lines();
                 at += usize::from(op.length);
                 ops.push(op);
@@ -152,16 +158,62 @@ pub fn block(core: &mut Core, fetched: Fetched, limit: usize) -> Step<Decoded> {
             Err(Trouble::TooLong | Trouble::Undefined) => unreachable!("decode turned these into operations"),
         }
     }
-    let count = ops.len() as u32;
+    let count = ops.len();
     for (at, op) in ops.iter_mut().enumerate() {
-        op.remaining = (count as usize - at) as u16;
+        op.remaining = (count - at) as u8;
     }
-    if !ended {
-        ops.push(Op { run: Cell::new(op::fall_through), offset: at as u16, ..Op::default() });
-    }
+    // What ends a block may raise, whatever its opcode says.
+    let inside = if matches!(standing, Standing::Inside) { count } else { count - 1 };
+    liveness::drop_unseen_flags(&ops[..inside]);
+    let linked = end(&mut ops, standing, at, mode, fetched.gpa & 0xfff);
     let lines = lines_of(fetched.gpa & 0xfff, at.min(in_page));
-    let block = Block { gpa: fetched.gpa, mode: mode.key(), page: fetched.page, lines, count, ops: ops.into() };
+    let block = Block {
+        gpa: fetched.gpa,
+        mode,
+        page: fetched.page,
+        lines,
+        count: count as u32,
+        ops: ops.into(),
+        linked,
+        links: Links::default(),
+        incoming: Vec::new(),
+    };
     Ok(Decoded { block, second })
+}
+
+/// Ends the operations of a block that begins at `start` of its page and is `bytes` long. Returns which one is linked.
+fn end(ops: &mut Vec<Op>, standing: Standing, bytes: usize, mode: Mode, start: u64) -> Option<usize> {
+    let in_page = |offset: i64| (0..0x1000).contains(&(start as i64).saturating_add(offset));
+    let same = in_page(bytes as i64);
+    match standing {
+        Standing::Last => return None,
+        Standing::Returned => {}
+        Standing::Linked(near) => {
+            let at = ops.len() - 1;
+            if same && in_page(ops[at].displacement) {
+                ops[at].run.set(near);
+                let condition = matches!(ops[at].code, 0x70..=0x7f | 0x180..=0x18f).then_some(ops[at].code as u8);
+                let first = at.checked_sub(1).map(|first| &ops[first]);
+                if let (Some(first), Some(condition)) = (first, condition)
+                    && let Some(handler) = fuse::with_jcc(first, condition)
+                {
+                    first.run.set(handler);
+                }
+            }
+        }
+        Standing::Inside => {
+            let run = match (mode.long, same) {
+                (false, _) => op::fall_through,
+                (true, true) => op::fall_linked::<true>,
+                (true, false) => op::fall_linked::<false>,
+            };
+            ops.push(Op { run: Cell::new(run), offset: bytes as u16, ..Op::default() });
+            if !mode.long {
+                return None;
+            }
+        }
+    }
+    Some(ops.len() - 1)
 }
 
 impl From<Stop> for Trouble {

@@ -5,7 +5,7 @@
 
 use super::muldiv;
 use super::operand::{Place, Width};
-use super::pick::{Pick, by_place, by_size, straight};
+use super::pick::{Pick, by_size, placed, straight};
 use crate::engine::soft::core::{Core, Flags, Step};
 use crate::engine::soft::decode::Insn;
 use crate::engine::soft::op::Op;
@@ -50,8 +50,9 @@ pub fn subtract<W: Width>(left: W, right: W) -> (W, Flags) {
 
 macro_rules! binary {
     ($name:ident, $writes:literal, |$flags:ident, $left:ident, $right:ident| $e:expr) => {
+        #[doc = concat!("The operation `", stringify!($name), "`.")]
         #[derive(Clone, Copy)]
-        struct $name;
+        pub struct $name;
         impl Binary for $name {
             const WRITES: bool = $writes;
             #[inline(always)]
@@ -85,14 +86,14 @@ binary!(Test, false, |_flags, left, right| logic(left & right));
 
 /// r/m op= register.
 #[inline(always)]
-fn rm_reg<W: Width, B: Binary, P: Place>(core: &mut Core, op: &Op) -> Step {
+pub fn rm_reg<W: Width, B: Binary, P: Place>(core: &mut Core, op: &Op) -> Step {
     let right = W::get(core, op.reg);
     into_rm::<W, B, P>(core, op, right)
 }
 
 /// r/m op= immediate.
 #[inline(always)]
-fn rm_imm<W: Width, B: Binary, P: Place>(core: &mut Core, op: &Op) -> Step {
+pub fn rm_imm<W: Width, B: Binary, P: Place>(core: &mut Core, op: &Op) -> Step {
     into_rm::<W, B, P>(core, op, W::cut(op.immediate))
 }
 
@@ -109,7 +110,7 @@ fn into_rm<W: Width, B: Binary, P: Place>(core: &mut Core, op: &Op, right: W) ->
 
 /// register op= r/m.
 #[inline(always)]
-fn reg_rm<W: Width, B: Binary, P: Place>(core: &mut Core, op: &Op) -> Step {
+pub fn reg_rm<W: Width, B: Binary, P: Place>(core: &mut Core, op: &Op) -> Step {
     let right = P::load::<W>(core, op)?;
     let (value, flags) = B::apply(core.flags, W::get(core, op.reg), right);
     if B::WRITES {
@@ -121,7 +122,7 @@ fn reg_rm<W: Width, B: Binary, P: Place>(core: &mut Core, op: &Op) -> Step {
 
 /// Accumulator op= immediate.
 #[inline(always)]
-fn rax_imm<W: Width, B: Binary>(core: &mut Core, op: &Op) -> Step {
+pub fn rax_imm<W: Width, B: Binary>(core: &mut Core, op: &Op) -> Step {
     let (value, flags) = B::apply(core.flags, W::get(core, 0), W::cut(op.immediate));
     if B::WRITES {
         W::set(core, 0, value);
@@ -164,10 +165,10 @@ pub fn pick(insn: &Insn) -> Option<Pick> {
     }
     match insn.opcode & 7 {
         0 | 1 => {
-            by_size!(size, W => by_binary!(insn.opcode >> 3, B => by_place!(insn, P => straight(rm_reg::<W, B, P>))))
+            by_size!(size, W => by_binary!(insn.opcode >> 3, B => placed!(insn, P => rm_reg::<W, B, P>)))
         }
         2 | 3 => {
-            by_size!(size, W => by_binary!(insn.opcode >> 3, B => by_place!(insn, P => straight(reg_rm::<W, B, P>))))
+            by_size!(size, W => by_binary!(insn.opcode >> 3, B => placed!(insn, P => reg_rm::<W, B, P>)))
         }
         _ => by_size!(size, W => by_binary!(insn.opcode >> 3, B => straight(rax_imm::<W, B>))),
     }
@@ -175,26 +176,28 @@ pub fn pick(insn: &Insn) -> Option<Pick> {
 
 /// 80-83: group 1.
 pub fn pick_group_1(insn: &Insn) -> Option<Pick> {
-    by_size!(insn.op.size, W => by_binary!(insn.extension(), B => by_place!(insn, P => straight(rm_imm::<W, B, P>))))
+    by_size!(insn.op.size, W => by_binary!(insn.extension(), B => placed!(insn, P => rm_imm::<W, B, P>)))
 }
 
 /// 84, 85, A8, A9: TEST.
 pub fn pick_test(insn: &Insn) -> Option<Pick> {
     let size = insn.op.size;
     match insn.opcode {
-        0x84 | 0x85 => by_size!(size, W => by_place!(insn, P => straight(rm_reg::<W, Test, P>))),
+        0x84 | 0x85 => by_size!(size, W => placed!(insn, P => rm_reg::<W, Test, P>)),
         _ => by_size!(size, W => straight(rax_imm::<W, Test>)),
     }
 }
 
+#[inline(always)]
 fn step<W: Width, const DOWN: bool>(flags: Flags, old: W) -> (W, Flags) {
     let one = W::cut(1);
     let (value, new) = if DOWN { subtract(old, one) } else { add(old, one) };
     (value, new.with_cf(flags.cf()))
 }
 
+/// INC, or DEC if `DOWN`.
 #[inline(always)]
-fn inc_dec<W: Width, P: Place, const DOWN: bool>(core: &mut Core, op: &Op) -> Step {
+pub fn inc_dec<W: Width, P: Place, const DOWN: bool>(core: &mut Core, op: &Op) -> Step {
     core.flags = P::modify::<W, _>(core, op, |core, old| step::<W, DOWN>(core.flags, old))?;
     Ok(())
 }
@@ -203,8 +206,8 @@ fn inc_dec<W: Width, P: Place, const DOWN: bool>(core: &mut Core, op: &Op) -> St
 pub fn pick_inc_dec(insn: &Insn) -> Option<Pick> {
     let down = if insn.opcode < 0x50 { insn.opcode & 8 != 0 } else { insn.extension() == 1 };
     match down {
-        false => by_size!(insn.op.size, W => by_place!(insn, P => straight(inc_dec::<W, P, false>))),
-        true => by_size!(insn.op.size, W => by_place!(insn, P => straight(inc_dec::<W, P, true>))),
+        false => by_size!(insn.op.size, W => placed!(insn, P => inc_dec::<W, P, false>)),
+        true => by_size!(insn.op.size, W => placed!(insn, P => inc_dec::<W, P, true>)),
     }
 }
 
@@ -228,9 +231,9 @@ fn neg<W: Width, P: Place>(core: &mut Core, op: &Op) -> Step {
 pub fn pick_group_3(insn: &Insn) -> Option<Pick> {
     let size = insn.op.size;
     match insn.extension() {
-        0 | 1 => by_size!(size, W => by_place!(insn, P => straight(rm_imm::<W, Test, P>))),
-        2 => by_size!(size, W => by_place!(insn, P => straight(not::<W, P>))),
-        3 => by_size!(size, W => by_place!(insn, P => straight(neg::<W, P>))),
+        0 | 1 => by_size!(size, W => placed!(insn, P => rm_imm::<W, Test, P>)),
+        2 => by_size!(size, W => placed!(insn, P => not::<W, P>)),
+        3 => by_size!(size, W => placed!(insn, P => neg::<W, P>)),
         _ => muldiv::pick_group_3(insn),
     }
 }

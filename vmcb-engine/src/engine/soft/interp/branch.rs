@@ -4,9 +4,9 @@
 //! RIP. In 64-bit mode AMD processors honour the operand-size prefix on near branches: RIP becomes 16 bits wide.
 
 use super::operand::{Place, Width};
-use super::pick::{Pick, branch, by_condition, by_place, by_wide, last};
+use super::pick::{Pick, branch, by_condition, by_place, by_wide, calling, last, quick_turn, returning, turn};
 use super::stack::{self, by_long};
-use crate::engine::soft::core::{CS, Core, RCX, RSP, Step, canonical};
+use crate::engine::soft::core::{CS, Core, RCX, RIP_BASE, RSP, Step, Stop, canonical};
 use crate::engine::soft::decode::Insn;
 use crate::engine::soft::interp::{alu, far};
 use crate::engine::soft::op::Op;
@@ -88,17 +88,71 @@ fn ret<W: Width, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
     Ok(())
 }
 
+/// True for a relative branch whose blocks are linked: 64-bit mode without an operand-size prefix.
+fn is_linked(insn: &Insn) -> bool {
+    insn.mode.long && insn.op.size == 8
+}
+
+fn jmp_linked(_: &mut Core, _: &Op) -> Step<bool> {
+    Ok(true)
+}
+
+/// Whether a linked Jcc is taken.
+#[inline(always)]
+pub fn jcc_linked<const CC: u8>(core: &mut Core, _: &Op) -> Step<bool> {
+    Ok(core.flags.condition(CC))
+}
+
+/// RIP after a linked branch.
+#[inline(always)]
+fn after(core: &Core, op: &Op) -> u64 {
+    core.gprs[usize::from(RIP_BASE)].wrapping_add(u64::from(op.offset) + u64::from(op.length))
+}
+
+fn call_quick(core: &mut Core, op: &Op) -> Step<bool> {
+    let next = after(core, op);
+    core.push_hit(next).ok_or(Stop::Again)?;
+    core.returns.push(next, op.immediate);
+    Ok(true)
+}
+
+fn call_linked(core: &mut Core, op: &Op) -> Step<bool> {
+    let next = after(core, op);
+    core.push::<u64, true>(next)?;
+    core.returns.push(next, op.immediate);
+    Ok(true)
+}
+
+fn call_noted<P: Place>(core: &mut Core, op: &Op) -> Step {
+    let next = core.rip;
+    call_rm::<u64, P, true>(core, op)?;
+    core.returns.push(next, op.immediate);
+    Ok(())
+}
+
+/// Where a return leads, if that is known without a page walk and may be.
+#[inline(always)]
+fn return_target(core: &mut Core, _: &Op) -> Option<u64> {
+    core.load_hit::<u64>(core.gprs[RSP]).filter(|target| canonical(*target))
+}
+
 /// E8, E9, EB, C2, C3.
 pub fn pick(insn: &Insn) -> Option<Pick> {
     match insn.opcode {
+        0xe8 if is_linked(insn) => quick_turn(call_quick, call_linked),
+        0xe9 | 0xeb if is_linked(insn) => turn(jmp_linked),
         0xe8 => by_wide!(insn.op.size, W => by_long!(insn, L => branch(call::<W, L>))),
         0xe9 | 0xeb => by_wide!(insn.op.size, W => by_long!(insn, L => branch(jmp::<W, L>))),
+        _ if is_linked(insn) => returning(return_target, ret::<u64, true>),
         _ => by_wide!(insn.op.size, W => by_long!(insn, L => branch(ret::<W, L>))),
     }
 }
 
 /// 70-7F, 0F 80-8F.
 pub fn pick_jcc(insn: &Insn) -> Option<Pick> {
+    if is_linked(insn) {
+        return by_condition!(insn.opcode, CC => turn(jcc_linked::<CC>));
+    }
     by_condition!(insn.opcode, CC => by_wide!(insn.op.size, W => by_long!(insn, L => branch(jcc::<W, L, CC>))))
 }
 
@@ -106,6 +160,7 @@ pub fn pick_jcc(insn: &Insn) -> Option<Pick> {
 pub fn pick_group_5(insn: &Insn) -> Option<Pick> {
     match insn.extension() {
         0 | 1 => alu::pick_inc_dec(insn),
+        2 if is_linked(insn) => by_place!(insn, P => calling(call_noted::<P>)),
         2 => by_wide!(insn.op.size, W => by_place!(insn, P => by_long!(insn, L => branch(call_rm::<W, P, L>)))),
         4 => by_wide!(insn.op.size, W => by_place!(insn, P => by_long!(insn, L => branch(jmp_rm::<W, P, L>)))),
         3 if insn.is_memory() => last(far::far_call_memory),

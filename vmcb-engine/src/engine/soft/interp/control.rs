@@ -36,14 +36,9 @@ impl Core {
     #[inline]
     pub fn refresh_mode(&mut self) {
         let code = &self.segments[CS];
-        self.mode = Mode {
-            long: self.efer & efer::LMA != 0 && code.long(),
-            big: code.big(),
-            user: self.cpl == 3,
-            protected: self.cr0 & cr0::PE != 0,
-            intercepts: 0,
-        };
-        self.tlb_set = if self.cpl == 3 { ENTRIES } else { 0 };
+        let long = self.efer & efer::LMA != 0 && code.long();
+        self.mode = Mode::new(long, code.big(), self.cpl == 3, self.cr0 & cr0::PE != 0);
+        self.use_tlb_set(if self.cpl == 3 { ENTRIES } else { 0 });
         if self.cr0 & cr0::AM != 0 && (self.system_flags & rflags::AC != 0 || self.alignment_checked) {
             self.refresh_alignment();
         }

@@ -1,7 +1,7 @@
 //! CBW and its kin, MOVSX, MOVZX, MOVSXD, XLAT (APM3 chapter 3).
 
 use super::operand::{Place, Width, checked};
-use super::pick::{Pick, by_place, by_wide, straight};
+use super::pick::{Pick, by_wide, placed, straight};
 use crate::engine::soft::core::{Core, RAX, RDX, Step};
 use crate::engine::soft::decode::Insn;
 use crate::engine::soft::op::Op;
@@ -24,19 +24,19 @@ fn movsx<W: Width, F: Width, P: Place>(core: &mut Core, op: &Op) -> Step {
 pub fn pick_extend(insn: &Insn) -> Option<Pick> {
     let size = insn.op.size;
     match insn.opcode {
-        0xb6 => by_wide!(size, W => by_place!(insn, P => straight(movzx::<W, u8, P>))),
-        0xb7 => by_wide!(size, W => by_place!(insn, P => straight(movzx::<W, u16, P>))),
-        0xbe => by_wide!(size, W => by_place!(insn, P => straight(movsx::<W, u8, P>))),
-        _ => by_wide!(size, W => by_place!(insn, P => straight(movsx::<W, u16, P>))),
+        0xb6 => by_wide!(size, W => placed!(insn, P => movzx::<W, u8, P>)),
+        0xb7 => by_wide!(size, W => placed!(insn, P => movzx::<W, u16, P>)),
+        0xbe => by_wide!(size, W => placed!(insn, P => movsx::<W, u8, P>)),
+        _ => by_wide!(size, W => placed!(insn, P => movsx::<W, u16, P>)),
     }
 }
 
 /// 63 in 64-bit mode.
 pub fn pick_movsxd(insn: &Insn) -> Option<Pick> {
     match insn.op.size {
-        2 => by_place!(insn, P => straight(movzx::<u16, u16, P>)),
-        4 => by_place!(insn, P => straight(movzx::<u32, u32, P>)),
-        _ => by_place!(insn, P => straight(movsx::<u64, u32, P>)),
+        2 => placed!(insn, P => movzx::<u16, u16, P>),
+        4 => placed!(insn, P => movzx::<u32, u32, P>),
+        _ => placed!(insn, P => movsx::<u64, u32, P>),
     }
 }
 

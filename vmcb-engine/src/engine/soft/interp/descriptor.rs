@@ -104,11 +104,8 @@ impl Core {
         })
     }
 
-    /// Sets CS and CPL. What was cached by RIP is forgotten if the base changed.
+    /// Sets CS and CPL.
     pub fn set_code_segment(&mut self, segment: Segment, cpl: u8) {
-        if segment.base != self.segments[CS].base {
-            self.tlb.map_epoch = self.tlb.map_epoch.wrapping_add(1);
-        }
         self.segments[CS] = segment;
         self.cpl = cpl;
         self.refresh_mode();

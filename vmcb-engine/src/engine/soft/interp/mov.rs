@@ -1,7 +1,7 @@
 //! MOV, LEA, XCHG without memory, CMOVcc, SETcc, BSWAP, MOVNTI and the no-operations (APM3 chapter 3).
 
 use super::operand::{Place, Width};
-use super::pick::{Pick, by_condition, by_memory, by_place, by_size, by_wide, straight};
+use super::pick::{Pick, by_condition, by_memory, by_place, by_size, by_wide, placed, straight};
 use crate::engine::soft::core::{Core, Step};
 use crate::engine::soft::decode::Insn;
 use crate::engine::soft::op::{NO_SEGMENT, Op};
@@ -28,8 +28,8 @@ fn rm_imm<W: Width, P: Place>(core: &mut Core, op: &Op) -> Step {
 pub fn pick(insn: &Insn) -> Option<Pick> {
     let size = insn.op.size;
     match insn.opcode {
-        0x88 | 0x89 => by_size!(size, W => by_place!(insn, P => straight(rm_reg::<W, P>))),
-        0x8a | 0x8b | 0xa0 | 0xa1 => by_size!(size, W => by_place!(insn, P => straight(reg_rm::<W, P>))),
+        0x88 | 0x89 => by_size!(size, W => placed!(insn, P => rm_reg::<W, P>)),
+        0x8a | 0x8b | 0xa0 | 0xa1 => by_size!(size, W => placed!(insn, P => reg_rm::<W, P>)),
         // Opcodes A2 and A3 have no ModRM: register 0 is the accumulator.
         0xa2 | 0xa3 => by_size!(size, W => by_memory!(insn, P => straight(rm_reg::<W, P>))),
         0xc3 if insn.is_memory() && insn.prefix == 0 => {
@@ -37,13 +37,20 @@ pub fn pick(insn: &Insn) -> Option<Pick> {
         }
         0xc3 => None,
         0xc6 | 0xc7 if insn.extension() != 0 => None,
-        _ => by_size!(size, W => by_place!(insn, P => straight(rm_imm::<W, P>))),
+        _ => by_size!(size, W => placed!(insn, P => rm_imm::<W, P>)),
     }
 }
 
 #[inline(always)]
 fn lea_near<W: Width>(core: &mut Core, op: &Op) -> Step {
     let address = super::operand::near(core, op);
+    W::set(core, op.reg, W::cut(address));
+    Ok(())
+}
+
+#[inline(always)]
+fn lea_indexed<W: Width>(core: &mut Core, op: &Op) -> Step {
+    let address = super::operand::indexed(core, op);
     W::set(core, op.reg, W::cut(address));
     Ok(())
 }
@@ -61,6 +68,7 @@ pub fn pick_lea(insn: &Insn) -> Option<Pick> {
     match insn.place() {
         PlaceKind::Register => None,
         PlaceKind::Near if insn.op.segment == NO_SEGMENT => by_wide!(insn.op.size, W => straight(lea_near::<W>)),
+        PlaceKind::Wide => by_wide!(insn.op.size, W => straight(lea_indexed::<W>)),
         _ => by_wide!(insn.op.size, W => straight(lea::<W>)),
     }
 }

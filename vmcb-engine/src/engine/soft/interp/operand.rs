@@ -1,10 +1,13 @@
 //! Operands: widths, registers, and where the r/m operand lies. Meanings are generic over these, so that each common
 //! combination becomes one short handler.
 //!
-//! Three places: a register; memory in 64-bit mode without segment base, index and 32-bit addresses ([`Near`], most of
-//! all); any other memory ([`Any`], with the limit checks of APM2 4.12.2 outside 64-bit mode).
+//! Four places: a register; memory in 64-bit mode without segment base, index and 32-bit addresses ([`Near`], most of
+//! all); other memory in 64-bit mode with 64-bit addresses ([`Wide`]); any other ([`Any`], with the limit checks of APM2
+//! 4.12.2 outside 64-bit mode).
 
-use crate::engine::soft::core::{Core, SS, Step};
+use std::marker::PhantomData;
+
+use crate::engine::soft::core::{Core, SS, Step, Stop};
 use crate::engine::soft::op::{NO_SEGMENT, Op};
 use crate::engine::soft::tlb::Word;
 
@@ -147,6 +150,81 @@ impl Place for Near {
     #[inline(always)]
     fn modify<W: Width, R>(core: &mut Core, op: &Op, f: impl FnOnce(&Core, W) -> (W, R)) -> Step<R> {
         core.modify(near(core, op), |core, old| f(core, old))
+    }
+}
+
+/// Memory in 64-bit mode with 64-bit addresses.
+#[derive(Clone, Copy)]
+pub struct Wide;
+
+/// Offset of a [`Wide`] operand in its segment.
+#[inline(always)]
+pub fn indexed(core: &Core, op: &Op) -> u64 {
+    near(core, op).wrapping_add(core.gprs[slot(op.index)] << (op.scale & 3))
+}
+
+#[inline(always)]
+fn wide(core: &Core, op: &Op) -> u64 {
+    let offset = indexed(core, op);
+    if op.segment == NO_SEGMENT { offset } else { offset.wrapping_add(core.segments[usize::from(op.segment)].base) }
+}
+
+impl Place for Wide {
+    #[inline(always)]
+    fn load<W: Width>(core: &mut Core, op: &Op) -> Step<W> {
+        core.load(wide(core, op))
+    }
+
+    #[inline(always)]
+    fn store<W: Width>(core: &mut Core, op: &Op, value: W) -> Step {
+        core.store(wide(core, op), value)
+    }
+
+    #[inline(always)]
+    fn modify<W: Width, R>(core: &mut Core, op: &Op, f: impl FnOnce(&Core, W) -> (W, R)) -> Step<R> {
+        core.modify(wide(core, op), |core, old| f(core, old))
+    }
+}
+
+/// The same operand where the TLB has its page. If it has not, nothing was changed, and the error says nothing but that:
+/// the instruction is done again without this.
+#[derive(Clone, Copy)]
+pub struct Quick<P>(PhantomData<P>);
+
+/// A place whose address cannot fault by itself.
+pub trait Addressed: Copy + 'static {
+    /// The linear address.
+    fn linear(core: &Core, op: &Op) -> u64;
+}
+
+impl Addressed for Near {
+    #[inline(always)]
+    fn linear(core: &Core, op: &Op) -> u64 {
+        near(core, op)
+    }
+}
+
+impl Addressed for Wide {
+    #[inline(always)]
+    fn linear(core: &Core, op: &Op) -> u64 {
+        wide(core, op)
+    }
+}
+
+impl<P: Addressed> Place for Quick<P> {
+    #[inline(always)]
+    fn load<W: Width>(core: &mut Core, op: &Op) -> Step<W> {
+        core.load_hit(P::linear(core, op)).ok_or(Stop::Again)
+    }
+
+    #[inline(always)]
+    fn store<W: Width>(core: &mut Core, op: &Op, value: W) -> Step {
+        core.store_hit(P::linear(core, op), value).ok_or(Stop::Again)
+    }
+
+    #[inline(always)]
+    fn modify<W: Width, R>(core: &mut Core, op: &Op, f: impl FnOnce(&Core, W) -> (W, R)) -> Step<R> {
+        core.modify_hit(P::linear(core, op), |core, old| f(core, old)).ok_or(Stop::Again)
     }
 }
 

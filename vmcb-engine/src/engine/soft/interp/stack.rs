@@ -4,7 +4,7 @@
 //! memory was accessed.
 
 use super::operand::{Place, Width};
-use super::pick::{Pick, by_place, by_wide, last, straight};
+use super::pick::{Pick, by_place, by_wide, last, quick, straight};
 use crate::engine::soft::core::{Core, RBP, RSP, SS, Step, Stop, rflags};
 use crate::engine::soft::decode::Insn;
 use crate::engine::soft::op::Op;
@@ -81,6 +81,15 @@ impl Core {
         Ok(())
     }
 
+    /// Pushes in 64-bit mode, if the TLB has the page; `None` has changed nothing.
+    #[inline(always)]
+    pub fn push_hit(&mut self, value: u64) -> Option<()> {
+        let sp = self.gprs[RSP].wrapping_sub(8);
+        self.store_hit(sp, value)?;
+        self.gprs[RSP] = sp;
+        Some(())
+    }
+
     /// Pops, and releases `extra` more bytes.
     ///
     /// # Errors
@@ -132,6 +141,19 @@ fn pop_reg<W: Width, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
     Ok(())
 }
 
+fn push_quick(core: &mut Core, op: &Op) -> Step {
+    let value = u64::get(core, op.rm);
+    core.push_hit(value).ok_or(Stop::Again)
+}
+
+fn pop_quick(core: &mut Core, op: &Op) -> Step {
+    let sp = core.gprs[RSP];
+    let value = core.load_hit::<u64>(sp).ok_or(Stop::Again)?;
+    core.gprs[RSP] = sp.wrapping_add(8);
+    u64::set(core, op.rm, value);
+    Ok(())
+}
+
 /// The address of the destination is computed with the new RSP.
 fn pop_rm<W: Width, P: Place, const LONG: bool>(core: &mut Core, op: &Op) -> Step {
     let before = core.gprs[RSP];
@@ -142,6 +164,8 @@ fn pop_rm<W: Width, P: Place, const LONG: bool>(core: &mut Core, op: &Op) -> Ste
 /// 50-5F, 68, 6A.
 pub fn pick(insn: &Insn) -> Option<Pick> {
     match insn.opcode {
+        0x50..=0x57 if insn.mode.long && insn.op.size == 8 => quick(push_quick, push_reg::<u64, true>),
+        0x58..=0x5f if insn.mode.long && insn.op.size == 8 => quick(pop_quick, pop_reg::<u64, true>),
         0x50..=0x57 => by_wide!(insn.op.size, W => by_long!(insn, L => straight(push_reg::<W, L>))),
         0x58..=0x5f => by_wide!(insn.op.size, W => by_long!(insn, L => straight(pop_reg::<W, L>))),
         _ => by_wide!(insn.op.size, W => by_long!(insn, L => straight(push_imm::<W, L>))),

@@ -10,6 +10,7 @@ use super::pick::{Pick, by_size, straight};
 use crate::engine::soft::core::{Core, DS, ES, RAX, RCX, RDI, RSI, Step, Stop, rflags};
 use crate::engine::soft::decode::Insn;
 use crate::engine::soft::op::{NO_SEGMENT, Op, form};
+use crate::engine::soft::tlb::Tlb;
 
 fn address_mask(op: &Op) -> u64 {
     match op.address_size {
@@ -125,7 +126,7 @@ fn copy_whole<W: Width>(core: &mut Core, op: &Op, elements: u64) -> Step<bool> {
         return Ok(false);
     }
     let (from, to) = (source::<W>(core, op)?, target::<W>(core, op, true)?);
-    let (read, write) = (core.tlb.read_entry(from, core.tlb_set), core.tlb.write_entry(to, core.tlb_set));
+    let (read, write) = (Tlb::read_entry(core.tlb_base, from), Tlb::write_entry(core.tlb_base, to));
     let bytes = elements * W::BYTES;
     if !read.hits::<u8>(from)
         || !write.hits::<u8>(to)
@@ -180,7 +181,7 @@ fn fill_whole<W: Width>(core: &mut Core, op: &Op, elements: u64) -> Step<bool> {
         return Ok(false);
     }
     let to = target::<W>(core, op, true)?;
-    let (write, bytes) = (core.tlb.write_entry(to, core.tlb_set), elements * W::BYTES);
+    let (write, bytes) = (Tlb::write_entry(core.tlb_base, to), elements * W::BYTES);
     if !write.hits::<u8>(to) || (to & 0xfff) + bytes > 0x1000 {
         return Ok(false);
     }

@@ -2,8 +2,8 @@
 
 use super::native as n;
 use super::operand::{
-    accrue, enter_mmx, mmx_ready, set_mmx, set_xmm_reg, source_general, source_mmx, source16, source32, source64,
-    source128, sse_ready, xmm_reg,
+    accrue, control, enter_mmx, mmx_ready, set_mmx, set_xmm_reg, source_general, source_mmx, source16, source32,
+    source64, source128, sse_ready, xmm_reg,
 };
 use super::{Row, Selector, row};
 use crate::engine::soft::core::{Core, Step};
@@ -16,7 +16,8 @@ fn between(
     row(move |core: &mut Core, op: &Op| -> Step {
         sse_ready(core)?;
         let source = source(core, op)?;
-        let (result, raised) = f(xmm_reg(core, op), source, core.fpu.mxcsr);
+        let mxcsr = control(core);
+        let (result, raised) = f(xmm_reg(core, op), source, mxcsr);
         accrue(core, raised)?;
         set_xmm_reg(core, op, result);
         Ok(())
@@ -32,8 +33,8 @@ fn to_general(
     row(move |core: &mut Core, op: &Op| -> Step {
         sse_ready(core)?;
         let source = source(core, op)?;
-        let (result, raised) =
-            if op.has(form::WIDE) { wide(source, core.fpu.mxcsr) } else { narrow(source, core.fpu.mxcsr) };
+        let mxcsr = control(core);
+        let (result, raised) = if op.has(form::WIDE) { wide(source, mxcsr) } else { narrow(source, mxcsr) };
         accrue(core, raised)?;
         core.gprs[usize::from(op.reg & 15)] = if op.has(form::WIDE) { result } else { result & 0xffff_ffff };
         Ok(())
@@ -49,7 +50,7 @@ fn from_general(
         sse_ready(core)?;
         let is_wide = op.has(form::WIDE);
         let source = source_general(core, op, is_wide)?;
-        let (destination, mxcsr) = (xmm_reg(core, op), core.fpu.mxcsr);
+        let (destination, mxcsr) = (xmm_reg(core, op), control(core));
         let (result, raised) =
             if is_wide { wide(destination, source, mxcsr) } else { narrow(destination, source, mxcsr) };
         accrue(core, raised)?;
@@ -67,7 +68,8 @@ fn from_mmx(double: bool) -> Option<Row> {
             mmx_ready(core)?;
         }
         let source = source_mmx(core, op)?;
-        let (result, raised) = n::cvtdq2ps(0, source.into(), core.fpu.mxcsr);
+        let mxcsr = control(core);
+        let (result, raised) = n::cvtdq2ps(0, source.into(), mxcsr);
         accrue(core, raised)?;
         if !op.is_memory() {
             enter_mmx(core);
@@ -82,7 +84,8 @@ fn from_mmx(double: bool) -> Option<Row> {
             mmx_ready(core)?;
         }
         let source = source_mmx(core, op)?;
-        let (result, raised) = n::cvtdq2pd(0, source.into(), core.fpu.mxcsr);
+        let mxcsr = control(core);
+        let (result, raised) = n::cvtdq2pd(0, source.into(), mxcsr);
         accrue(core, raised)?;
         if !op.is_memory() {
             enter_mmx(core);
@@ -116,7 +119,8 @@ fn to_mmx_step(
     sse_ready(core)?;
     mmx_ready(core)?;
     let source = source(core, op)? & keep;
-    let (result, raised) = f(0, source, core.fpu.mxcsr);
+    let mxcsr = control(core);
+    let (result, raised) = f(0, source, mxcsr);
     accrue(core, raised)?;
     set_mmx(core, op.reg, result as u64);
     Ok(())

@@ -1,7 +1,7 @@
 //! Packed and scalar floating point: arithmetic, comparison, rounding, dot products.
 
 use super::native as n;
-use super::operand::{accrue, set_xmm_reg, source32, source64, source128, sse_ready, xmm_reg};
+use super::operand::{accrue, control, set_xmm_reg, source32, source64, source128, sse_ready, xmm_reg};
 use super::{Row, Selector, approximate, row, row_immediate};
 use crate::engine::soft::core::{Core, Flags, Step, rflags};
 use crate::engine::soft::op::Op;
@@ -22,7 +22,8 @@ fn float(source: impl Source, f: impl Float) -> Option<Row> {
     row(move |core: &mut Core, op: &Op| -> Step {
         sse_ready(core)?;
         let source = source(core, op)?;
-        let (result, raised) = f(xmm_reg(core, op), source, core.fpu.mxcsr);
+        let mxcsr = control(core);
+        let (result, raised) = f(xmm_reg(core, op), source, mxcsr);
         accrue(core, raised)?;
         set_xmm_reg(core, op, result);
         Ok(())
@@ -33,7 +34,8 @@ fn float_immediate(source: impl Source, f: impl FloatImmediate) -> Option<Row> {
     row_immediate(move |core: &mut Core, op: &Op| -> Step {
         sse_ready(core)?;
         let source = source(core, op)?;
-        let (result, raised) = f(xmm_reg(core, op), source, op.immediate & 0xff, core.fpu.mxcsr);
+        let mxcsr = control(core);
+        let (result, raised) = f(xmm_reg(core, op), source, op.immediate & 0xff, mxcsr);
         accrue(core, raised)?;
         set_xmm_reg(core, op, result);
         Ok(())
@@ -54,22 +56,28 @@ fn ordered(source: impl Source, f: impl Fn(u128, u128, u32) -> (u64, u32) + Copy
     row(move |core: &mut Core, op: &Op| -> Step {
         sse_ready(core)?;
         let source = source(core, op)?;
-        let (flags, raised) = f(xmm_reg(core, op), source, core.fpu.mxcsr);
+        let mxcsr = control(core);
+        let (flags, raised) = f(xmm_reg(core, op), source, mxcsr);
         accrue(core, raised)?;
         core.flags = Flags::from_rflags(flags & (rflags::CF | rflags::PF | rflags::ZF));
         Ok(())
     })
 }
 
-/// ROUNDxx by its immediate (APM4): bits 1:0 mode unless bit 2 says "as MXCSR", bit 3 keeps PE quiet.
-fn rounding(
-    f: impl Fn(u128, u128, u64, u32) -> (u128, u32) + Copy + 'static,
-) -> impl Fn(u128, u128, u64, u32) -> (u128, u32) + Copy + 'static {
-    move |destination, source, immediate, mxcsr| {
+/// ROUNDxx by its immediate (APM4): bits 1:0 mode unless bit 2 says "as MXCSR", bit 3 keeps PE quiet. Neither goes with
+/// gathered flags.
+fn rounding(source: impl Source, f: impl Fn(u128, u128, u64, u32) -> (u128, u32) + Copy + 'static) -> Option<Row> {
+    row_immediate(move |core: &mut Core, op: &Op| -> Step {
+        sse_ready(core)?;
+        let source = source(core, op)?;
+        core.settle_mxcsr();
+        let (immediate, mxcsr) = (op.immediate, core.fpu.mxcsr);
         let mode = if immediate & 4 != 0 { mxcsr } else { mxcsr & !0x6000 | (immediate as u32 & 3) << 13 };
-        let (result, raised) = f(destination, source, 4, mode);
-        (result, if immediate & 8 != 0 { raised & !0x20 } else { raised })
-    }
+        let (result, raised) = f(xmm_reg(core, op), source, 4, mode);
+        accrue(core, if immediate & 8 != 0 { raised & !0x20 } else { raised })?;
+        set_xmm_reg(core, op, result);
+        Ok(())
+    })
 }
 
 fn comparing(
@@ -120,10 +128,10 @@ fn two_byte(s: Selector) -> Option<Row> {
 
 fn three_byte(opcode: u8) -> Option<Row> {
     match opcode {
-        0x08 => float_immediate(source128, rounding(n::roundps)),
-        0x09 => float_immediate(source128, rounding(n::roundpd)),
-        0x0a => float_immediate(source32, rounding(n::roundss)),
-        0x0b => float_immediate(source64, rounding(n::roundsd)),
+        0x08 => rounding(source128, n::roundps),
+        0x09 => rounding(source128, n::roundpd),
+        0x0a => rounding(source32, n::roundss),
+        0x0b => rounding(source64, n::roundsd),
         0x40 => float_immediate(source128, dot_single),
         0x41 => float_immediate(source128, dot_double),
         _ => None,

@@ -11,6 +11,29 @@ use std::arch::x86_64::__m128i;
 /// MXCSR of Rust code.
 const HOST_MXCSR: u32 = 0x1f80;
 
+/// Passed for a guest's MXCSR: its modes and masks are those of Rust code, and the host's own MXCSR gathers the flags.
+pub const GATHERING: u32 = u32::MAX;
+
+/// True if operations may run with [`GATHERING`] under this MXCSR of the guest.
+pub fn can_gather(mxcsr: u32) -> bool {
+    mxcsr & !0x3f == HOST_MXCSR
+}
+
+/// Begins to gather: no flag is raised yet. Until [`gathered`], no Rust code may compute with floating point on this
+/// thread, nor may an operation run with another MXCSR.
+pub fn gather() {
+    // SAFETY: the modes of Rust code, without flags.
+    unsafe { asm!("ldmxcsr [{h}]", h = in(reg) &HOST_MXCSR, options(nostack)) }
+}
+
+/// Flags that were raised since [`gather`].
+pub fn gathered() -> u32 {
+    let mut control = 0u32;
+    // SAFETY: stores MXCSR to a local variable.
+    unsafe { asm!("stmxcsr [{m}]", m = in(reg) &mut control, options(nostack, preserves_flags)) }
+    control & 0x3f
+}
+
 #[inline(always)]
 fn vector(value: u128) -> __m128i {
     // SAFETY: both are 16 plain bytes.
@@ -51,6 +74,13 @@ macro_rules! float {
         #[inline(always)]
         pub fn $name(destination: u128, source: u128, mxcsr: u32) -> (u128, u32) {
             let mut d = vector(destination);
+            if mxcsr == GATHERING {
+                // SAFETY: register-to-register; raised flags stay in MXCSR, which `options` does not promise to keep.
+                unsafe {
+                    asm!(concat!($mnemonic, " {d}, {s}"), d = inout(xmm_reg) d, s = in(xmm_reg) vector(source), options(nomem, nostack));
+                }
+                return (bits(d), 0);
+            }
             let mut control = quiet(mxcsr);
             // SAFETY: register-to-register between two loads of MXCSR; the host's value is put back.
             unsafe {
@@ -110,6 +140,12 @@ macro_rules! with_immediate {
             let mut d = vector(destination);
             let mut control = quiet(mxcsr);
             match immediate {
+                // SAFETY: register-to-register; raised flags stay in MXCSR, which `options` does not promise to keep.
+                $($value if mxcsr == GATHERING => unsafe {
+                    asm!(concat!($mnemonic, " {d}, {s}, ", $value), d = inout(xmm_reg) d,
+                        s = in(xmm_reg) vector(source), options(nomem, nostack));
+                    return (bits(d), 0);
+                },)*
                 // SAFETY: register-to-register between two loads of MXCSR; the host's value is put back.
                 $($value => unsafe {
                     asm!("ldmxcsr [{m}]", concat!($mnemonic, " {d}, {s}, ", $value), "stmxcsr [{m}]", "ldmxcsr [{h}]",
@@ -141,6 +177,15 @@ macro_rules! ordered_compare {
         pub fn $name(a: u128, b: u128, mxcsr: u32) -> (u64, u32) {
             let mut control = quiet(mxcsr);
             let (carry, parity, zero): (u8, u8, u8);
+            if mxcsr == GATHERING {
+                // SAFETY: compares two registers; raised flags stay in MXCSR, which `options` does not promise to keep.
+                unsafe {
+                    asm!(concat!($mnemonic, " {a}, {b}"), "setc {c}", "setp {p}", "setz {z}", a = in(xmm_reg) vector(a),
+                        b = in(xmm_reg) vector(b), c = out(reg_byte) carry, p = out(reg_byte) parity,
+                        z = out(reg_byte) zero, options(nomem, nostack));
+                }
+                return (u64::from(carry) | u64::from(parity) << 2 | u64::from(zero) << 6, 0);
+            }
             // SAFETY: compares two registers between two loads of MXCSR; the host's value is put back.
             unsafe {
                 asm!("ldmxcsr [{m}]", concat!($mnemonic, " {a}, {b}"), "setc {c}", "setp {p}", "setz {z}", "stmxcsr [{m}]",
@@ -164,6 +209,13 @@ macro_rules! to_integer {
         pub fn $name(source: u128, mxcsr: u32) -> (u64, u32) {
             let mut control = quiet(mxcsr);
             let integer: u64;
+            if mxcsr == GATHERING {
+                // SAFETY: register-to-register; raised flags stay in MXCSR, which `options` does not promise to keep.
+                unsafe {
+                    asm!(concat!($mnemonic, " {i", $modifier, "}, {s}"), i = out(reg) integer, s = in(xmm_reg) vector(source), options(nomem, nostack));
+                }
+                return (integer, 0);
+            }
             // SAFETY: converts a register between two loads of MXCSR; the host's value is put back. A 32-bit result
             // clears the upper half of its register.
             unsafe {
@@ -187,6 +239,13 @@ macro_rules! from_integer {
         #[inline(always)]
         pub fn $name(destination: u128, integer: u64, mxcsr: u32) -> (u128, u32) {
             let mut d = vector(destination);
+            if mxcsr == GATHERING {
+                // SAFETY: register-to-register; raised flags stay in MXCSR, which `options` does not promise to keep.
+                unsafe {
+                    asm!(concat!($mnemonic, " {d}, {i", $modifier, "}"), d = inout(xmm_reg) d, i = in(reg) integer, options(nomem, nostack));
+                }
+                return (bits(d), 0);
+            }
             let mut control = quiet(mxcsr);
             // SAFETY: converts a register between two loads of MXCSR; the host's value is put back.
             unsafe {

@@ -1,5 +1,6 @@
 //! Operands of SSE and MMX instructions, the checks that come before each, and what raised flags lead to.
 
+use super::native;
 use crate::engine::soft::core::{Core, Step};
 use crate::engine::soft::op::Op;
 
@@ -134,6 +135,35 @@ pub fn enter_mmx(core: &mut Core) {
 pub fn set_mmx(core: &mut Core, register: u8, value: u64) {
     enter_mmx(core);
     core.fpu.registers[usize::from(register & 7)] = (value, 0xffff);
+}
+
+/// The MXCSR to run an operation with: while the guest's modes and masks are those of Rust code, the host's MXCSR gathers
+/// what its operations raise, and the guest's is told of it by [`Core::settle_mxcsr`].
+#[inline(always)]
+pub fn control(core: &mut Core) -> u32 {
+    if core.gathers_flags { native::GATHERING } else { begin_gathering(core) }
+}
+
+#[cold]
+#[inline(never)]
+fn begin_gathering(core: &mut Core) -> u32 {
+    if !native::can_gather(core.fpu.mxcsr) {
+        return core.fpu.mxcsr;
+    }
+    native::gather();
+    core.gathers_flags = true;
+    native::GATHERING
+}
+
+impl Core {
+    /// Makes the guest's MXCSR whole: before anything but [`control`] looks at it, and before other code of this thread
+    /// may compute with floating point.
+    #[inline]
+    pub fn settle_mxcsr(&mut self) {
+        if std::mem::take(&mut self.gathers_flags) {
+            self.fpu.mxcsr |= native::gathered();
+        }
+    }
 }
 
 /// Merges raised flags into MXCSR; an unmasked one is #XM (or #UD without CR4.OSXMMEXCPT), and the instruction must not

@@ -90,6 +90,7 @@ fn image_bytes(core: &Core) -> usize {
 fn save(core: &mut Core, op: &Op) -> Step {
     fx_ready(core)?;
     let linear = aligned(core, op)?;
+    core.settle_mxcsr();
     let mut image = core.fpu.to_fxsave();
     if !op.has(form::WIDE) {
         // 32-bit form: offset and selector; selectors are not kept (AMD saves zero).
@@ -123,6 +124,7 @@ fn restore(core: &mut Core, op: &Op) -> Step {
     if with_sse && mxcsr & !MXCSR_MASK != 0 {
         return core.general_protection();
     }
+    core.settle_mxcsr();
     let kept = core.fpu.mxcsr;
     image[..bytes].copy_from_slice(&read[..bytes]);
     if !op.has(form::WIDE) {
@@ -145,12 +147,14 @@ fn load_mxcsr(core: &mut Core, op: &Op) -> Step {
     if value & !MXCSR_MASK != 0 {
         return core.general_protection();
     }
+    core.settle_mxcsr();
     core.fpu.mxcsr = value;
     Ok(())
 }
 
 fn store_mxcsr(core: &mut Core, op: &Op) -> Step {
     sse_ready(core)?;
+    core.settle_mxcsr();
     core.store(op.linear(core), core.fpu.mxcsr)
 }
 

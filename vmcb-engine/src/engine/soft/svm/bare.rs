@@ -27,6 +27,7 @@ impl Core {
             budget: 0,
             follow: 0,
             tlb_set: 0,
+            tlb_base: 0,
             tlb: crate::engine::soft::tlb::Tlb::new(),
             rip: 0xfff0,
             system_flags: 0,
@@ -50,6 +51,7 @@ impl Core {
             control: Default::default(),
             interrupt_shadow: false,
             alignment_checked: false,
+            gathers_flags: false,
             events: Default::default(),
             nested: Default::default(),
             arena: Default::default(),
@@ -61,6 +63,7 @@ impl Core {
             tsc_per_instruction: 1,
             tsc_base: 0,
             blocks: crate::engine::soft::block::Blocks::new(),
+            returns: Default::default(),
             mmio: Default::default(),
             memory,
         });

@@ -7,6 +7,9 @@
 //!
 //! It refuses to know lanes as connections, threads, clocks and the runner; [`super::link`] does what it says.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 
@@ -15,6 +18,14 @@ use proto::v1::{MachineDigest, PhaseReport, RoundReport, Section, TransferPolicy
 use vmcb_engine::transfer::rounds::{Decision, RoundFacts, Rounds, StopReason};
 
 use super::{Failure, PROTOCOL, differing_parts};
+
+/// A guest that stands still goes on at the source when nothing has moved for so long. The controller cannot commit
+/// before the hand-over, so nobody can have started it elsewhere.
+pub const SILENCE_US_MAX: u64 = 10_000_000;
+/// The same while the target hashes all that it has (`verify_full`) and has nothing to say meanwhile.
+pub const SILENCE_VERIFY_US_MAX: u64 = 120_000_000;
+/// Rounds that were shorter say little about how fast the guest dirties.
+const TELLING_US_MIN: u64 = 5_000;
 
 /// What is decided before the transfer begins.
 #[derive(Debug, Clone)]
@@ -27,6 +38,8 @@ pub struct Plan {
     pub checkpoint: bool,
     /// Send pages stamped with this epoch or later; 0 sends all.
     pub mark: u32,
+    /// The target tells first what its base holds.
+    pub wants_leaves: bool,
 }
 
 /// What a round put on the lanes.
@@ -50,6 +63,8 @@ pub enum Input {
         /// The version it chose.
         protocol: u32,
     },
+    /// The target has told all that its base holds.
+    LeavesTold,
     /// Answer to [`Effect::AdvanceEpoch`].
     Epoch(u32),
     /// Answer to [`Effect::SendRound`]: all its frames and `RoundEnd`s are on the lanes.
@@ -78,6 +93,11 @@ pub enum Input {
     Lost(Failure),
     /// The operator or the controller wants no more of it.
     Cancel(Failure),
+    /// Time has passed; so many bytes have left since the beginning. Never out of place.
+    Tick {
+        /// Bytes of frames.
+        bytes_sent: u64,
+    },
 }
 
 /// What is to be done, in order.
@@ -118,6 +138,11 @@ pub enum Effect {
         digest: MachineDigest,
         /// Ask the target to hash all pages again.
         verify_full: bool,
+    },
+    /// Hold the guest back by so much of its time from now on; 0 lets it run free.
+    Throttle {
+        /// Percent.
+        percent: u32,
     },
     /// Let the guest go on.
     Resume,
@@ -162,6 +187,7 @@ pub struct Step {
 pub struct Connecting {
     plan: Plan,
     replied: BTreeSet<u32>,
+    told: bool,
     began_us: u64,
 }
 
@@ -173,6 +199,7 @@ pub struct Precopy {
     round: u32,
     mark: u32,
     began_us: u64,
+    dirty: Dirty,
     step: PrecopyStep,
 }
 
@@ -180,7 +207,52 @@ pub struct Precopy {
 enum PrecopyStep {
     Advancing,
     Sending { epoch: u32, began_us: u64, flight: Flight },
-    Measuring { epoch: u32, took_us: u64, totals: RoundTotals },
+    Measuring { epoch: u32, began_us: u64, took_us: u64, totals: RoundTotals },
+}
+
+/// How fast the guest dirties memory, as last measured: too short a look does not replace a longer one.
+#[derive(Debug, Clone, Copy, Default)]
+struct Dirty {
+    bytes_per_s: u64,
+    looked_us: u64,
+}
+
+impl Dirty {
+    fn look(&mut self, bytes: u64, us: u64) {
+        if us >= TELLING_US_MIN || us >= self.looked_us {
+            let rate = u128::from(bytes) * 1_000_000 / u128::from(us.max(1));
+            *self = Self { bytes_per_s: rate.min(u64::MAX.into()) as u64, looked_us: us };
+        }
+    }
+}
+
+/// How long nothing has moved while the guest stands still.
+#[derive(Debug, Clone, Copy)]
+struct Quiet {
+    since_us: u64,
+    bytes_sent: u64,
+}
+
+impl Quiet {
+    fn from(now_us: u64) -> Self {
+        Self { since_us: now_us, bytes_sent: 0 }
+    }
+
+    /// Looks at what has moved; fails if nothing has for too long.
+    fn look(&mut self, bytes_sent: u64, now_us: u64, verify_full: bool) -> Result<(), Failure> {
+        if bytes_sent != self.bytes_sent {
+            *self = Self { since_us: now_us, bytes_sent };
+        }
+        let limit_us = if verify_full { SILENCE_VERIFY_US_MAX } else { SILENCE_US_MAX };
+        if now_us.saturating_sub(self.since_us) < limit_us {
+            return Ok(());
+        }
+        let text = format_args!(
+            "the target has been silent for {} s while the guest stood still: it goes on here",
+            limit_us / 1_000_000
+        );
+        Err(Failure::new(Code::Unreachable, text))
+    }
 }
 
 /// A round on its way: what is known of it may come in either order.
@@ -198,6 +270,7 @@ pub struct Stopping {
     mark: u32,
     reason: StopReason,
     stop_us: u64,
+    dirty: Dirty,
     step: StoppingStep,
 }
 
@@ -217,6 +290,8 @@ pub struct LastPages {
     mark: u32,
     pause: Pause,
     began_us: u64,
+    dirty: Dirty,
+    quiet: Quiet,
     flight: Flight,
 }
 
@@ -227,6 +302,7 @@ pub struct Comparing {
     mark: u32,
     pause: Pause,
     began_us: u64,
+    quiet: Quiet,
     step: ComparingStep,
 }
 
@@ -270,11 +346,43 @@ pub struct Failed {
 impl Source {
     /// Begins: Hello is being sent on every lane.
     pub fn new(plan: Plan, now_us: u64) -> Self {
-        Self::Connecting(Connecting { plan, replied: BTreeSet::new(), began_us: now_us })
+        Self::Connecting(Connecting { plan, replied: BTreeSet::new(), told: false, began_us: now_us })
     }
 
     /// Takes one input in.
     pub fn step(self, input: Input, now_us: u64) -> Step {
+        match (self, input) {
+            (state, Input::Tick { bytes_sent }) => state.tick(bytes_sent, now_us),
+            (state, input) => state.hear(input, now_us),
+        }
+    }
+
+    /// Time passes: a guest that stands still must not do so for ever.
+    fn tick(mut self, bytes_sent: u64, now_us: u64) -> Step {
+        let looked = match &mut self {
+            Self::LastPages(LastPages { quiet, pause, plan, .. })
+            | Self::Comparing(Comparing { quiet, pause, plan, .. })
+                if pause.lasts() =>
+            {
+                quiet.look(bytes_sent, now_us, plan.policy.verify_full)
+            }
+            // What stops and captures it is on this host and has deadlines of its own; after the hand-over only the
+            // controller's word counts.
+            Self::Connecting(_)
+            | Self::Precopy(_)
+            | Self::Stopping(_)
+            | Self::LastPages(_)
+            | Self::Comparing(_)
+            | Self::HandedOver(_)
+            | Self::Failed(_) => Ok(()),
+        };
+        match looked {
+            Ok(()) => Step { state: self, effects: vec![] },
+            Err(failure) => fail(failure, true, true),
+        }
+    }
+
+    fn hear(self, input: Input, now_us: u64) -> Step {
         match self {
             Self::Connecting(state) => state.step(input, now_us),
             Self::Precopy(state) => state.step(input, now_us),
@@ -305,6 +413,7 @@ impl Input {
     fn name(&self) -> &'static str {
         match self {
             Self::Replied { .. } => "HelloReply",
+            Self::LeavesTold => "digests of a base",
             Self::Epoch(_) => "an epoch",
             Self::RoundSent(_) => "the end of a round",
             Self::Acked { .. } => "RoundAck",
@@ -316,6 +425,7 @@ impl Input {
             Self::Aborted(_) => "Abort",
             Self::Lost(_) => "a loss",
             Self::Cancel(_) => "a cancel",
+            Self::Tick { .. } => "the time",
         }
     }
 
@@ -402,26 +512,19 @@ impl Connecting {
         match input {
             Input::Replied { lane, protocol } if PROTOCOL.contains(&protocol) && lane < self.plan.lanes => {
                 self.replied.insert(lane);
-                if self.replied.len() < self.plan.lanes as usize {
-                    return Step { state: Source::Connecting(self), effects: vec![] };
-                }
-                let effects = vec![phase("setup", self.began_us, now_us), Effect::AdvanceEpoch];
-                let state = Precopy {
-                    rounds: Rounds::new(&self.plan.policy),
-                    round: 1,
-                    mark: self.plan.mark,
-                    began_us: now_us,
-                    step: PrecopyStep::Advancing,
-                    plan: self.plan,
-                };
-                Step { state: Source::Precopy(state), effects }
+                self.begin(now_us)
+            }
+            Input::LeavesTold if self.plan.wants_leaves => {
+                self.told = true;
+                self.begin(now_us)
             }
             Input::Replied { protocol, .. } => {
                 let words =
                     format_args!("the target speaks lane protocol {protocol}; this release speaks {PROTOCOL:?}");
                 fail(Failure::new(Code::Protocol, words), false, true)
             }
-            other @ (Input::Epoch(_)
+            other @ (Input::LeavesTold
+            | Input::Epoch(_)
             | Input::RoundSent(_)
             | Input::Acked { .. }
             | Input::Left { .. }
@@ -431,13 +534,41 @@ impl Connecting {
             | Input::Ready(_)
             | Input::Aborted(_)
             | Input::Lost(_)
-            | Input::Cancel(_)) => fail(other.misplaced("connecting"), false, true),
+            | Input::Cancel(_)
+            | Input::Tick { .. }) => fail(other.misplaced("connecting"), false, true),
         }
+    }
+
+    /// Goes on to the first round once every lane is open and the source knows what the target has.
+    fn begin(self, now_us: u64) -> Step {
+        if self.replied.len() < self.plan.lanes as usize || self.plan.wants_leaves != self.told {
+            return Step { state: Source::Connecting(self), effects: vec![] };
+        }
+        let effects = vec![phase("setup", self.began_us, now_us), Effect::AdvanceEpoch];
+        let state = Precopy {
+            rounds: Rounds::new(&self.plan.policy),
+            round: 1,
+            mark: self.plan.mark,
+            began_us: now_us,
+            dirty: Dirty::default(),
+            step: PrecopyStep::Advancing,
+            plan: self.plan,
+        };
+        Step { state: Source::Precopy(state), effects }
     }
 }
 
 impl Precopy {
-    fn step(mut self, input: Input, now_us: u64) -> Step {
+    fn step(self, input: Input, now_us: u64) -> Step {
+        let held_back = self.rounds.throttle_percent() > 0;
+        let mut step = self.take(input, now_us);
+        if held_back && matches!(step.state, Source::Failed(_)) {
+            step.effects.insert(0, Effect::Throttle { percent: 0 });
+        }
+        step
+    }
+
+    fn take(mut self, input: Input, now_us: u64) -> Step {
         let input = match end(input, false) {
             ControlFlow::Continue(input) => input,
             ControlFlow::Break(step) => return step,
@@ -462,8 +593,9 @@ impl Precopy {
                 self.step = PrecopyStep::Sending { epoch, began_us, flight };
                 self.after_flight(landed, now_us)
             }
-            (Input::Left { bytes }, PrecopyStep::Measuring { epoch, took_us, totals }) => {
+            (Input::Left { bytes }, PrecopyStep::Measuring { epoch, began_us, took_us, totals }) => {
                 self.mark = epoch;
+                self.dirty.look(bytes, now_us.saturating_sub(began_us));
                 self.step = PrecopyStep::Advancing;
                 self.decide(RoundFacts { sent_bytes: totals.bytes, took_us, left_bytes: bytes }, totals, now_us)
             }
@@ -479,7 +611,7 @@ impl Precopy {
         self.step = match (self.step, landed) {
             (PrecopyStep::Sending { epoch, began_us, .. }, Some(totals)) => {
                 effects.push(Effect::MeasureLeft { since: epoch });
-                PrecopyStep::Measuring { epoch, took_us: now_us.saturating_sub(began_us), totals }
+                PrecopyStep::Measuring { epoch, began_us, took_us: now_us.saturating_sub(began_us), totals }
             }
             (step, _) => step,
         };
@@ -487,32 +619,41 @@ impl Precopy {
     }
 
     fn decide(mut self, facts: RoundFacts, totals: RoundTotals, now_us: u64) -> Step {
-        let mut effects = vec![report(self.round, totals, facts.took_us, facts.left_bytes)];
+        let before = self.rounds.throttle_percent();
+        let mut effects = vec![report(self.round, totals, facts.took_us, self.dirty, before)];
         self.round += 1;
         match self.rounds.decide(facts) {
             Decision::Again => {
+                let percent = self.rounds.throttle_percent();
+                if percent != before {
+                    effects.push(Effect::Throttle { percent });
+                }
                 effects.push(Effect::AdvanceEpoch);
                 Step { state: Source::Precopy(self), effects }
             }
             Decision::Stop(reason) => {
                 effects.extend([phase("precopy", self.began_us, now_us), Effect::Stop]);
-                let Self { plan, round, mark, .. } = self;
-                let state = Stopping { plan, round, mark, reason, stop_us: now_us, step: StoppingStep::Pausing };
+                if before > 0 {
+                    // It stands still now: whatever comes, it goes on freely, here or elsewhere.
+                    effects.push(Effect::Throttle { percent: 0 });
+                }
+                let Self { plan, round, mark, dirty, .. } = self;
+                let state = Stopping { plan, round, mark, reason, stop_us: now_us, dirty, step: StoppingStep::Pausing };
                 Step { state: Source::Stopping(state), effects }
             }
         }
     }
 }
 
-fn report(round: u32, totals: RoundTotals, took_us: u64, dirtied_bytes: u64) -> Effect {
-    let dirty_rate = u128::from(dirtied_bytes) * 1_000_000 / u128::from(took_us.max(1));
+fn report(round: u32, totals: RoundTotals, took_us: u64, dirty: Dirty, throttle_percent: u32) -> Effect {
     Effect::ReportRound(RoundReport {
         round,
         pages: totals.pages,
         zero_pages: totals.zero_pages,
         bytes: totals.bytes,
         ms: ms(took_us),
-        dirty_rate: dirty_rate.min(u64::MAX.into()) as u64,
+        dirty_rate: dirty.bytes_per_s,
+        throttle_percent,
     })
 }
 
@@ -548,6 +689,8 @@ impl Stopping {
                     mark: epoch,
                     pause: Pause::Since(self.stop_us),
                     began_us: now_us,
+                    dirty: self.dirty,
+                    quiet: Quiet::from(now_us),
                     flight: Flight::default(),
                 };
                 Step { state: Source::LastPages(state), effects }
@@ -587,18 +730,20 @@ impl LastPages {
             | Input::Ready(_)
             | Input::Aborted(_)
             | Input::Lost(_)
-            | Input::Cancel(_)) => return fail(other.misplaced("sending the last pages"), holds_guest, true),
+            | Input::Cancel(_)
+            | Input::Tick { .. }) => return fail(other.misplaced("sending the last pages"), holds_guest, true),
         };
         let Some(totals) = landed else {
             return Step { state: Source::LastPages(self), effects };
         };
         let verify_full = self.plan.policy.verify_full;
-        effects.push(report(self.round, totals, now_us.saturating_sub(self.began_us), 0));
+        effects.push(report(self.round, totals, now_us.saturating_sub(self.began_us), self.dirty, 0));
         effects.push(phase("last-pages", self.began_us, now_us));
         effects.push(Effect::Digest { sections: self.sections.clone(), verify_full });
         let Self { plan, sections, mark, pause, .. } = self;
         let step = ComparingStep::Digesting { sections };
-        Step { state: Source::Comparing(Comparing { plan, mark, pause, began_us: now_us, step }), effects }
+        let quiet = Quiet::from(now_us);
+        Step { state: Source::Comparing(Comparing { plan, mark, pause, began_us: now_us, quiet, step }), effects }
     }
 }
 
@@ -635,149 +780,5 @@ impl Comparing {
                 fail(other.misplaced("comparing digests"), holds_guest, true)
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proto::ids::Digest;
-    use vmcb_engine::snapshot::machine_digest;
-
-    use super::*;
-
-    fn digest(ram: u8) -> MachineDigest {
-        machine_digest(Digest([ram; 32]), Digest([2; 32]), &[])
-    }
-
-    fn source(checkpoint: bool) -> Source {
-        let policy = TransferPolicy { downtime_ms_max: 10, rounds_max: 2, ..Default::default() };
-        Source::new(Plan { lanes: 2, policy, checkpoint, mark: 3 }, 0)
-    }
-
-    /// Every input of a transfer that ends well, in order.
-    fn script() -> Vec<Input> {
-        let sent = Input::RoundSent(RoundTotals { pages: 512, zero_pages: 0, bytes: 2 << 20 });
-        vec![
-            Input::Replied { lane: 1, protocol: 1 },
-            Input::Replied { lane: 0, protocol: 1 },
-            Input::Epoch(7),
-            sent.clone(),
-            Input::Acked { round: 1 },
-            Input::Left { bytes: 1 << 30 },
-            Input::Epoch(8),
-            // The acknowledgement may be noticed first.
-            Input::Acked { round: 2 },
-            sent.clone(),
-            Input::Left { bytes: 4096 },
-            Input::Stopped,
-            Input::Captured(vec![]),
-            Input::Epoch(9),
-            sent,
-            Input::Acked { round: 3 },
-            Input::Digested(digest(1)),
-            Input::Ready(digest(1)),
-        ]
-    }
-
-    fn play(checkpoint: bool, inputs: &[Input]) -> (Source, Vec<Effect>) {
-        let mut all = Vec::new();
-        let mut state = source(checkpoint);
-        for (at, input) in (0..).zip(inputs) {
-            let step = state.step(input.clone(), at * 1000);
-            state = step.state;
-            all.extend(step.effects);
-        }
-        (state, all)
-    }
-
-    fn marks(effects: &[Effect]) -> Vec<(u32, u32, bool)> {
-        effects
-            .iter()
-            .filter_map(|effect| match effect {
-                Effect::SendRound { round, since, last } => Some((*round, *since, *last)),
-                _ => None,
-            })
-            .collect()
-    }
-
-    fn count(effects: &[Effect], wanted: &Effect) -> usize {
-        effects.iter().filter(|effect| *effect == wanted).count()
-    }
-
-    #[test]
-    fn each_round_begins_at_the_epoch_that_the_one_before_closed() {
-        let (state, effects) = play(false, &script());
-        assert_eq!(marks(&effects), [(1, 3, false), (2, 7, false), (3, 8, true)]);
-        assert!(matches!(state, Source::HandedOver(HandedOver { mark: 9, stopped_us: 7000, .. })), "{state:?}");
-        assert_eq!((count(&effects, &Effect::Stop), count(&effects, &Effect::Resume)), (1, 0));
-    }
-
-    #[test]
-    fn a_checkpoints_guest_goes_on_as_soon_as_its_last_pages_are_read() {
-        let inputs = script();
-        let (_, effects) = play(true, &inputs[..14]);
-        assert_eq!(count(&effects, &Effect::Resume), 1);
-        let (state, effects) = play(true, &inputs);
-        assert_eq!(count(&effects, &Effect::Resume), 1);
-        assert!(matches!(state, Source::HandedOver(HandedOver { stopped_us: 4000, .. })), "{state:?}");
-    }
-
-    #[test]
-    fn a_failure_at_any_step_lets_the_guest_go_exactly_if_it_stands() {
-        let failure = || Failure::new(Code::Unreachable, "x");
-        for checkpoint in [false, true] {
-            for steps in 0..script().len() {
-                for bad in [Input::Lost(failure()), Input::Aborted(failure()), Input::Cancel(failure())] {
-                    let (before, effects) = play(checkpoint, &script()[..steps]);
-                    let stands = count(&effects, &Effect::Stop) > count(&effects, &Effect::Resume);
-                    assert_eq!(before.holds_guest(), stands, "after {steps} steps");
-                    let Step { state, effects } = before.step(bad.clone(), 99);
-                    assert!(matches!(&state, Source::Failed(failed) if failed.failure == failure()), "{state:?}");
-                    assert_eq!(count(&effects, &Effect::Resume), usize::from(stands), "after {steps} steps: {bad:?}");
-                    let tells = !matches!(bad, Input::Aborted(_));
-                    assert_eq!(count(&effects, &Effect::AbortTarget(failure())), usize::from(tells));
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn any_input_out_of_order_ends_the_transfer_and_never_panics() {
-        for steps in 0..script().len() {
-            for (at, input) in script().into_iter().enumerate() {
-                let (before, _) = play(false, &script()[..steps]);
-                let stands = before.holds_guest();
-                let Step { state, effects } = before.step(input.clone(), 99);
-                match state {
-                    Source::Failed(_) => assert_eq!(count(&effects, &Effect::Resume), usize::from(stands)),
-                    Source::HandedOver(_) => assert_eq!(at, script().len() - 1),
-                    _ => (),
-                }
-            }
-        }
-        let (state, _) = play(false, &[script()[0].clone(), Input::Acked { round: 1 }]);
-        assert!(matches!(&state, Source::Failed(f) if f.failure.code == Code::Protocol), "{state:?}");
-        let (state, _) = play(false, &[Input::Replied { lane: 0, protocol: 9 }]);
-        assert!(matches!(&state, Source::Failed(f) if f.failure.reason.contains("protocol 9")), "{state:?}");
-    }
-
-    #[test]
-    fn a_target_with_another_digest_is_refused_by_part() {
-        let mut inputs = script();
-        inputs.pop();
-        inputs.push(Input::Ready(digest(4)));
-        let (state, effects) = play(false, &inputs);
-        assert!(
-            matches!(&state, Source::Failed(f) if f.failure.code == Code::Corrupt && f.failure.reason.contains("RAM"))
-        );
-        assert_eq!(count(&effects, &Effect::Resume), 1);
-    }
-
-    #[test]
-    fn what_has_ended_stays_as_it_is() {
-        let failure = Failure::new(Code::Cancelled, "late");
-        let (state, _) = play(false, &script());
-        let Step { state, effects } = state.step(Input::Cancel(failure), 99);
-        assert!(matches!(state, Source::HandedOver(_)) && effects.is_empty());
     }
 }
