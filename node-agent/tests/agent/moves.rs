@@ -193,7 +193,7 @@ async fn what_a_restore_in_place_replaces_comes_back_if_the_restore_fails() {
 #[tokio::test(flavor = "multi_thread")]
 async fn both_agents_may_be_replaced_between_the_hand_over_and_the_activation() {
     let fleet = TestFleet::start().await;
-    let (mut a, b) = (fleet.host("hostA").await, fleet.host("hostB").await);
+    let (mut a, mut b) = (fleet.host("hostA").await, fleet.host("hostB").await);
     a.client.create_vm(fleet.create("vm1", 1)).await.unwrap();
     a.until("vm1", |vm| runs(vm) && vm.retired_instructions > 0).await;
     let ticket = ticket(&a, &b, 2, "move");

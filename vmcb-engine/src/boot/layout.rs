@@ -4,7 +4,7 @@
 //! 0x0_0500  GDT                       0x2_0000  command line
 //! 0x0_6000  PVH start info            0x3_0000  setup data: the kernel's seed
 //! 0x0_7000  zero page                 0xe_0000  ACPI tables
-//! 0x0_9000  page tables (6 pages)    0xf_fff0  code that resets the machine
+//! 0x0_9000  page tables (6 pages)     0xf_fff0  code that resets the machine
 //!                                    0x10_0000  kernel; the initrd lies at the end of low RAM
 //! ```
 

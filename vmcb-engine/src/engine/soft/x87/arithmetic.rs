@@ -187,3 +187,9 @@ pub fn store80(core: &mut Core, linear: u64, (significand, exponent): F80) -> St
     core.store(linear, significand)?;
     core.store(linear.wrapping_add(8), exponent)
 }
+
+/// Ten packed bytes: of the first eight and the last two, each faults by itself (AMD family 19h).
+pub fn store_packed(core: &mut Core, linear: u64, value: F80) -> Step {
+    core.probe_write(linear, 8)?;
+    store80(core, linear, value)
+}

@@ -138,7 +138,7 @@ fn memory(opcode: u8, reg: u8) -> Option<Row> {
             4 => row(|core: &mut Core, op: &Op| a::load(core, op, a::load80, n::load_decimal)),
             5 => load!(u64, n::load_int64),
             6 => row(|core: &mut Core, op: &Op| {
-                a::store(core, op, true, (0xc000_0000_0000_0000, 0xffff), n::store_decimal, a::store80)
+                a::store(core, op, true, (0xc000_0000_0000_0000, 0xffff), n::store_decimal, a::store_packed)
             }),
             _ => store!(u64, true, 1 << 63, n::store_int64),
         },
