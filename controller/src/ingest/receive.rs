@@ -350,7 +350,6 @@ impl Ingest {
             pack_keys: manifest::pack_keys(&manifest),
             digest: laid.digest,
             verified: "unverified".into(),
-            own_bytes: 0,
             by_policy: false,
             sequence: 0,
         };

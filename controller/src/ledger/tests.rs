@@ -115,7 +115,6 @@ pub(crate) fn entry(id: &str, vm: &str, generation: u64) -> CheckpointEntry {
         pack_keys: vec![],
         digest: Default::default(),
         verified: "unverified".into(),
-        own_bytes: 0,
         by_policy: false,
         sequence: 0,
     }

@@ -34,6 +34,7 @@ use crate::ingest::receive::Expected;
 use crate::ledger::event::{CheckpointEntry, Holder, Intent, Outcome, Plan, Task};
 use crate::ledger::state::Operation;
 use crate::ledger::{Ledger, unix_ms};
+use crate::retention::policy;
 
 /// How long a ticket is good for the first word of a lane.
 const TICKET_MS: u64 = 120_000;
@@ -335,7 +336,7 @@ impl<W: World> Hands<'_, W> {
             config,
             capabilities,
             on_isolation,
-            policy: Vec::new(),
+            policy: self.policy(),
             base: self
                 .ledger
                 .state()
@@ -345,6 +346,12 @@ impl<W: World> Hands<'_, W> {
         };
         memory.checkpoint = Some(self.world.checkpoint(&holder.host, request, expected, self.voice).await?);
         Ok(())
+    }
+
+    /// The VM's checkpoint policy as its manifests carry it.
+    fn policy(&self) -> Vec<u8> {
+        let state = self.ledger.state();
+        policy::to_bytes(state.policies.get(&self.plan().vm).map(|scheduled| &*scheduled.policy))
     }
 
     /// Stops the source, then removes what has arrived.

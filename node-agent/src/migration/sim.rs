@@ -267,6 +267,7 @@ impl<'a> World<'a> {
                 lane,
                 lanes,
                 base: String::new(),
+                wants_leaves: false,
             };
             world.tell_target(lane, Message::Hello(hello));
         }

@@ -484,6 +484,7 @@ mod tests {
             lane,
             lanes,
             base: String::new(),
+            wants_leaves: false,
         }
     }
 

@@ -345,7 +345,13 @@ fn input(lane: u32, message: Result<Message, FrameError>) -> Input {
         Ok(Message::Section(section)) => Input::Section { lane, section },
         Ok(Message::StateEnd(end)) => Input::StateEnd { lane, end },
         Ok(Message::Abort(abort)) => Input::Aborted(Failure::new(Code::from_number(abort.code), abort.reason)),
-        Ok(other @ (Message::Hello(_) | Message::HelloReply(_) | Message::RoundAck(_) | Message::Ready(_))) => {
+        Ok(
+            other @ (Message::Hello(_)
+            | Message::HelloReply(_)
+            | Message::BaseLeaves(_)
+            | Message::RoundAck(_)
+            | Message::Ready(_)),
+        ) => {
             let text = format_args!("the source sent {} on lane {lane}", other.name());
             Input::Bad(Failure::new(Code::Protocol, text))
         }

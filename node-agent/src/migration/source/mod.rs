@@ -720,6 +720,7 @@ impl LastPages {
             }
             Input::Acked { round } if round == self.round && !self.flight.acked => self.flight.acked(),
             other @ (Input::Replied { .. }
+            | Input::LeavesTold
             | Input::Epoch(_)
             | Input::RoundSent(_)
             | Input::Acked { .. }
