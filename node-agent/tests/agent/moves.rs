@@ -159,6 +159,7 @@ async fn what_a_restore_in_place_replaces_comes_back_if_the_restore_fails() {
         PrepareRequest {
             ticket: Some(ticket),
             config: config.clone(),
+            capabilities: contract(&config),
             replaces_generation,
             ..PrepareRequest::default()
         }

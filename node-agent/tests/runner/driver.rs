@@ -218,7 +218,8 @@ fn a_guest_whose_kernel_travels_starts_again_and_one_that_only_resets_is_ended()
         (0..7).for_each(|_| {
             bench.driver.step().unwrap();
         });
-        assert_eq!((bench.seen.lock().unwrap().resets, bench.changes().len()), (2, 0), "{outcome:?}");
+        let resets = bench.seen.lock().unwrap().resets;
+        assert_eq!((resets, bench.changes().len()), (2, 0), "{outcome:?}");
         assert_eq!(bench.driver.state().state(), VmState::Running);
     }
     let mut bench =
@@ -227,7 +228,8 @@ fn a_guest_whose_kernel_travels_starts_again_and_one_that_only_resets_is_ended()
     (0..9).for_each(|_| {
         bench.driver.step().unwrap();
     });
-    assert_eq!((bench.seen.lock().unwrap().resets, bench.runs()), (4, 5));
+    let resets = bench.seen.lock().unwrap().resets;
+    assert_eq!((resets, bench.runs()), (4, 5));
     let state = bench.driver.state();
     assert_eq!(state.state(), VmState::Crashed);
     assert!(state.reason.contains("5 times") && state.reason.ends_with("triple fault"), "{}", state.reason);

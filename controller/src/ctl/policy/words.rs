@@ -14,8 +14,9 @@ use crate::retention::policy;
 pub enum PolicyCommand {
     /// Make checkpoints of a VM by the clock, and keep those that the rules name.
     ///
-    /// Without any `--keep-...` all are kept. Checkpoints made by hand are kept until `ctl checkpoint rm`, whatever the
-    /// rules say, and so is the newest that is sound.
+    /// Without any `--keep-...` all are kept.
+    ///
+    /// The newest that is sound is always kept, and those made by hand until `ctl checkpoint rm`.
     Set(SetArgs),
     /// All policies, or that of one VM, and how they go.
     Ls {

@@ -165,10 +165,7 @@ mod tests {
             there.set(page, [7; 32]);
         }
         let run = |first, pages| Run { first, pages };
-        assert_eq!(
-            with_holes(vec![run(3, 3), run(10, 2)], &there),
-            [run(0, 1), run(3, 3), run(6, 1), run(10, 2), run(19, 1)]
-        );
+        assert_eq!(with_holes(vec![run(3, 3), run(10, 2)], &there), [run(0, 1), run(3, 4), run(10, 2), run(19, 1)]);
         assert_eq!(with_holes(vec![], &PageDigests::new(5)), []);
     }
 }

@@ -5,6 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+use proto::frame::{Header, Kind};
+use proto::ids::VmId;
+use proto::seal::{DataKey, Opener};
 use proto::status::Code;
 use proto::v1::lanes_server::{Lanes, LanesServer};
 use proto::v1::transfer_event::Event;
@@ -446,9 +450,47 @@ async fn strangers_are_denied_and_a_target_that_holds_data_is_refused() {
     assert_eq!(refused.err().unwrap().code, Code::Conflict);
 }
 
-/// A bucket: takes everything in, acknowledges, and agrees with every digest.
+/// A bucket: takes everything in, opens what is sealed, acknowledges, and agrees with every digest.
 #[derive(Clone, Default)]
-struct Ingest(Arc<Mutex<Vec<(u16, u64, u32)>>>);
+struct Ingest {
+    seen: Arc<Mutex<Vec<(u16, u64, u32)>>>,
+    /// What it says of RAM if it is asked.
+    leaves: Arc<Vec<[u8; 32]>>,
+}
+
+const KEY: [u8; 32] = [4; 32];
+const VM: VmId = VmId([6; 16]);
+
+impl Ingest {
+    fn seen(&self) -> Vec<(u16, u64, u32)> {
+        let mut seen = self.seen.lock().unwrap().clone();
+        seen.sort_unstable();
+        seen
+    }
+
+    fn answer(&self, frame: &Bytes) -> Vec<Message> {
+        let plain = match Header::parse(frame).unwrap().kind {
+            Kind::Sealed => Opener::new(DataKey::new(KEY), VM).open(frame).unwrap().into(),
+            _ => frame.clone(),
+        };
+        match Message::decode(&plain) {
+            Ok(Message::Hello(hello)) => {
+                let told = |last, leaves| Message::BaseLeaves(v1::BaseLeaves { last, leaves, ..Default::default() });
+                let leaves = [told(false, self.leaves.concat()), told(true, vec![])];
+                let asked = if hello.wants_leaves { leaves.to_vec() } else { vec![] };
+                [vec![Message::HelloReply(v1::HelloReply { protocol: 1 })], asked].concat()
+            }
+            Ok(Message::RoundEnd(end)) => vec![Message::RoundAck(RoundAck { round: end.round })],
+            Ok(Message::StateEnd(end)) => vec![Message::Ready(v1::Ready { digest: end.digest })],
+            Ok(Message::Pages(frame)) => {
+                let run = proto::frame::decode_pages(&frame).unwrap().run;
+                self.seen.lock().unwrap().push((run.space, run.first_page, run.pages));
+                vec![]
+            }
+            _ => vec![],
+        }
+    }
+}
 
 #[tonic::async_trait]
 impl Lanes for Ingest {
@@ -457,21 +499,12 @@ impl Lanes for Ingest {
     async fn lane(&self, request: Request<Streaming<Chunk>>) -> Result<Response<Replies>, Status> {
         let mut inbound = request.into_inner();
         let (replies, waiting) = mpsc::unbounded_channel();
-        let seen = Arc::clone(&self.0);
+        let ingest = self.clone();
         tokio::spawn(async move {
             while let Ok(Some(item)) = inbound.message().await {
-                let reply = match Message::decode(&item.frame) {
-                    Ok(Message::Hello(_)) => Message::HelloReply(v1::HelloReply { protocol: 1 }),
-                    Ok(Message::RoundEnd(end)) => Message::RoundAck(RoundAck { round: end.round }),
-                    Ok(Message::StateEnd(end)) => Message::Ready(v1::Ready { digest: end.digest }),
-                    Ok(Message::Pages(frame)) => {
-                        let run = proto::frame::decode_pages(&frame).unwrap().run;
-                        seen.lock().unwrap().push((run.space, run.first_page, run.pages));
-                        continue;
-                    }
-                    _ => continue,
-                };
-                let _ = replies.send(Ok(chunk(reply)));
+                for reply in ingest.answer(&item.frame) {
+                    let _ = replies.send(Ok(chunk(reply)));
+                }
             }
         });
         Ok(Response::new(tokio_stream::wrappers::UnboundedReceiverStream::new(waiting)))
@@ -481,8 +514,12 @@ impl Lanes for Ingest {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_checkpoint_lets_the_guest_go_on_and_the_next_sends_only_what_changed() {
     let guest = Guest::new(1000);
-    let checkpoint =
-        |base: &str| SendRequest { checkpoint: true, base: base.into(), ..request(TransferPolicy::default()) };
+    let checkpoint = |base: &str| SendRequest {
+        checkpoint: true,
+        base: base.into(),
+        checkpoint_id: "op1".into(),
+        ..request(TransferPolicy::default())
+    };
     let first = Ingest::default();
     let lanes = channels(&serve(first.clone()).await, 1).await;
     let (result, events) = run_send(&guest, lanes, checkpoint(""), None, CancellationToken::new()).await;
@@ -498,19 +535,23 @@ async fn a_checkpoint_lets_the_guest_go_on_and_the_next_sends_only_what_changed(
     let address = serve(second.clone()).await;
     let lanes = channels(&address, 1).await;
     let (result, _) = run_send(&guest, lanes, checkpoint("op1"), Some(base.clone()), CancellationToken::new()).await;
-    let mut seen = second.0.lock().unwrap().clone();
-    seen.sort_unstable();
-    assert_eq!(seen, [(0, 0, 1), (0, 17, 1), (0, 400, 1), (1, 1, 2), (1, 5, 1)]);
+    assert_eq!(second.seen(), [(0, 0, 1), (0, 17, 1), (0, 400, 1), (1, 1, 2), (1, 5, 1)]);
     // Its digest is that of the whole machine, as a full one would have computed it.
     let again = channels(&serve(Ingest::default()).await, 1).await;
     let (full, _) = run_send(&guest, again, checkpoint(""), None, CancellationToken::new()).await;
     let ram = |sent: &Sent| sent.handed_over.source.as_ref().unwrap().ram.clone();
     assert_eq!(ram(&result.unwrap()), ram(&full.unwrap()));
-    // A base the request does not name is not used.
-    let third = Ingest::default();
+    // A base that is not remembered is compared with: what the target tells of it is not sent. It tells nothing of the
+    // disk, which is sent therefore, and all of it sealed.
+    let leaves = (0..1000).map(|page| base.digests[0].get(page)).collect();
+    let third = Ingest { leaves: Arc::new(leaves), ..Ingest::default() };
     let lanes = channels(&serve(third.clone()).await, 1).await;
-    run_send(&guest, lanes, checkpoint("other"), Some(base), CancellationToken::new()).await.0.unwrap();
-    assert!(third.0.lock().unwrap().len() > 100);
+    let sealed = SendRequest { data_key: KEY.to_vec(), vm_id: VM.to_string(), ..checkpoint("other") };
+    run_send(&guest, lanes, sealed, Some(base), CancellationToken::new()).await.0.unwrap();
+    let disk: Vec<_> = third.seen().into_iter().filter(|(space, ..)| *space == 1).collect();
+    assert_eq!(third.seen()[..3], [(0, 0, 1), (0, 17, 1), (0, 400, 1)]);
+    assert_eq!(third.seen().len(), 3 + disk.len());
+    assert!(disk.iter().any(|(_, page, _)| *page == 7), "{disk:?}");
 }
 
 #[tokio::test]
