@@ -114,7 +114,16 @@ impl Controller {
         let heard = agents.clone();
         let observe: Observe = Arc::new(move |vm| (heard.host_state(&vm.host), heard.observed(&vm.host, &vm.name)));
         let schedule = Schedule::new(ledger.clone(), sagas.clone(), observe, SystemClock::default(), actor);
-        let api = Api { ledger, agents, sagas, schedule, reader, routes, reconcile: Reconcile::default() };
+        let api = Api {
+            ledger,
+            agents,
+            sagas,
+            schedule,
+            reader,
+            bucket_url: config.bucket.clone(),
+            routes,
+            reconcile: Reconcile::default(),
+        };
         Ok(Controller { config, listener, address, tls, api })
     }
 

@@ -7,13 +7,15 @@ use std::time::Duration;
 
 use proto::frame::{self, Kind};
 use proto::ids::Generation;
+use proto::status::Code;
 use proto::v1::control_server::Control;
 use proto::v1::operation_event::Event as Said;
 use proto::v1::{
-    Blob, CheckpointName, CheckpointRecord, ConsoleInput, ConsoleOutput, CreateCheckpointRequest,
-    CreateVmRecordRequest, Empty, EventsRequest, LedgerEvent, ListCheckpointsReply, ListHostsReply, ListPoliciesReply,
-    ListVmsReply, MigrateRequest, OperationDone, OperationEvent, OperationRef, PolicyRecord, PruneReply, PruneRequest,
-    RestoreRequest, SetPolicyRequest, VmName, VmOrCheckpoint, VmRecord, VmRef, VmcbReply,
+    AdoptReply, AdoptRequest, Blob, CheckpointName, CheckpointRecord, ConsoleInput, ConsoleOutput,
+    CreateCheckpointRequest, CreateVmRecordRequest, Empty, EventsRequest, KeysReply, LedgerEvent, ListCheckpointsReply,
+    ListHostsReply, ListPoliciesReply, ListVmsReply, MigrateRequest, OperationDone, OperationEvent, OperationRef,
+    PolicyRecord, PruneReply, PruneRequest, RestoreRequest, SetPolicyRequest, VmName, VmOrCheckpoint, VmRecord, VmRef,
+    VmcbReply,
 };
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -240,6 +242,31 @@ impl Control for Api {
         let (fleet, policy) = (self.fleet(), asked.policy.unwrap_or_default());
         let plan = plans::restore(&self.ledger.state(), &fleet, entry, manifest, &asked.to, &asked.as_name, policy);
         self.begin(&operator, plan).await
+    }
+
+    async fn adopt_checkpoints(&self, request: Request<AdoptRequest>) -> Result<Response<AdoptReply>, Status> {
+        let operator = require(&request, Role::Operator)?;
+        Ok(Response::new(self.adopt(&operator, &request.into_inner().from).await?))
+    }
+
+    async fn export_keys(&self, request: Request<Empty>) -> Result<Response<Blob>, Status> {
+        let operator = require(&request, Role::Operator)?;
+        tracing::warn!(%operator, "the cluster keys are exported");
+        Ok(Response::new(Blob { data: self.reader.keys.export().into_bytes() }))
+    }
+
+    async fn import_keys(&self, request: Request<Blob>) -> Result<Response<KeysReply>, Status> {
+        let operator = require(&request, Role::Operator)?;
+        let bad = || Failure::new(Code::BadInput, "an export of keys is text");
+        let text = String::from_utf8(request.into_inner().data).map_err(|_| bad())?;
+        let ids = self.reader.keys.import(&text)?;
+        tracing::warn!(%operator, ?ids, "cluster keys are imported");
+        Ok(Response::new(KeysReply { ids }))
+    }
+
+    async fn rotate_keys(&self, request: Request<Empty>) -> Result<Response<KeysReply>, Status> {
+        let operator = require(&request, Role::Operator)?;
+        Ok(Response::new(KeysReply { ids: self.rotate(&operator).await? }))
     }
 
     async fn get_vmcbs(&self, request: Request<VmOrCheckpoint>) -> Result<Response<VmcbReply>, Status> {

@@ -4,6 +4,7 @@
 //! hosts could do it: [`placement`], pure) and begins an operation, or shows what is ([`views`], pure). Nothing is decided here that the ledger does not decide
 //! again.
 
+mod adopt;
 mod console;
 mod control;
 mod events;
@@ -47,6 +48,8 @@ pub struct Api {
     pub schedule: Schedule<Hosts>,
     /// Where checkpoints lie.
     pub reader: Reader,
+    /// What the settings call it.
+    pub bucket_url: String,
     /// Lanes.
     pub routes: Routes,
     /// What puts hosts right that come back.

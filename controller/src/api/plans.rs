@@ -250,7 +250,7 @@ pub fn restore(
         new: there.is_none(),
         config,
         capabilities: contract.to_bytes(),
-        on_isolation: there.map_or(0, |vm| vm.on_isolation),
+        on_isolation: there.map_or(manifest.on_isolation, |vm| vm.on_isolation),
         policy,
     };
     Ok(Plan {

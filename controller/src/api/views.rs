@@ -74,6 +74,9 @@ pub fn event(record: &Record) -> LedgerEvent {
             let contract = CapabilitySet::from_bytes(capabilities).unwrap_or_default();
             ("vm.contract".into(), "", format!("{} needs what a {} has", record.vm, contract.model))
         }
+        Event::CheckpointFound { entry } => {
+            ("checkpoint.found".into(), "", format!("checkpoint {} of {} lies in the bucket", entry.id, entry.vm))
+        }
         Event::OperationBegan { operation, plan } => {
             let to = plan.task.new_host().map(|host| format!(" to {host}")).unwrap_or_default();
             (format!("{task}.began"), operation.as_str(), format!("{task} {}{to}", plan.vm))

@@ -193,6 +193,9 @@ fn check_key(key: &str) -> Result<(), BucketError> {
     if key.len() <= KEY_MAX && key.split('/').all(plain) { Ok(()) } else { Err(BucketError::Key(key.into())) }
 }
 
+/// Where all VMs lie.
+pub const VMS: &str = "vms/";
+
 /// Where all of a VM lies; ends in `/`.
 pub fn vm_prefix(vm_id: &str) -> String {
     format!("vms/{vm_id}/")

@@ -1,5 +1,7 @@
 //! `ctl checkpoint ...` and `ctl restore`: what is in the bucket, and back from it.
 
+use std::collections::BTreeSet;
+
 use proto::status::Code;
 use proto::v1;
 
@@ -111,25 +113,60 @@ async fn verify_all(mut client: Client, format: Format) -> Result<(), Failure> {
     }
 }
 
-/// Brings a VM back.
+/// Brings a VM back, or all of them.
 ///
 /// # Errors
-/// What the controller refused, found damaged, or could not reach.
-pub async fn restore(client: Client, args: RestoreArgs, format: Format) -> Result<(), Failure> {
+/// What the controller refused, found damaged, or could not reach; of several, the first.
+pub async fn restore(mut client: Client, args: RestoreArgs, format: Format) -> Result<(), Failure> {
+    if let Some(from) = &args.from {
+        adopt(&mut client, from).await?;
+    }
+    match &args.name {
+        Some(name) => restore_one(&client, name, &args, format).await,
+        None => restore_all(client, &args, format).await,
+    }
+}
+
+/// Lets the controller look what the bucket has; says what was found.
+async fn adopt(client: &mut Client, from: &str) -> Result<(), Failure> {
+    let doing = format!("look into {from}");
+    let reply = client.adopt_checkpoints(v1::AdoptRequest { from: from.to_owned() }).await;
+    let reply = reply.map_err(|e| Failure::from_status(&doing, &e))?.into_inner();
+    reply.problems.iter().for_each(|problem| eprintln!("left alone: {problem}"));
+    eprintln!("{from}: {} checkpoints that this cluster did not know", reply.adopted.len());
+    Ok(())
+}
+
+/// Every VM that has a checkpoint and is not here. One that fails does not keep the others from coming back.
+async fn restore_all(mut client: Client, args: &RestoreArgs, format: Format) -> Result<(), Failure> {
+    let reply = client.list_vms(v1::Empty {}).await.map_err(|e| Failure::from_status("list the VMs", &e))?;
+    let here: BTreeSet<String> = reply.into_inner().vms.into_iter().map(|vm| vm.name).collect();
+    let names: BTreeSet<String> = list(&mut client, String::new()).await?.into_iter().map(|c| c.vm).collect();
+    let mut first = None;
+    for name in names.difference(&here) {
+        if let Err(failure) = restore_one(&client, name, args, format).await {
+            eprintln!("{}", failure.lines());
+            first.get_or_insert(failure);
+        }
+    }
+    first.map_or(Ok(()), Err)
+}
+
+async fn restore_one(client: &Client, name: &str, args: &RestoreArgs, format: Format) -> Result<(), Failure> {
     let request = v1::RestoreRequest {
-        name: args.name.clone(),
+        name: name.to_owned(),
         to: args.to.clone().unwrap_or_default(),
         as_name: args.as_name.clone().unwrap_or_default(),
         policy: Some(migration::policy(RESTORE_DOWNTIME, None, Verify::Stream)?),
     };
     let mut calls = client.clone();
     let what = match &args.to {
-        Some(to) => format!("restore {} to {to}", args.name),
-        None => format!("restore {}", args.name),
+        Some(to) => format!("restore {name} to {to}"),
+        None => format!("restore {name}"),
     };
-    let outcome = operation::follow(&client, &what, calls.restore(request)).await?;
+    let outcome = operation::follow(client, &what, calls.restore(request)).await?;
     let restored = outcome.done.vm.as_ref().map(|vm| vm.name.clone());
-    vm::changed(outcome, "restored", &restored.or(args.as_name).unwrap_or(args.name), format)
+    vm::changed(outcome, "restored", &restored.or(args.as_name.clone()).unwrap_or(name.to_owned()), format)
 }
 
 fn name(id: &str) -> v1::CheckpointName {

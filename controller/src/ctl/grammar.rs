@@ -49,6 +49,9 @@ pub enum Command {
     Policy(PolicyCommand),
     /// Bring a VM back from a checkpoint.
     Restore(RestoreArgs),
+    /// The keys under which checkpoints are sealed.
+    #[command(subcommand)]
+    Key(KeyCommand),
     /// Virtual machine control blocks, decoded.
     #[command(subcommand)]
     Vmcb(VmcbCommand),
@@ -345,14 +348,34 @@ pub struct VerifyArgs {
 #[derive(Args, Debug)]
 pub struct RestoreArgs {
     /// A VM (its newest checkpoint) or the id of a checkpoint.
-    #[arg(value_name = "VM|ID")]
-    pub name: String,
+    #[arg(value_name = "VM|ID", required_unless_present = "all", conflicts_with = "all")]
+    pub name: Option<String>,
+    /// Every VM of the bucket that this cluster does not have.
+    #[arg(long, requires = "from", conflicts_with_all = ["to", "as_name"])]
+    pub all: bool,
+    /// Look in the bucket first for checkpoints that this cluster has never seen; the URL is that of its own bucket.
+    #[arg(long, value_name = "URL")]
+    pub from: Option<String>,
     /// Host that is to run it [default: of those that can, the one with the most memory free].
     #[arg(long, value_name = "HOST")]
     pub to: Option<String>,
     /// Make a new VM of this name and leave the old one alone.
     #[arg(long = "as", value_name = "NAME")]
     pub as_name: Option<String>,
+}
+
+/// `ctl key ...`
+#[derive(Subcommand, Debug)]
+pub enum KeyCommand {
+    /// Print the cluster keys: keep them in a safe. They and the bucket are all that a recovery needs.
+    Export,
+    /// Add the keys of an export to those of this cluster.
+    Import {
+        /// What `ctl key export` printed; `-` is standard input.
+        file: std::path::PathBuf,
+    },
+    /// Make a new cluster key and wrap the key of every VM by it; keep a new export afterwards.
+    Rotate,
 }
 
 /// `ctl vmcb ...`

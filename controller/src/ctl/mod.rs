@@ -17,6 +17,7 @@ mod failure;
 mod grammar;
 mod hosts;
 mod inspect;
+mod keys;
 mod migration;
 mod operation;
 mod output;
@@ -94,6 +95,7 @@ async fn dispatch(command: Command, format: Format, config: Option<&std::path::P
         Command::Checkpoint(command) => checkpoint::run(client, command, format).await,
         Command::Policy(command) => policy::run(Some(client), command, format).await,
         Command::Restore(args) => checkpoint::restore(client, args, format).await,
+        Command::Key(command) => keys::run(client, command, format).await,
         Command::Vmcb(command) => vmcb::run(Some(client), command, format).await,
         Command::Inspect(args) => inspect::checkpoint(client, &args.what, format).await,
         Command::Events(args) => events(client, args, format).await,

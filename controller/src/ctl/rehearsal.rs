@@ -133,6 +133,10 @@ impl Control for Script {
         remove_policy(VmName) -> Empty;
         list_policies(VmName) -> ListPoliciesReply;
         prune_checkpoints(PruneRequest) -> PruneReply;
+        adopt_checkpoints(AdoptRequest) -> AdoptReply;
+        export_keys(Empty) -> Blob;
+        import_keys(Blob) -> KeysReply;
+        rotate_keys(Empty) -> KeysReply;
     }
 }
 

@@ -56,6 +56,11 @@ pub enum Event {
         #[serde(with = "super::saved::bytes")]
         capabilities: Vec<u8>,
     },
+    /// A checkpoint lies in the bucket that this ledger did not know.
+    CheckpointFound {
+        /// What its manifest says.
+        entry: Box<CheckpointEntry>,
+    },
     /// An operation began: its locks are held and its generation is reserved from here on.
     OperationBegan {
         /// Hex of an operation id.

@@ -144,6 +144,7 @@ impl State {
                 }
                 Arc::make_mut(vm).capabilities.clone_from(capabilities);
             }
+            Event::CheckpointFound { entry } => self.find(record, entry)?,
             Event::OperationBegan { operation, plan } => self.begin(record, operation, plan)?,
             Event::StepDone { operation, step } => {
                 let op = self.operation(operation)?;
@@ -236,6 +237,18 @@ impl State {
     /// A generation that was never offered for this name.
     pub fn fresh_generation(&self, vm: &str) -> u64 {
         self.generations.get(vm).copied().unwrap_or(0) + 1
+    }
+
+    /// A checkpoint of an earlier ledger. Its VM's generations were offered before: none of them is offered again.
+    fn find(&mut self, record: &Record, entry: &CheckpointEntry) -> Result<(), Refusal> {
+        if self.checkpoints.contains_key(&entry.id) {
+            return Err(Refusal::Stale("the checkpoint is known"));
+        }
+        let offered = self.generations.entry(entry.vm.clone()).or_insert(0);
+        *offered = entry.generation.max(*offered);
+        let entry = CheckpointEntry { sequence: record.sequence, ..entry.clone() };
+        self.checkpoints.insert(entry.id.clone(), Arc::new(entry));
+        Ok(())
     }
 
     fn operation(&self, id: &str) -> Result<&Arc<Operation>, Refusal> {
