@@ -247,11 +247,16 @@ fn capabilities() -> String {
     std::iter::once("-all".to_owned()).chain(kept).collect::<Vec<_>>().join(",")
 }
 
-#[test]
-fn the_steps_of_the_page_make_a_cluster() {
-    if !has("openssl") {
-        return;
-    }
+/// Steps 1 to 5 of the page. Daemons end before their files go.
+struct Installed {
+    agents: Vec<Site>,
+    _controller: Site,
+    config: String,
+    setpriv: Vec<String>,
+    scratch: Scratch,
+}
+
+fn install() -> Installed {
     let scratch = Scratch::new("steps");
     let tls = scratch.0.join("tls");
     let issue =
@@ -311,9 +316,21 @@ fn the_steps_of_the_page_make_a_cluster() {
     }
     let operator = site("operator", &["alice.pem", "alice.key"]);
     operator.write("deploy/systemd/ctl.toml", "etc/ctl.toml", &[("controller.example:7400", &controller_at)]);
+    let config = operator.path("etc/ctl.toml");
+    let setpriv = front.iter().map(|word| (*word).to_owned()).collect();
+    Installed { agents, _controller: controller, config, setpriv, scratch }
+}
+
+#[test]
+fn the_steps_of_the_page_make_a_cluster() {
+    if !has("openssl") {
+        return;
+    }
+    let mut installed = install();
+    let config = installed.config.clone();
     let ctl = |words: &[&str]| {
         let mut command = Command::new(binaries().join("ctl"));
-        command.args(words).env("GODWIT_CONFIG", operator.path("etc/ctl.toml"));
+        command.args(words).env("GODWIT_CONFIG", &config);
         command
     };
     wait("both hosts to be up", || {
@@ -324,7 +341,7 @@ fn the_steps_of_the_page_make_a_cluster() {
     });
     let program =
         Program { start: REGION, region_bytes: 4 << 20, pages_per_s: 100, tick_ms: 20, tsc_hz: 1_000_000_000 };
-    let kernel = scratch.0.join("guest.elf");
+    let kernel = installed.scratch.0.join("guest.elf");
     std::fs::write(&kernel, program.elf().unwrap()).unwrap();
     succeeds(&mut ctl(&[
         "vm",
@@ -340,13 +357,14 @@ fn the_steps_of_the_page_make_a_cluster() {
     succeeds(&mut ctl(&["migrate", "vm1", "--to", "hostB"]));
     succeeds(&mut ctl(&["checkpoint", "create", "vm1"]));
     // An upgrade of the agent: its process ends, the guest does not notice.
-    let runner = || std::fs::read_to_string(scratch.0.join("hostB/var/agent/vms/vm1/runner.pid")).unwrap();
+    let scratch = installed.scratch.0.clone();
+    let runner = || std::fs::read_to_string(scratch.join("hostB/var/agent/vms/vm1/runner.pid")).unwrap();
     let before = runner();
-    let agent = agents[1].daemons.pop();
-    let mut agent = agent.unwrap();
+    let mut agent = installed.agents[1].daemons.pop().unwrap();
     e2e::cluster::signal(agent.id() as i32, rustix::process::Signal::TERM);
     assert!(agent.wait().unwrap().success());
-    agents[1].start(UNITS[1], front);
+    let front: Vec<&str> = installed.setpriv.iter().map(String::as_str).collect();
+    installed.agents[1].start(UNITS[1], &front);
     wait("the guest to be seen again, running", || {
         let vm = run(&mut ctl(&["vm", "show", "vm1", "-o", "json"])).stdout;
         let vm: serde_json::Value = serde_json::from_str(&vm).ok()?;

@@ -159,9 +159,12 @@ pub fn settle_files(config: &mut MachineConfig) -> Result<(), Failure> {
     if boot.kernel_path.is_empty() {
         return Err(bad("a kernel is needed: --kernel FILE"));
     }
-    boot.kernel_bytes = image_length(&boot.kernel_path)?;
-    boot.initrd_bytes = if boot.initrd_path.is_empty() { 0 } else { image_length(&boot.initrd_path)? };
-    boot.image_bytes = initrd_offset(boot) + boot.initrd_bytes;
+    let kernel_bytes = image_length(&boot.kernel_path)?;
+    let initrd_bytes = if boot.initrd_path.is_empty() { 0 } else { image_length(&boot.initrd_path)? };
+    // Whoever keeps the configuration has said what travels; it is too late to say anything else.
+    if boot.image_bytes > 0 && (boot.kernel_bytes, boot.initrd_bytes) != (kernel_bytes, initrd_bytes) {
+        return Err(bad(format!("{} or the initrd has changed its length: create the VM again", boot.kernel_path)));
+    }
     for disk in &mut config.disks {
         let bytes = readable(&disk.path, !disk.read_only)?;
         if bytes == 0 || !bytes.is_multiple_of(512) {
@@ -199,11 +202,14 @@ fn check_boot(boot: &BootSource) -> Result<(), Failure> {
     Err(bad(format!("kernel of {kernel} bytes and initrd of {initrd} make no boot image of {image}")))
 }
 
-/// Copies kernel and initrd into the VM's directory: from now on they are part of the VM.
+/// Copies kernel and initrd into the VM's directory, if they travel: from now on they are part of the VM.
 ///
 /// # Errors
 /// A file that cannot be read or has changed its length, or no room.
 pub fn make_boot_image(boot: &BootSource, directory: &Path) -> Result<(), Failure> {
+    if boot.image_bytes == 0 {
+        return Ok(());
+    }
     let path = directory.join(BOOT_IMAGE);
     let failed = |path: &Path, error: std::io::Error| {
         let code = if error.kind() == std::io::ErrorKind::StorageFull { Code::Exhausted } else { Code::Internal };

@@ -41,15 +41,7 @@ pub fn build(args: &VmCreateArgs) -> Result<v1::MachineConfig, Failure> {
         return Err(Failure::bad_input(format!("{} is no size of guest RAM", show_bytes(args.memory)))
             .hint(format!("a multiple of 2M, {} or more", show_bytes(MEMORY_BYTES_MIN))));
     }
-    let boot = v1::BootSource {
-        kernel_path: text(&readable("kernel", &args.kernel)?)?,
-        initrd_path: match &args.initrd {
-            Some(path) => text(&readable("initrd", path)?)?,
-            None => String::new(),
-        },
-        cmdline: args.cmdline.clone(),
-        ..v1::BootSource::default()
-    };
+    let boot = boot(&args.kernel, args.initrd.as_deref(), &args.cmdline)?;
     let seed = random_bytes::<32>()?;
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Ok(v1::MachineConfig {
@@ -93,6 +85,20 @@ fn readable(what: &str, path: &Path) -> Result<PathBuf, Failure> {
 fn text(path: &Path) -> Result<String, Failure> {
     let text = path.to_str().ok_or_else(|| Failure::bad_input(format!("the path {} is not UTF-8", path.display())))?;
     Ok(text.to_owned())
+}
+
+/// Kernel and initrd, with the lengths of what travels with the VM: the kernel up to a page's end, then the initrd.
+fn boot(kernel: &Path, initrd: Option<&Path>, cmdline: &str) -> Result<v1::BootSource, Failure> {
+    let image = |what: &str, path: &Path| {
+        let path = readable(what, path)?;
+        let metadata = std::fs::metadata(&path).map_err(|e| Failure::file(&format!("size the {what}"), &path, &e))?;
+        Ok::<_, Failure>((text(&path)?, metadata.len()))
+    };
+    let (kernel_path, kernel_bytes) = image("kernel", kernel)?;
+    let (initrd_path, initrd_bytes) = initrd.map_or(Ok((String::new(), 0)), |path| image("initrd", path))?;
+    let image_bytes = kernel_bytes.next_multiple_of(4096) + initrd_bytes;
+    let cmdline = cmdline.to_owned();
+    Ok(v1::BootSource { kernel_path, initrd_path, cmdline, image_bytes, kernel_bytes, initrd_bytes })
 }
 
 /// `PATH[,shared][,ro]`
