@@ -11,12 +11,13 @@ use controller::failure::Failure;
 use e2e::bucket::Weed;
 use e2e::bucket::proxy::{Action, Proxy};
 use e2e::cluster::{Cluster, wait};
-use e2e::guest::Program;
+use e2e::guest::{Program, REGION};
 use proto::status::Code;
 use tokio::task::JoinSet;
 
 /// A guest of about 40 MiB that rewrites 8 MiB/s.
-const BUSY: Program = Program { region_bytes: 16 << 20, pages_per_s: 2000, tick_ms: 20, tsc_hz: 1_000_000_000 };
+const BUSY: Program =
+    Program { start: REGION, region_bytes: 16 << 20, pages_per_s: 2000, tick_ms: 20, tsc_hz: 1_000_000_000 };
 const MIB: usize = 1 << 20;
 /// Few and short tries, for tests that wait for them to end.
 const HASTY: &str = "&attempts=3&timeout_ms=1500";
