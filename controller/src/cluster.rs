@@ -18,6 +18,7 @@ use crate::agents::{Agents, link};
 use crate::api::{Api, views};
 use crate::bucket::{Bucket, BucketError};
 use crate::config::Config;
+use crate::failure::Failure;
 use crate::ingest::Routes;
 use crate::ingest::read::Reader;
 use crate::keys::Keys;
@@ -47,8 +48,8 @@ pub enum ClusterError {
     #[error(transparent)]
     Tls(#[from] TlsError),
     /// The bucket.
-    #[error(transparent)]
-    Bucket(#[from] BucketError),
+    #[error("{0}")]
+    Bucket(String),
     /// Metrics.
     #[error(transparent)]
     Metrics(#[from] MetricsError),
@@ -88,10 +89,9 @@ impl Controller {
         let ledger = Ledger::open(&config.store)?;
         // Until the leases of a longer lease have ended, they count: `Agents` takes the larger of the two.
         let lease = Duration::from_millis(config.lease_ms.max(ledger.state().lease_ms));
-        let reader = Reader {
-            bucket: Bucket::open(&config.bucket, ledger.state().checkpoints.is_empty())?,
-            keys: Keys::open(&config.keys_file())?,
-        };
+        let bucket = Bucket::with(&config.bucket, ledger.state().checkpoints.is_empty())?;
+        check_bucket(&bucket, ledger.state().vms.is_empty()).await?;
+        let reader = Reader { bucket, keys: Keys::open(&config.keys_file())? };
         let listen = |source| ClusterError::Listen { address: config.listen, source };
         let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
@@ -149,7 +149,7 @@ impl Controller {
         tokio::spawn(link::accept(listener, tls.clone(), accepted));
         api.sagas.recover().await?;
         tokio::spawn(api.schedule.clone().run(shutdown.clone()));
-        tracing::info!(%address, identity = %tls.identity(), bucket = config.bucket, "ready");
+        tracing::info!(%address, identity = %tls.identity(), bucket = config.bucket.url, "ready");
         let server = Server::builder()
             .initial_stream_window_size(link::STREAM_WINDOW)
             .initial_connection_window_size(link::CONNECTION_WINDOW)
@@ -171,6 +171,34 @@ impl Controller {
         }
         Ok(())
     }
+}
+
+impl From<BucketError> for ClusterError {
+    fn from(error: BucketError) -> ClusterError {
+        let failure = Failure::from(error);
+        let hint = if failure.hint.is_empty() { String::new() } else { format!("; {}", failure.hint) };
+        ClusterError::Bucket(format!("{}{hint}", failure.message))
+    }
+}
+
+/// A controller without guests refuses a bucket that does not work. One that has guests must come back whatever the bucket
+/// does: their leases are running out.
+async fn check_bucket(bucket: &Bucket, no_guests: bool) -> Result<(), BucketError> {
+    if no_guests {
+        return bucket.check().await;
+    }
+    let bucket = bucket.clone();
+    tokio::spawn(async move {
+        if let Err(error) = bucket.check().await {
+            let failure = Failure::from(error);
+            tracing::error!(
+                hint = failure.hint,
+                "{}; checkpoints and restores will fail until it works",
+                failure.message
+            );
+        }
+    });
+    Ok(())
 }
 
 /// Waits until no operation is under way, or for a while.

@@ -4,7 +4,7 @@
 //! listen   = "0.0.0.0:7400"            # gRPC: Control, Fleet, Lanes
 //! address  = "controller.example:7400" # how hosts reach `listen`; default: `listen`
 //! store    = "/var/lib/godwit/controller.redb"
-//! bucket   = "file:/var/lib/godwit/bucket"
+//! bucket   = "file:/var/lib/godwit/bucket" # or "s3://...", or a table: see `bucket/settings.rs`
 //! keys     = "/var/lib/godwit/keys"    # the cluster keys; default: beside `store`
 //! lease_ms = 10000
 //! checkpoints_at_once          = 4     # in the cluster; more of them wait in line
@@ -25,6 +25,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::bucket::BucketError;
+use crate::bucket::settings::BucketSettings;
 use crate::saga::gate::Limits;
 
 /// Shortest lease that heartbeats can keep up with, milliseconds.
@@ -43,8 +45,8 @@ pub struct Config {
     pub address: String,
     /// The ledger's file.
     pub store: PathBuf,
-    /// Where checkpoints lie: `file:DIR`.
-    pub bucket: String,
+    /// Where checkpoints lie.
+    pub bucket: BucketSettings,
     /// The file of cluster keys; `keys` beside [`Config::store`] if it is not named.
     #[serde(default)]
     pub keys: Option<PathBuf>,
@@ -118,6 +120,9 @@ pub enum ConfigError {
     /// No checkpoint could ever be taken.
     #[error("checkpoints_at_once and checkpoints_at_once_per_host must be at least 1")]
     AtOnce,
+    /// The bucket.
+    #[error(transparent)]
+    Bucket(#[from] BucketError),
 }
 
 fn at_once_default() -> usize {
@@ -156,6 +161,7 @@ impl Config {
             *file = folder.join(&*file);
         }
         config.keys = config.keys.map(|file| folder.join(file));
+        config.bucket = config.bucket.within(folder);
         Ok(config)
     }
 
@@ -164,6 +170,7 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
+        self.bucket.check()?;
         if self.checkpoints_at_once == 0 || self.checkpoints_at_once_per_host == 0 {
             return Err(ConfigError::AtOnce);
         }

@@ -16,9 +16,13 @@
 //! | `godwit_checkpoint_stop_seconds`    | histogram |              | guest stopped for a checkpoint                   |
 //! | `godwit_checkpoint_age_seconds`     | gauge     | vm           | since the newest checkpoint of a VM was made     |
 //! | `godwit_policies_missed`            | gauge     |              | VMs whose newest checkpoint is too old           |
+//! | `godwit_bucket_requests_total`      | counter   | verb, outcome | requests to the bucket that ended               |
+//! | `godwit_bucket_retries_total`       | counter   | verb         | tries of a request after its first               |
+//! | `godwit_bucket_bytes_total`         | counter   | direction    | bytes of objects written and read                |
+//! | `godwit_bucket_seconds`             | histogram | verb         | a request to the bucket with all its tries       |
 //! | `godwit_relay_bytes_total`          | counter   |              | bytes of chunks forwarded between hosts          |
 //! | `godwit_damaged_total`              | counter   |              | frames, packs and manifests that fail their hash |
-//! | `godwit_bucket_failures_total`      | counter   | kind         | failed accesses: full, gone, io                  |
+//! | `godwit_bucket_failures_total`      | counter   | kind         | failed accesses: full, gone, io, denied          |
 //! | `godwit_handshakes_refused_total`   | counter   |              | connections refused before any call              |
 //! | `godwit_certificate_expiry_timestamp_seconds` | gauge |        | when this controller's certificate ends, Unix time |
 //! | `godwit_certificate_refusals_total` | counter   |              | changed certificate files that could not be used |
@@ -66,6 +70,14 @@ pub const CHECKPOINT_AGE: &str = "godwit_checkpoint_age_seconds";
 /// See the table above.
 pub const POLICIES_MISSED: &str = "godwit_policies_missed";
 /// See the table above.
+pub const BUCKET_REQUESTS: &str = "godwit_bucket_requests_total";
+/// See the table above.
+pub const BUCKET_RETRIES: &str = "godwit_bucket_retries_total";
+/// See the table above.
+pub const BUCKET_BYTES: &str = "godwit_bucket_bytes_total";
+/// See the table above.
+pub const BUCKET_SECONDS: &str = "godwit_bucket_seconds";
+/// See the table above.
 pub const RELAY_BYTES: &str = "godwit_relay_bytes_total";
 /// See the table above.
 pub const DAMAGED: &str = "godwit_damaged_total";
@@ -90,7 +102,7 @@ enum Kind {
 }
 
 /// Every metric: name, kind, what it says.
-const METRICS: [(&str, Kind, &str); 20] = [
+const METRICS: [(&str, Kind, &str); 24] = [
     (HOSTS, Kind::Gauge, "hosts that are up, silent or lost"),
     (VMS, Kind::Gauge, "VMs by what was asked for"),
     (CHECKPOINTS, Kind::Gauge, "checkpoints in the ledger"),
@@ -105,9 +117,13 @@ const METRICS: [(&str, Kind, &str); 20] = [
     (CHECKPOINT_STOP, Kind::Histogram, "guest stopped for a checkpoint"),
     (CHECKPOINT_AGE, Kind::Gauge, "since the newest checkpoint of a VM was made"),
     (POLICIES_MISSED, Kind::Gauge, "VMs whose newest checkpoint is too old"),
+    (BUCKET_REQUESTS, Kind::Counter, "requests to the bucket that ended"),
+    (BUCKET_RETRIES, Kind::Counter, "tries of a request after its first"),
+    (BUCKET_BYTES, Kind::Counter, "bytes of objects written and read"),
+    (BUCKET_SECONDS, Kind::Histogram, "a request to the bucket with all its tries"),
     (RELAY_BYTES, Kind::Counter, "bytes of chunks forwarded between hosts"),
     (DAMAGED, Kind::Counter, "frames, packs and manifests that fail their hash"),
-    (BUCKET_FAILURES, Kind::Counter, "failed accesses: full, gone, io"),
+    (BUCKET_FAILURES, Kind::Counter, "failed accesses: full, gone, io, denied"),
     (HANDSHAKES_REFUSED, Kind::Counter, "connections refused before any call"),
     (CERTIFICATE_EXPIRY, Kind::Gauge, "when this controller's certificate ends, Unix time"),
     (CERTIFICATE_REFUSALS, Kind::Counter, "changed certificate files that could not be used"),
@@ -119,6 +135,7 @@ const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// How long a gauge of a VM that is gone is still shown.
 const GONE: std::time::Duration = std::time::Duration::from_secs(60);
 const DOWNTIME_BUCKETS: [f64; 10] = [0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0];
+const REQUEST_BUCKETS: [f64; 10] = [0.002, 0.005, 0.02, 0.05, 0.2, 0.5, 1.0, 5.0, 20.0, 120.0];
 const OPERATION_BUCKETS: [f64; 9] = [0.05, 0.2, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0];
 
 /// Why metrics cannot be collected.
@@ -142,6 +159,7 @@ pub fn install() -> Result<PrometheusHandle, MetricsError> {
         .idle_timeout(MetricKindMask::GAUGE, Some(GONE))
         .set_buckets_for_metric(full(MIGRATION_DOWNTIME), &DOWNTIME_BUCKETS)
         .and_then(|builder| builder.set_buckets_for_metric(full(CHECKPOINT_STOP), &DOWNTIME_BUCKETS))
+        .and_then(|builder| builder.set_buckets_for_metric(full(BUCKET_SECONDS), &REQUEST_BUCKETS))
         .and_then(|builder| builder.set_buckets_for_metric(full(OPERATION_SECONDS), &OPERATION_BUCKETS))
         .map_err(|e| failed(e.to_string()))?
         .build_recorder();
@@ -168,8 +186,15 @@ fn introduce() {
             metrics::counter!(OPERATIONS, "task" => task, "result" => result).increment(0);
         }
     }
-    for kind in ["full", "gone", "io"] {
+    for kind in ["full", "gone", "io", "denied"] {
         metrics::counter!(BUCKET_FAILURES, "kind" => kind).increment(0);
+    }
+    for verb in ["put", "put_new", "get", "get_range", "list", "list_dirs", "delete"] {
+        metrics::counter!(BUCKET_REQUESTS, "verb" => verb, "outcome" => "ok").increment(0);
+        metrics::counter!(BUCKET_RETRIES, "verb" => verb).increment(0);
+    }
+    for direction in ["written", "read"] {
+        metrics::counter!(BUCKET_BYTES, "direction" => direction).increment(0);
     }
     for name in [CHECKPOINT_BYTES, RELAY_BYTES, DAMAGED, HANDSHAKES_REFUSED, CERTIFICATE_REFUSALS] {
         metrics::counter!(name).increment(0);

@@ -59,7 +59,7 @@ impl Cluster {
             listen: "127.0.0.1:0".parse().unwrap(),
             address: String::new(),
             store: self.folder.join("controller.redb"),
-            bucket: format!("file:{}", self.folder.join("bucket").display()),
+            bucket: format!("file:{}", self.folder.join("bucket").display()).into(),
             keys: None,
             tls: self.certificate("controller/main"),
             lease_ms: 10_000,

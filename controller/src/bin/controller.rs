@@ -53,7 +53,8 @@ fn failed(error: &dyn std::error::Error) -> ExitCode {
 }
 
 fn log(config: &Config) -> Result<(), tracing_subscriber::filter::ParseError> {
-    let filter = EnvFilter::try_new(&config.filter)?;
+    // The SDK names access keys at lower levels, whatever else is wanted of the log.
+    let filter = EnvFilter::try_new(&config.filter)?.add_directive("aws=warn".parse()?);
     let colours = std::io::stderr().is_terminal();
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr);
     match config.log {

@@ -1,17 +1,19 @@
 //! A bucket that is a directory on a local disk.
 //!
 //! An object appears by rename: written to a file of its own under `.tmp`, synced, renamed to its key, and the
-//! directories synced up to the root. A crash leaves at most a file under `.tmp`, which the next start removes. `.tmp` is
-//! also what a bucket is known by: a mount point whose disk is not there has none, and nothing is written there.
+//! directories synced up to the root. One that must be new appears by a hard link instead, which the kernel makes only if the
+//! name is free. A crash leaves at most a file under `.tmp`, which the next start removes. `.tmp` is also what a bucket is known
+//! by: a mount point whose disk is not there has none, and nothing is written there.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::UNIX_EPOCH;
 
 use bytes::Bytes;
 
-use super::BucketError;
+use super::{BucketError, OBJECT_BYTES_MAX, Object, PutNew};
 use crate::ledger::saved::to_hex;
 
 const UNFINISHED: &str = ".tmp";
@@ -53,34 +55,82 @@ impl FileBucket {
         format!("file:{}", self.root.display())
     }
 
+    /// Runs work that may wait for the disk where that holds up nobody.
+    pub(super) async fn blocking<T: Send + 'static>(
+        &self,
+        key: &str,
+        work: impl FnOnce(&FileBucket, &str) -> Result<T, BucketError> + Send + 'static,
+    ) -> Result<T, BucketError> {
+        let (file, owned) = (self.clone(), key.to_owned());
+        let joined = tokio::task::spawn_blocking(move || work(&file, &owned)).await;
+        joined.unwrap_or_else(|_| Err(self.failed(key, io::Error::other("the worker ended"))))
+    }
+
     pub(super) fn put(&self, key: &str, bytes: &[u8]) -> Result<(), BucketError> {
+        self.write(key, bytes, |unfinished, path| fs::rename(unfinished, path))
+    }
+
+    pub(super) fn put_new(&self, key: &str, bytes: &[u8]) -> Result<PutNew, BucketError> {
+        let mut outcome = PutNew::Created;
+        self.write(key, bytes, |unfinished, path| {
+            match fs::hard_link(unfinished, path) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => outcome = PutNew::Exists,
+                done => done?,
+            }
+            fs::remove_file(unfinished)
+        })?;
+        Ok(outcome)
+    }
+
+    /// Writes a file of its own and gives it its name in the given way.
+    fn write(
+        &self,
+        key: &str,
+        bytes: &[u8],
+        name: impl FnOnce(&Path, &Path) -> io::Result<()>,
+    ) -> Result<(), BucketError> {
         let unfinished = self.root.join(UNFINISHED).join(to_hex(&crate::entropy::bytes::<16>()));
-        self.write(key, &unfinished, bytes).map_err(|source| {
+        self.try_write(key, &unfinished, bytes, name).map_err(|source| {
             // Nobody has seen it; if even removing fails, the next start does it.
             let _ = fs::remove_file(&unfinished);
             match source.kind() {
-                ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
-                    BucketError::Full { bucket: self.name(), key: key.into(), bytes: bytes.len(), source }
-                }
+                ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => BucketError::Full {
+                    bucket: self.name(),
+                    key: key.into(),
+                    bytes: bytes.len(),
+                    why: source.to_string(),
+                },
                 _ => self.failed(key, source),
             }
         })
     }
 
-    fn write(&self, key: &str, unfinished: &Path, bytes: &[u8]) -> io::Result<()> {
+    fn try_write(
+        &self,
+        key: &str,
+        unfinished: &Path,
+        bytes: &[u8],
+        name: impl FnOnce(&Path, &Path) -> io::Result<()>,
+    ) -> io::Result<()> {
         let mut file = File::create_new(unfinished)?;
         file.write_all(bytes)?;
         file.sync_all()?;
         let path = self.root.join(key);
         let folder = path.parent().unwrap_or(&self.root);
         fs::create_dir_all(folder)?;
-        fs::rename(unfinished, &path)?;
+        name(unfinished, &path)?;
         let inside = folder.ancestors().take_while(|folder| folder.starts_with(&*self.root));
         inside.into_iter().try_for_each(|folder| File::open(folder)?.sync_all())
     }
 
     pub(super) fn get(&self, key: &str) -> Result<Bytes, BucketError> {
-        fs::read(self.root.join(key)).map(Bytes::from).map_err(|source| self.failed(key, source))
+        let io = |source| self.failed(key, source);
+        let path = self.root.join(key);
+        let bytes = fs::metadata(&path).map_err(io)?.len();
+        if bytes > OBJECT_BYTES_MAX {
+            return Err(BucketError::Large { key: key.into(), bytes });
+        }
+        fs::read(&path).map(Bytes::from).map_err(io)
     }
 
     pub(super) fn get_range(&self, key: &str, offset: u64, bytes: usize) -> Result<Bytes, BucketError> {
@@ -96,29 +146,70 @@ impl FileBucket {
         Ok(part.into())
     }
 
-    pub(super) fn list(&self, prefix: &str) -> Result<Vec<String>, BucketError> {
-        let mut keys = Vec::new();
-        let mut folders = vec![self.root.join(prefix)];
-        let io = |source| self.failed(prefix, source);
+    pub(super) fn list_objects(&self, folder: &str) -> Result<Vec<Object>, BucketError> {
+        let mut objects = Vec::new();
+        let mut folders = vec![self.root.join(folder)];
         while let Some(folder) = folders.pop() {
-            let entries = match fs::read_dir(&folder) {
-                Ok(entries) => entries,
-                // A bucket that is not there has no empty folders.
-                Err(error) if error.kind() == ErrorKind::NotFound && self.is_there() => continue,
-                Err(error) => return Err(io(error)),
-            };
-            for entry in entries {
-                let entry = entry.map_err(io)?;
-                let path = entry.path();
-                if entry.file_type().map_err(io)?.is_dir() {
+            for (path, metadata) in self.entries(&folder)? {
+                if metadata.is_dir() {
                     folders.push(path);
                 } else if let Ok(Some(key)) = path.strip_prefix(&*self.root).map(Path::to_str) {
-                    keys.push(key.to_owned());
+                    let modified = metadata.modified().ok().and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+                    objects.push(Object {
+                        key: key.to_owned(),
+                        bytes: metadata.len(),
+                        modified_unix_ms: modified.map_or(0, |at| at.as_millis() as u64),
+                    });
                 }
             }
         }
-        keys.sort();
-        Ok(keys)
+        objects.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(objects)
+    }
+
+    pub(super) fn list_dirs(&self, folder: &str) -> Result<Vec<String>, BucketError> {
+        let mut names = Vec::new();
+        for (path, metadata) in self.entries(&self.root.join(folder))? {
+            // S3 knows no empty directories; here one is what is left when its last object was removed.
+            if let (true, Some(name)) = (metadata.is_dir(), path.file_name().and_then(|name| name.to_str()))
+                && self.holds_something(&path)?
+            {
+                names.push(name.to_owned());
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn holds_something(&self, folder: &Path) -> Result<bool, BucketError> {
+        for (path, metadata) in self.entries(folder)? {
+            if !metadata.is_dir() || self.holds_something(&path)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// What is in a folder; nothing if it is gone. What is gone meanwhile is left out, and so is what is hidden.
+    fn entries(&self, folder: &Path) -> Result<Vec<(PathBuf, fs::Metadata)>, BucketError> {
+        let io = |source| self.failed(&folder.display().to_string(), source);
+        let entries = match fs::read_dir(folder) {
+            Ok(entries) => entries,
+            // A bucket that is not there has no empty folders.
+            Err(error) if error.kind() == ErrorKind::NotFound && self.is_there() => return Ok(Vec::new()),
+            Err(error) => return Err(io(error)),
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(io)?;
+            match entry.metadata() {
+                _ if entry.file_name().as_encoded_bytes().starts_with(b".") => {}
+                Ok(metadata) => found.push((entry.path(), metadata)),
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(io(error)),
+            }
+        }
+        Ok(found)
     }
 
     pub(super) fn delete(&self, key: &str) -> Result<(), BucketError> {

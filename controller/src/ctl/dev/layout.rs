@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::certificates::{self, Identity};
 use super::process::ProcessId;
+use crate::bucket::settings::BucketSettings;
 use crate::ctl::failure::Failure;
 use crate::ctl::grammar::DevUpArgs;
 use crate::ctl::settings::{Settings, TlsFiles};
@@ -103,6 +104,7 @@ impl Cluster {
             cluster.engine = engine.word().to_owned();
         }
         cluster.bucket = args.bucket.clone().unwrap_or(cluster.bucket);
+        BucketSettings::from(cluster.bucket.as_str()).check().map_err(|e| Failure::bad_input(e.to_string()))?;
         cluster.store = args.store.clone().unwrap_or(cluster.store);
         Ok(cluster)
     }
@@ -398,6 +400,18 @@ mod tests {
         assert_eq!(third, second);
         let ports: std::collections::BTreeSet<_> = second.hosts.iter().flat_map(|h| [h.listen, h.metrics]).collect();
         assert_eq!(ports.len(), 6);
+        std::fs::remove_dir_all(&directory.root).unwrap();
+    }
+
+    #[test]
+    fn a_bucket_that_cannot_be_is_refused_before_anything_starts() {
+        let directory = scratch("bucket");
+        let settle = |bucket: &str| {
+            let args = DevUpArgs { bucket: Some(bucket.into()), ..args(None) };
+            Cluster::settle(&args, None, &directory, false)
+        };
+        assert_eq!(settle("s3://b/x?endpoint=nowhere").unwrap_err().code, Code::BadInput);
+        assert_eq!(settle("s3://backups/x?endpoint=http://h:1").unwrap().bucket, "s3://backups/x?endpoint=http://h:1");
         std::fs::remove_dir_all(&directory.root).unwrap();
     }
 

@@ -111,7 +111,14 @@ pub fn start(directory: &Directory, name: &str, program: &Path, config: &Path) -
     let (out, err) = (open(&log).map_err(failed)?, open(&log).map_err(failed)?);
     let ctl = std::env::current_exe()
         .map_err(|e| Failure::new(Code::Internal, format!("cannot tell where ctl itself is: {e}")))?;
-    let child = Command::new(&ctl)
+    let mut command = Command::new(&ctl);
+    if name != "controller" {
+        // Keys of the bucket are the controller's alone.
+        for (variable, _) in std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"AWS_")) {
+            command.env_remove(variable);
+        }
+    }
+    let child = command
         .args(["dev", "launch", "--"])
         .arg(program)
         .arg("--config")
