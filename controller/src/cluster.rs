@@ -120,7 +120,7 @@ impl Controller {
             sagas,
             schedule,
             reader,
-            bucket_url: config.bucket.clone(),
+            bucket_url: config.bucket.url.clone(),
             routes,
             reconcile: Reconcile::default(),
         };

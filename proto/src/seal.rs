@@ -168,12 +168,15 @@ fn associated(prefix: &[u8], vm: VmId) -> [u8; SEALED_PREFIX_BYTES + 16] {
     aad
 }
 
+/// Keys of salts, oldest first.
+type Derived = Vec<(Salt, Arc<LessSafeKey>)>;
+
 /// Opens what was sealed for one VM; clones share the keys that were derived.
 #[derive(Clone)]
 pub struct Opener {
     key: DataKey,
     vm: VmId,
-    derived: Arc<Mutex<Vec<(Salt, Arc<LessSafeKey>)>>>,
+    derived: Arc<Mutex<Derived>>,
 }
 
 impl Opener {

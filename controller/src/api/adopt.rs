@@ -95,8 +95,9 @@ fn checkpoint_of(key: &str) -> Option<&str> {
     name.strip_suffix(".manifest")
 }
 
-/// A URL in the form in which two are compared.
+/// A URL in the form in which two are compared: how a server is reached does not make another bucket.
 fn plain(url: &str) -> String {
+    let url = url.split('?').next().unwrap_or(url);
     let path = url.strip_prefix("file://").or_else(|| url.strip_prefix("file:"));
     path.map_or_else(|| url.to_owned(), |path| format!("file:{path}")).trim_end_matches('/').to_owned()
 }
@@ -110,6 +111,7 @@ mod tests {
         assert_eq!(checkpoint_of("vms/00/checkpoints/0011.manifest"), Some("0011"));
         assert_eq!(checkpoint_of("vms/00/g00000001/packs/0011"), None);
         assert_eq!(plain("file:///srv/bucket/"), plain("file:/srv/bucket"));
+        assert_eq!(plain("s3://a/b?region=x"), plain("s3://a/b"));
         assert_ne!(plain("s3://a/b"), plain("s3://a/c"));
     }
 }

@@ -395,7 +395,7 @@ mod tests {
         assert!(worth_rewriting(&[], 1));
         assert!(!worth_rewriting(&[layer(1000)], 500));
         assert!(worth_rewriting(&[layer(1000), layer(400)], 101));
-        assert!(worth_rewriting(&vec![layer(60_000); 1].repeat(LAYERS_MAX), 0));
+        assert!(worth_rewriting(&[layer(60_000)].repeat(LAYERS_MAX), 0));
     }
 
     proptest! {
