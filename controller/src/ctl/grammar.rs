@@ -87,8 +87,7 @@ pub struct DevUpArgs {
     /// Which engines the hosts offer [default: as before, at first auto].
     #[arg(long, value_enum)]
     pub engine: Option<EngineChoice>,
-    /// Where checkpoints go, file:DIR or s3://BUCKET/PREFIX?endpoint=URL; keys come from AWS_* variables or
-    /// ?credentials=FILE [default: a directory of the cluster].
+    /// Where checkpoints go: file:DIR or s3://BUCKET/PREFIX?endpoint=URL [default: a directory of the cluster].
     #[arg(long, value_name = "URL")]
     pub bucket: Option<String>,
     /// Where the ledger is [default: a file of the cluster].
