@@ -408,6 +408,9 @@ pub struct InspectArgs {
     /// A file of frames, or the id of a checkpoint.
     #[arg(value_name = "FILE|ID")]
     pub what: String,
+    /// An export of the cluster keys: a file of a bucket's directory is shown opened.
+    #[arg(long, value_name = "FILE")]
+    pub keys: Option<std::path::PathBuf>,
 }
 
 /// `ctl events`

@@ -10,6 +10,8 @@ use std::path::Path;
 
 use prost::Message as _;
 use proto::frame::{self, Encoding, FrameError, HEADER_BYTES, Header, Kind, PageRun};
+use proto::ids::VmId;
+use proto::seal::Opener;
 use proto::status::Code;
 use proto::v1;
 use serde::Serialize;
@@ -21,6 +23,7 @@ use super::output::{self, Format, Report, Text};
 use super::report::{Config, Digest, hex, timestamp};
 use super::schema::{self, Numbers};
 use super::{units, wire};
+use crate::keys::ring::Ring;
 
 /// The end of a pack: these bytes, offset and length of its index (proto/README.md 4).
 const PACK_TAIL: &[u8] = b"GDWTPACK";
@@ -185,10 +188,29 @@ impl Manifest {
 ///
 /// # Errors
 /// The file cannot be read, holds no frame, or holds a damaged one.
-pub fn file(path: &Path, format: Format) -> Result<(), Failure> {
+pub fn file(path: &Path, keys: Option<&Path>, format: Format) -> Result<(), Failure> {
+    let opener = keys.map(|keys| opener(path, keys)).transpose()?;
     let opened = File::open(path).map_err(|e| Failure::file("read", path, &e))?;
     let bytes = opened.metadata().map_err(|e| Failure::file("read", path, &e))?.len();
-    print(&path.display().to_string(), bytes, BufReader::with_capacity(1 << 20, opened), format)
+    print(&path.display().to_string(), bytes, BufReader::with_capacity(1 << 20, opened), opener.as_ref(), format)
+}
+
+/// What opens the sealed frames of a file of a bucket's directory: the VM's key object lies in the same folder `vms/<id>`.
+fn opener(path: &Path, keys: &Path) -> Result<Opener, Failure> {
+    let bad = |text: String| Failure::new(Code::BadInput, text).hint("give the file that `ctl key export` printed");
+    let text = std::fs::read_to_string(keys).map_err(|e| Failure::file("read", keys, &e))?;
+    let ring = Ring::parse(&text).map_err(|e| bad(format!("{}: {e}", keys.display())))?;
+    let of = |folder: &Path| folder.file_name()?.to_str()?.parse::<VmId>().ok().map(|vm| (vm, folder.join("key")));
+    let (vm, object) = path
+        .ancestors()
+        .find_map(of)
+        .ok_or_else(|| bad(format!("{} does not lie in a bucket's folder of a VM", path.display())))?;
+    let bytes = std::fs::read(&object).map_err(|e| Failure::file("read", &object, &e))?;
+    let wrapped: v1::KeyObject = frame::decode_message(Kind::Envelope, &bytes)
+        .map_err(|e| Failure::new(Code::Corrupt, format!("{}: {e}", object.display())))?;
+    let key = wrapped.keys.iter().find_map(|wrapped| ring.unwrap(wrapped, vm));
+    let key = key.ok_or_else(|| bad(format!("no key of {} opens {}", keys.display(), object.display())))?;
+    Ok(Opener::new(key, vm))
 }
 
 /// Prints the manifest of a checkpoint.
@@ -205,11 +227,11 @@ pub async fn checkpoint(mut client: Client, id: &str, format: Format) -> Result<
         }
     })?;
     let data = reply.into_inner().data;
-    print(id, data.len() as u64, data.as_slice(), format)
+    print(id, data.len() as u64, data.as_slice(), None, format)
 }
 
-fn print(name: &str, bytes: u64, reader: impl Read, format: Format) -> Result<(), Failure> {
-    let (frames, damage) = walk(reader);
+fn print(name: &str, bytes: u64, reader: impl Read, opener: Option<&Opener>, format: Format) -> Result<(), Failure> {
+    let (frames, damage) = walk(reader, opener);
     let found = frames.len();
     output::print(format, &Frames { name: name.to_owned(), bytes, frames })?;
     match damage {
@@ -222,11 +244,11 @@ fn print(name: &str, bytes: u64, reader: impl Read, format: Format) -> Result<()
 }
 
 /// Frames up to the end or the first damage, and where and what that is.
-fn walk(mut reader: impl Read) -> (Vec<Frame>, Option<(u64, String)>) {
+fn walk(mut reader: impl Read, opener: Option<&Opener>) -> (Vec<Frame>, Option<(u64, String)>) {
     let mut frames = Vec::new();
     let mut offset = 0;
     loop {
-        match next(&mut reader, offset) {
+        match next(&mut reader, offset, opener) {
             Ok(None) => return (frames, None),
             Ok(Some((frame, bytes))) => {
                 let damage = (frame.hash != "ok").then(|| (offset, frame.hash.clone()));
@@ -241,7 +263,7 @@ fn walk(mut reader: impl Read) -> (Vec<Frame>, Option<(u64, String)>) {
     }
 }
 
-fn next(reader: &mut impl Read, offset: u64) -> Result<Option<(Frame, u64)>, String> {
+fn next(reader: &mut impl Read, offset: u64, opener: Option<&Opener>) -> Result<Option<(Frame, u64)>, String> {
     let mut bytes = Vec::with_capacity(HEADER_BYTES);
     reader.by_ref().take(HEADER_BYTES as u64).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
     if bytes.is_empty() {
@@ -252,6 +274,13 @@ fn next(reader: &mut impl Read, offset: u64) -> Result<Option<(Frame, u64)>, Str
     }
     let header = Header::parse(&bytes).map_err(|e| e.to_string())?;
     reader.by_ref().take(header.body_bytes as u64).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
+    let length = bytes.len() as u64;
+    let mut header = header;
+    // What lies inside is shown in the place of its cover.
+    if let (Kind::Sealed, Some(opener)) = (header.kind, opener) {
+        bytes = opener.open(&bytes).map_err(|e| e.to_string())?;
+        header = Header::parse(&bytes).map_err(|e| e.to_string())?;
+    }
     let (hash, detail) = match frame::decode(&bytes) {
         Ok((_, body)) => match describe(header.kind, body) {
             Ok(detail) => ("ok".to_owned(), detail),
@@ -267,7 +296,7 @@ fn next(reader: &mut impl Read, offset: u64) -> Result<Option<(Frame, u64)>, Str
         hash,
         detail,
     };
-    Ok(Some((frame, bytes.len() as u64)))
+    Ok(Some((frame, length)))
 }
 
 fn kind_word(kind: Kind) -> &'static str {
@@ -301,7 +330,11 @@ fn describe(kind: Kind, body: &[u8]) -> Result<Detail, FrameError> {
         Kind::PackIndex => {
             Ok(Detail::Content { content: schema::message("PackIndex", body).unwrap_or_else(|| generic(body)) })
         }
-        Kind::Journal | Kind::Sealed | Kind::PageMap | Kind::Envelope => Ok(Detail::Content { content: generic(body) }),
+        Kind::PageMap => {
+            Ok(Detail::Content { content: schema::message("MapLayer", body).unwrap_or_else(|| generic(body)) })
+        }
+        Kind::Sealed => Ok(Detail::Content { content: "sealed: --keys FILE shows what is in it".into() }),
+        Kind::Journal | Kind::Envelope => Ok(Detail::Content { content: generic(body) }),
     }
 }
 
@@ -383,7 +416,7 @@ mod tests {
 
     #[test]
     fn every_frame_of_a_pack_is_told() {
-        let (frames, damage) = walk(pack().as_slice());
+        let (frames, damage) = walk(pack().as_slice(), None);
         assert_eq!(damage, None);
         let text = Frames { name: "pack".into(), bytes: 0, frames }.text().render();
         assert!(text.contains("clock 1.0") && text.contains("space 1, pages 3..=11, zero"), "{text}");
@@ -394,13 +427,13 @@ mod tests {
         let mut bytes = pack();
         let last = bytes.len() - 1;
         bytes[last] ^= 1;
-        let (frames, damage) = walk(bytes.as_slice());
+        let (frames, damage) = walk(bytes.as_slice(), None);
         let (offset, why) = damage.unwrap();
         assert_eq!((frames.len(), offset), (2, frames[1].offset));
         assert!(why.contains("does not match its hash"), "{why}");
-        let (frames, damage) = walk(&pack()[..pack().len() - 1]);
+        let (frames, damage) = walk(&pack()[..pack().len() - 1], None);
         assert!(frames.len() == 2 && damage.unwrap().1.contains("cut"));
-        assert!(walk(&b"#!/bin/sh\n"[..]).1.is_some());
+        assert!(walk(&b"#!/bin/sh\n"[..], None).1.is_some());
     }
 
     #[test]
@@ -408,7 +441,7 @@ mod tests {
         let golden = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../proto/tests/golden/v1");
         let mut told = 0;
         for file in std::fs::read_dir(golden).unwrap().map(|entry| entry.unwrap().path()) {
-            let (frames, damage) = walk(std::fs::read(&file).unwrap().as_slice());
+            let (frames, damage) = walk(std::fs::read(&file).unwrap().as_slice(), None);
             assert_eq!(damage, None, "{}", file.display());
             let json = serde_json::to_string(&frames).unwrap();
             let text = Frames { name: String::new(), bytes: 0, frames }.text().render();
@@ -419,14 +452,14 @@ mod tests {
         assert!(told >= 16);
         let pack =
             std::fs::read(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../proto/tests/golden/v1/pack.bin"));
-        let (frames, _) = walk(pack.unwrap().as_slice());
+        let (frames, _) = walk(pack.unwrap().as_slice(), None);
         let text = Frames { name: String::new(), bytes: 0, frames }.text().render();
         assert!(text.contains("2 frames of checkpoint 0123456789abcdef"), "{text}");
     }
 
     #[test]
     fn one_section_alone_is_shown_whole() {
-        let (mut frames, _) = walk(pack().as_slice());
+        let (mut frames, _) = walk(pack().as_slice(), None);
         frames.truncate(1);
         let text = Frames { name: "section".into(), bytes: 0, frames }.text().render();
         assert!(text.contains("retired: 77"), "{text}");

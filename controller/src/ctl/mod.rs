@@ -79,7 +79,7 @@ async fn dispatch(command: Command, format: Format, config: Option<&std::path::P
     let command = match command {
         Command::Dev(command) => return dev::run(command, format).await,
         Command::Inspect(args) if std::path::Path::new(&args.what).exists() => {
-            return inspect::file(args.what.as_ref(), format);
+            return inspect::file(args.what.as_ref(), args.keys.as_deref(), format);
         }
         Command::Policy(command) if policy::needs_no_cluster(&command) => {
             return policy::run(None, command, format).await;

@@ -105,6 +105,11 @@ impl Ingest {
         result.map_or_else(|_| lost(), |result| result.clone().unwrap_or_else(lost))
     }
 
+    /// Waits until nothing is being written any more.
+    pub async fn settled(&self) {
+        self.puts.all().await;
+    }
+
     /// Why it failed, if it did.
     pub fn failure(&self) -> Option<Failure> {
         self.result.borrow().as_ref().and_then(|result| result.as_ref().err().cloned())
@@ -373,6 +378,9 @@ impl Puts {
     async fn put(&self, bucket: Bucket, key: String, pack: Pack, failed: impl FnOnce(Failure) + Send + 'static) {
         // The semaphore is never closed.
         let Ok(permit) = self.permits.clone().acquire_owned().await else { return };
+        if self.failed.is_cancelled() {
+            return;
+        }
         self.bytes.fetch_add(pack.bytes.len() as u64, std::sync::atomic::Ordering::Relaxed);
         let over = self.failed.clone();
         tokio::spawn(async move {

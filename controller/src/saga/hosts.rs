@@ -98,6 +98,31 @@ impl Hosts {
         }
     }
 
+    /// Has a source send a checkpoint, until it is durable or has failed.
+    async fn taken(
+        &self,
+        host: &str,
+        request: SendRequest,
+        ingest: &Ingest,
+        voice: &Voice,
+    ) -> Result<CheckpointEntry, Failure> {
+        let sent = self.transfer(host, self.to_this_controller(request), voice);
+        tokio::pin!(sent);
+        let handed_over = tokio::select! {
+            sent = &mut sent => match sent {
+                Ok(handed_over) => handed_over,
+                // The ingest knows better why, if it is the one that gave up.
+                Err(failure) => return Err(ingest.failure().unwrap_or(failure)),
+            },
+            finished = ingest.finished() => { finished?; sent.await? }
+        };
+        let mut entry = ingest.finished().await?;
+        if handed_over.stopped_us > 0 {
+            entry.stop_us = handed_over.stopped_us;
+        }
+        Ok(entry)
+    }
+
     fn to_this_controller(&self, request: SendRequest) -> SendRequest {
         SendRequest { address: self.address.clone(), peer_identity: self.tls.identity().to_string(), ..request }
     }
@@ -190,21 +215,12 @@ impl World for Hosts {
         };
         let ingest = Ingest::new(expected, self.reader.clone(), key, base);
         let _open = self.routes.open(&ticket, Road::Ingest(ingest.clone()));
-        let sent = self.transfer(host, self.to_this_controller(request), voice);
-        tokio::pin!(sent);
-        let handed_over = tokio::select! {
-            sent = &mut sent => match sent {
-                Ok(handed_over) => handed_over,
-                // The ingest knows better why, if it is the one that gave up.
-                Err(failure) => return Err(ingest.failure().unwrap_or(failure)),
-            },
-            finished = ingest.finished() => { finished?; sent.await? }
-        };
-        let mut entry = ingest.finished().await?;
-        if handed_over.stopped_us > 0 {
-            entry.stop_us = handed_over.stopped_us;
+        let taken = self.taken(host, request, &ingest, voice).await;
+        if taken.is_err() {
+            // What is being written would appear after it was looked for and removed.
+            ingest.settled().await;
         }
-        Ok(entry)
+        taken
     }
 
     async fn load(&self, load: LoadRequest<'_>, voice: &Voice) -> Result<MachineDigest, Failure> {

@@ -41,7 +41,11 @@ fn every_command_prints_for_people_and_for_programs() {
     cluster.create("vm1", "hostA", BUSY);
     cluster.goes_on("vm1", 3);
     let id = cluster.json(["checkpoint", "create", "vm1"])["id"].as_str().unwrap().to_owned();
-    let pack = first_file(&cluster.dir().join("bucket"), |path| !path.ends_with(".manifest"));
+    let keys = cluster.dir().join("keys").to_str().unwrap().to_owned();
+    let holds_state = |path: &str| {
+        path.contains("/packs/") && cluster.ok(["inspect", path, "--keys", &keys]).contains("device/uart0")
+    };
+    let pack = first_file(&cluster.dir().join("bucket"), holds_state);
     let (stored, vmcb) = (format!("{dir}/hostA/vms/vm1/vm.pb"), format!("{dir}/vmcb.bin"));
     std::fs::write(&vmcb, [0; 4096]).unwrap();
     let once: &[&[&str]] = &[
@@ -89,7 +93,7 @@ fn every_command_prints_for_people_and_for_programs() {
         print(&["vm", "stop", &name]);
         print(&["vm", "rm", &name]);
     }
-    devices_are_told_by_name(&cluster, &pack);
+    devices_are_told_by_name(&cluster, &pack, &keys);
     for log in std::fs::read_dir(cluster.dir().join("logs")).unwrap() {
         let path = log.unwrap().path();
         let text = std::fs::read_to_string(&path).unwrap();
@@ -98,8 +102,8 @@ fn every_command_prints_for_people_and_for_programs() {
 }
 
 /// Sections of a pack and an agent's own files say what is in them.
-fn devices_are_told_by_name(cluster: &Cluster, pack: &str) {
-    let inspected = cluster.json(["inspect", pack]);
+fn devices_are_told_by_name(cluster: &Cluster, pack: &str, keys: &str) {
+    let inspected = cluster.json(["inspect", pack, "--keys", keys]);
     let frames = inspected["frames"].as_array().unwrap();
     let content = |name: &str| {
         let of = |frame: &&Value| frame["detail"]["name"] == name;
