@@ -9,10 +9,10 @@ use proto::status::Code;
 use proto::v1::AdoptReply;
 
 use super::Api;
-use crate::bucket::VMS;
+use crate::bucket::{VMS, checkpoints_prefix};
 use crate::failure::Failure;
-use crate::ingest::manifest::{pack_keys, packs};
-use crate::ledger::event::{CheckpointEntry, Event};
+use crate::ingest::manifest::entry;
+use crate::ledger::event::Event;
 use crate::saga::report::record;
 use crate::tls::Identity;
 
@@ -30,13 +30,18 @@ impl Api {
         let known = self.ledger.state();
         let mut reply = AdoptReply::default();
         let mut found = Vec::new();
-        for key in self.reader.bucket.list(VMS).await? {
+        let mut keys = Vec::new();
+        for vm in self.reader.bucket.list_dirs(VMS).await? {
+            keys.extend(self.reader.bucket.list(&checkpoints_prefix(&vm)).await?);
+        }
+        for key in keys {
             let Some(id) = checkpoint_of(&key) else { continue };
             if known.checkpoints.contains_key(id) {
                 continue;
             }
-            match self.entry(&key).await {
-                Ok(entry) => found.push(entry),
+            match self.reader.manifest(&key).await {
+                // How long the object is was not asked.
+                Ok(opened) => found.push(entry(opened.manifest, key, 0)),
                 Err(failure) if matches!(failure.code, Code::Corrupt | Code::Denied) => {
                     reply.problems.push(failure.to_string());
                 }
@@ -51,28 +56,6 @@ impl Api {
         Ok(reply)
     }
 
-    async fn entry(&self, key: &str) -> Result<CheckpointEntry, Failure> {
-        let manifest = self.reader.manifest(key).await?.manifest;
-        let pack_bytes: u64 = packs(&manifest).iter().map(|pack| pack.bytes).sum();
-        Ok(CheckpointEntry {
-            pack_keys: pack_keys(&manifest),
-            id: manifest.checkpoint,
-            vm: manifest.vm_name,
-            vm_id: manifest.vm_id,
-            generation: manifest.generation,
-            created_unix_ms: manifest.created_unix_ms,
-            ram_bytes: manifest.config.map_or(0, |config| config.memory_bytes),
-            stored_bytes: pack_bytes,
-            own_bytes: manifest.own_bytes,
-            stop_us: manifest.stop_us,
-            manifest_key: key.to_owned(),
-            digest: manifest.digest.unwrap_or_default(),
-            verified: "unverified".into(),
-            by_policy: false,
-            sequence: 0,
-        })
-    }
-
     /// Makes a new cluster key and wraps the key of every VM in the bucket by it.
     ///
     /// # Errors
@@ -80,9 +63,8 @@ impl Api {
     pub(super) async fn rotate(&self, operator: &Identity) -> Result<Vec<String>, Failure> {
         let ids = self.reader.keys.rotate()?;
         tracing::warn!(%operator, ?ids, "the cluster key is rotated");
-        let keys = self.reader.bucket.list(VMS).await?;
-        let vms = keys.iter().filter_map(|key| key.strip_prefix(VMS)?.strip_suffix("/key")?.parse::<VmId>().ok());
-        for vm in vms {
+        let vms = self.reader.bucket.list_dirs(VMS).await?;
+        for vm in vms.iter().filter_map(|vm| vm.parse::<VmId>().ok()) {
             self.reader.keys.rewrap(&self.reader.bucket, vm).await?;
         }
         Ok(ids)

@@ -497,7 +497,12 @@ pub fn generation_of(key: &str) -> Option<Generation> {
 
 /// Where a manifest lies.
 pub fn manifest_key(vm_id: &str, checkpoint: CheckpointId) -> String {
-    format!("vms/{vm_id}/checkpoints/{checkpoint}.manifest")
+    format!("{}{checkpoint}.manifest", checkpoints_prefix(vm_id))
+}
+
+/// Where the manifests of a VM lie; ends in `/`.
+pub fn checkpoints_prefix(vm_id: &str) -> String {
+    format!("vms/{vm_id}/checkpoints/")
 }
 
 /// Where the wrapped data key of a VM lies.

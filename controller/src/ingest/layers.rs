@@ -16,7 +16,7 @@ use proto::v1::{LayerRef, MachineDigest, MapRegion, PackEntry, PackUse, Section,
 
 use super::assembly::{Desk, IngestError, Received, Touched, compare};
 use super::digest::{machine_digest, state_digest};
-use super::manifest::{packs, regions, roots};
+use super::manifest::{self, regions, roots};
 use super::map::{PackAt, Place, Region, worth_rewriting};
 use super::pack::{Pack, PackWriter};
 use super::read::{Opened, Reader};
@@ -95,6 +95,32 @@ impl Table {
     }
 }
 
+/// A region of the base.
+#[derive(Clone, Copy)]
+struct Under<'a> {
+    base: &'a Base,
+    region: &'a MapRegion,
+}
+
+impl Under<'_> {
+    /// As it is there.
+    fn kept(&self, table: &mut Table) -> MapRegion {
+        let mut kept = MapRegion { layers: self.layers(table), ..self.region.clone() };
+        kept.packs.iter_mut().for_each(|usage| usage.pack = self.number(usage.pack, table));
+        kept
+    }
+
+    fn layers(&self, table: &mut Table) -> Vec<LayerRef> {
+        let layer = |layer: &LayerRef| LayerRef { pack: self.number(layer.pack, table), ..*layer };
+        self.region.layers.iter().map(layer).collect()
+    }
+
+    /// The number in the new manifest of a pack of the base's.
+    fn number(&self, pack: u32, table: &mut Table) -> u32 {
+        table.number(manifest::pack(&self.base.opened.manifest, pack))
+    }
+}
+
 impl<S: Sink> Layers<'_, S> {
     /// All of it.
     ///
@@ -107,9 +133,9 @@ impl<S: Sink> Layers<'_, S> {
         let spaces = self.spaces.to_vec();
         for (number, (space, first_page, pages)) in regions(&spaces).enumerate() {
             let said = touched[space as usize][(first_page / super::map::REGION_PAGES) as usize].take();
-            let under = self.base.map(|base| &base.opened.manifest.regions[number]);
+            let under = self.base.map(|base| Under { base, region: &base.opened.manifest.regions[number] });
             let region = match (said, under) {
-                (None, Some(under)) => self.kept(under, &mut table),
+                (None, Some(under)) => under.kept(&mut table),
                 (None, None) => Self::described(&Region::zero(space, first_page, pages), &mut table),
                 (Some(said), under) => {
                     let zero = Region::zero(space, first_page, pages);
@@ -140,23 +166,6 @@ impl<S: Sink> Layers<'_, S> {
         Ok(Laid { regions: laid, sections, packs: table.packs, digest: computed })
     }
 
-    /// A region of the base as it is there.
-    fn kept(&self, under: &MapRegion, table: &mut Table) -> MapRegion {
-        let packs = self.base_packs();
-        let mut kept = MapRegion { layers: self.kept_layers(under, table), ..under.clone() };
-        kept.packs.iter_mut().for_each(|usage| usage.pack = table.number(packs[usage.pack as usize]));
-        kept
-    }
-
-    fn kept_layers(&self, under: &MapRegion, table: &mut Table) -> Vec<LayerRef> {
-        let packs = self.base_packs();
-        under.layers.iter().map(|layer| LayerRef { pack: table.number(packs[layer.pack as usize]), ..*layer }).collect()
-    }
-
-    fn base_packs(&self) -> Vec<PackAt> {
-        self.base.map(|base| packs(&base.opened.manifest)).unwrap_or_default()
-    }
-
     /// A region without layers.
     fn described(region: &Region, table: &mut Table) -> MapRegion {
         let uses = region.uses().into_iter().map(|(pack, pages)| PackUse { pack: table.number(pack), pages });
@@ -172,27 +181,28 @@ impl<S: Sink> Layers<'_, S> {
     async fn region(
         &mut self,
         zero: Region,
-        under: Option<&MapRegion>,
+        under: Option<Under<'_>>,
         said: Touched,
         places: &[Place],
         own: &mut Own,
         table: &mut Table,
     ) -> Result<(MapRegion, Option<(Pending, u32)>), Failure> {
-        let (below, lost) = match (self.base, under) {
-            (Some(base), Some(under)) => (self.reader.region(&base.opened, under, zero).await?, base.lost.clone()),
-            _ => (zero, BTreeSet::new()),
+        let below = match under {
+            Some(Under { base, region }) => self.reader.region(&base.opened, region, zero).await?,
+            None => zero,
         };
-        let (region, changed) = changed(below, &said, places, &lost);
-        match under {
-            Some(under) if changed.is_empty() => return Ok((self.kept(under, table), None)),
-            _ => {}
+        let (region, changed) = changed(below, &said, places, under.map(|under| &under.base.lost));
+        if let Some(under) = under
+            && changed.is_empty()
+        {
+            return Ok((under.kept(table), None));
         }
         let mut described = Self::described(&region, table);
-        let layers = under.map_or(&[][..], |under| &under.layers);
+        let layers = under.map_or(&[][..], |under| &under.region.layers);
         let layer = if worth_rewriting(layers, changed.len()) {
             region.whole()
         } else {
-            described.layers = under.map(|under| self.kept_layers(under, table)).unwrap_or_default();
+            described.layers = under.map(|under| under.layers(table)).unwrap_or_default();
             region.layer(changed.into_iter())
         };
         let pages = layer.runs.iter().map(|run| run.pages).sum();
@@ -236,10 +246,15 @@ impl<S: Sink> Layers<'_, S> {
 }
 
 /// The region with what was said of it, and the pages that changed, in order.
-fn changed(mut region: Region, said: &Touched, places: &[Place], lost: &BTreeSet<PackAt>) -> (Region, Vec<usize>) {
+fn changed(
+    mut region: Region,
+    said: &Touched,
+    places: &[Place],
+    lost: Option<&BTreeSet<PackAt>>,
+) -> (Region, Vec<usize>) {
     let (mut frames, mut changed) = (BTreeMap::new(), Vec::new());
     for (page, leaf, at) in said.said() {
-        let lies_well = region.pack(page).is_none_or(|pack| !lost.contains(&pack));
+        let lies_well = region.pack(page).is_none_or(|pack| !lost.is_some_and(|lost| lost.contains(&pack)));
         if region.leaf(page) == leaf && lies_well {
             continue;
         }

@@ -105,9 +105,9 @@ impl Load<'_> {
     }
 
     fn read(&self, pack: PackAt, extents: Vec<Extent>) -> Reading {
-        let (reader, manifest) = (self.reader.clone(), self.opened.manifest.clone());
+        let (reader, key) = (self.reader.clone(), pack_key(&self.opened.manifest, &pack));
         AbortOnDrop(tokio::spawn(async move {
-            let pieces = reader.pieces(&manifest, &pack, &extents).await;
+            let pieces = reader.pieces(&key, &pack, &extents).await;
             (pack, extents, pieces)
         }))
     }

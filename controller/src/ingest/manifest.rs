@@ -21,6 +21,7 @@ use super::assembly::spaces;
 use super::digest::{FAN_OUT, root_of_groups};
 use super::map::{Extent, LAYERS_MAX, PackAt, Place, REGION_PAGES};
 use super::pack::PACK_MAX_EVER;
+use crate::ledger::event::CheckpointEntry;
 
 /// Format that this release writes.
 pub const MAJOR: u32 = 2;
@@ -214,13 +215,40 @@ fn within(manifest: &Manifest, pack: u32, offset: u64, bytes: u32) -> bool {
     size.is_some_and(|size| offset.checked_add(bytes.into()).is_some_and(|end| end <= size))
 }
 
+/// What the ledger keeps of it, if it lies under this key and its object has so many bytes.
+pub fn entry(manifest: Manifest, key: String, object_bytes: u64) -> CheckpointEntry {
+    CheckpointEntry {
+        pack_keys: pack_keys(&manifest),
+        stored_bytes: manifest.packs.iter().map(|pack| pack.bytes).sum::<u64>() + object_bytes,
+        id: manifest.checkpoint,
+        vm: manifest.vm_name,
+        vm_id: manifest.vm_id,
+        generation: manifest.generation,
+        created_unix_ms: manifest.created_unix_ms,
+        ram_bytes: manifest.config.map_or(0, |config| config.memory_bytes),
+        own_bytes: manifest.own_bytes + object_bytes,
+        stop_us: manifest.stop_us,
+        manifest_key: key,
+        digest: manifest.digest.unwrap_or_default(),
+        verified: "unverified".into(),
+        by_policy: false,
+        sequence: 0,
+    }
+}
+
+fn at(manifest: &Manifest, pack: &PackRef) -> PackAt {
+    let generation = Generation(if manifest.major == 1 { manifest.generation } else { pack.generation });
+    PackAt { generation, id: PackId::from_slice(&pack.id).unwrap_or_default(), bytes: pack.bytes }
+}
+
+/// Its pack of this number, which [`check`] has seen to be there.
+pub fn pack(manifest: &Manifest, number: u32) -> PackAt {
+    at(manifest, &manifest.packs[number as usize])
+}
+
 /// Its packs, in order.
 pub fn packs(manifest: &Manifest) -> Vec<PackAt> {
-    let at = |pack: &PackRef| {
-        let generation = Generation(if manifest.major == 1 { manifest.generation } else { pack.generation });
-        PackAt { generation, id: PackId::from_slice(&pack.id).unwrap_or_default(), bytes: pack.bytes }
-    };
-    manifest.packs.iter().map(at).collect()
+    manifest.packs.iter().map(|pack| at(manifest, pack)).collect()
 }
 
 /// Where a pack of this VM lies.

@@ -87,10 +87,9 @@ impl Reader {
     /// # Errors
     /// [`Code::Corrupt`] naming the layer, or the bucket's.
     pub async fn region(&self, opened: &Opened, stated: &MapRegion, zero: Region) -> Result<Region, Failure> {
-        let packs = packs(&opened.manifest);
         let mut region = zero;
         for layer in &stated.layers {
-            let key = pack_key(&opened.manifest, &packs[layer.pack as usize]);
+            let key = pack_key(&opened.manifest, &manifest::pack(&opened.manifest, layer.pack));
             let what = format!("pack {key}, page map at byte {}", layer.offset);
             let read = self.bucket.get_range(&key, layer.offset, layer.bytes as usize).await;
             let sealed = read.map_err(|error| missing(&format!("pack {key}"), error))?;
@@ -126,13 +125,13 @@ impl Reader {
         Ok(extents)
     }
 
-    /// Reads a pack and checks its name.
+    /// Reads the pack that lies under a key and checks its name.
     ///
     /// # Errors
     /// [`Code::Corrupt`] naming the pack, or the bucket's.
-    pub async fn pack(&self, manifest: &Manifest, pack: &PackAt) -> Result<Bytes, Failure> {
-        let what = format!("pack {}", pack_key(manifest, pack));
-        let bytes = self.bucket.get(&pack_key(manifest, pack)).await.map_err(|error| missing(&what, error))?;
+    pub async fn pack(&self, key: &str, pack: &PackAt) -> Result<Bytes, Failure> {
+        let what = format!("pack {key}");
+        let bytes = self.bucket.get(key).await.map_err(|error| missing(&what, error))?;
         if bytes.len() as u64 != pack.bytes {
             return Err(damaged(&what, format!("it has {} of {} bytes", bytes.len(), pack.bytes)));
         }
@@ -145,10 +144,10 @@ impl Reader {
     ///
     /// # Errors
     /// As [`Reader::pack`].
-    pub async fn pieces(&self, manifest: &Manifest, pack: &PackAt, extents: &[Extent]) -> Result<Pieces, Failure> {
+    pub async fn pieces(&self, key: &str, pack: &PackAt, extents: &[Extent]) -> Result<Pieces, Failure> {
         let frames: BTreeMap<u64, u64> = extents.iter().map(|e| (e.place.offset, u64::from(e.place.bytes))).collect();
         if frames.values().sum::<u64>() * PIECES_BELOW > pack.bytes {
-            return Ok(Pieces::from([(0, self.pack(manifest, pack).await?)]));
+            return Ok(Pieces::from([(0, self.pack(key, pack).await?)]));
         }
         let mut spans: Vec<(u64, u64)> = Vec::new();
         for (offset, bytes) in frames {
@@ -159,10 +158,9 @@ impl Reader {
                 _ => spans.push((offset, offset + bytes)),
             }
         }
-        let key = pack_key(manifest, pack);
         let mut pieces = Pieces::new();
         for (start, end) in spans {
-            let read = self.bucket.get_range(&key, start, (end - start) as usize).await;
+            let read = self.bucket.get_range(key, start, (end - start) as usize).await;
             pieces.insert(start, read.map_err(|error| missing(&format!("pack {key}"), error))?);
         }
         Ok(pieces)
@@ -173,10 +171,9 @@ impl Reader {
     /// # Errors
     /// [`Code::Corrupt`] naming pack and section, or the bucket's.
     pub async fn sections(&self, opened: &Opened) -> Result<Vec<(Section, Bytes)>, Failure> {
-        let packs = packs(&opened.manifest);
         let mut sections = Vec::new();
         for place in &opened.manifest.sections {
-            let key = pack_key(&opened.manifest, &packs[place.pack as usize]);
+            let key = pack_key(&opened.manifest, &manifest::pack(&opened.manifest, place.pack));
             let read = self.bucket.get_range(&key, place.offset, place.bytes as usize).await;
             let stored = read.map_err(|error| missing(&format!("pack {key}"), error))?;
             sections.push(section(opened.opener.as_ref(), &key, stored, place)?);
@@ -184,7 +181,7 @@ impl Reader {
         Ok(sections)
     }
 
-    /// The packs of a checkpoint that the bucket has not, or not in full length.
+    /// The packs of a checkpoint that the bucket does not name.
     ///
     /// # Errors
     /// The bucket's.
@@ -211,8 +208,8 @@ impl Reader {
         let mut by_pack = by_pack(self.extents(opened).await?);
         let all = packs(manifest);
         for (number, pack) in all.iter().enumerate() {
-            let bytes = self.pack(manifest, pack).await?;
             let (key, extents) = (pack_key(manifest, pack), by_pack.remove(pack).unwrap_or_default());
+            let bytes = self.pack(&key, pack).await?;
             let (opener, taken) = (opened.opener.clone(), digests.take());
             let work = move || check_pack(opener.as_ref(), &key, &bytes, &extents, taken);
             digests = beside(work).await??;

@@ -282,7 +282,6 @@ impl Ingest {
         };
         let full = assembly.is_full();
         let (received, rest) = beside(move || assembly.finish()).await??;
-        let own = received.packs.len();
         if let Some(pack) = rest {
             self.put_beside(pack).await;
         }
@@ -304,7 +303,7 @@ impl Ingest {
         }
         let digest = laid.digest.clone();
         let entry = self.write_manifest(laid).await?;
-        tracing::debug!(checkpoint, packs = own, "durable");
+        tracing::debug!(checkpoint, "durable");
         metrics::counter!(crate::metrics::CHECKPOINT_BYTES).increment(entry.own_bytes);
         self.result.send_replace(Some(Ok(entry)));
         send(back, say(Said::Ready(Ready { digest: Some(digest) }))).await;
@@ -316,12 +315,10 @@ impl Ingest {
             self.expected.clone();
         let stopped = *self.stopped.lock().unwrap_or_else(PoisonError::into_inner);
         let stop_us = stopped.map_or(0, |since| since.elapsed().as_micros() as u64);
-        let ram_bytes = config.memory_bytes;
-        let packs_own = self.puts.bytes();
         let manifest = Manifest {
             major: manifest::MAJOR,
             checkpoint: checkpoint.to_string(),
-            vm_name: vm.clone(),
+            vm_name: vm,
             vm_id: vm_id.to_string(),
             generation: generation.0,
             created_unix_ms: unix_ms(),
@@ -330,10 +327,10 @@ impl Ingest {
             sections: laid.sections,
             regions: laid.regions,
             packs: laid.packs.iter().map(super::map::PackAt::message).collect(),
-            digest: Some(laid.digest.clone()),
+            digest: Some(laid.digest),
             parent: self.base_id().cloned().unwrap_or_default(),
             stop_us,
-            own_bytes: packs_own,
+            own_bytes: self.puts.bytes(),
             on_isolation,
             policy,
             ..Manifest::default()
@@ -341,23 +338,8 @@ impl Ingest {
         let wrapped = self.reader.keys.wrap(vm_id, &self.key);
         let bytes = manifest::encode(&manifest, &self.desk.sealer, wrapped)
             .map_err(|e| Failure::new(Code::Exhausted, e.to_string()))?;
-        let entry = CheckpointEntry {
-            id: manifest.checkpoint.clone(),
-            vm,
-            manifest_key: manifest_key(&manifest.vm_id, checkpoint),
-            vm_id: manifest.vm_id.clone(),
-            generation: generation.0,
-            created_unix_ms: manifest.created_unix_ms,
-            ram_bytes,
-            stored_bytes: manifest.packs.iter().map(|pack| pack.bytes).sum::<u64>() + bytes.len() as u64,
-            own_bytes: packs_own + bytes.len() as u64,
-            stop_us,
-            pack_keys: manifest::pack_keys(&manifest),
-            digest: laid.digest,
-            verified: "unverified".into(),
-            by_policy: false,
-            sequence: 0,
-        };
+        let key = manifest_key(&manifest.vm_id, checkpoint);
+        let entry = manifest::entry(manifest, key, bytes.len() as u64);
         self.reader.bucket.put(&entry.manifest_key, bytes).await?;
         Ok(entry)
     }
