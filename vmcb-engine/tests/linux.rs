@@ -1,17 +1,20 @@
-//! A real Linux kernel on a whole machine, where `GODWIT_TEST_KERNEL` names one (a bzImage or vmlinux). With
-//! `GODWIT_TEST_INITRD` its `/init` must switch the machine off; the machine is moved to another in the middle.
+//! A real Linux kernel on a whole machine: the one that `GODWIT_TEST_KERNEL` names (a bzImage or vmlinux), or the one that
+//! `deploy/guest` has made. With `GODWIT_TEST_INITRD` its `/init` must switch the machine off; the machine is moved to
+//! another in the middle.
 #![allow(clippy::unwrap_used, reason = "a test whose preparation fails has failed")]
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::path::PathBuf;
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use proto::v1::{BootSource, DiskConfig, MachineConfig, NetConfig};
 use vmcb_engine::device::block::DiskImage;
 use vmcb_engine::device::net::{Link, NetLink};
 use vmcb_engine::machine::{Machine, Outcome, Parts};
-use vmcb_engine::memory::{GuestMemory, sized_memfd};
+use vmcb_engine::memory::shared::SharedPages;
+use vmcb_engine::memory::{GuestMemory, PAGE_BYTES, sized_memfd};
 
 /// More than the kernel needs to look for its root file system.
 const INSTRUCTIONS_MAX: u64 = 6_000_000_000;
@@ -40,6 +43,16 @@ fn named(variable: &str) -> Option<PathBuf> {
         eprintln!("SKIPPED: {variable} names no file");
     }
     path
+}
+
+/// The named file, or what `deploy/guest` has made.
+fn named_or(variable: &str, file: &str) -> Option<PathBuf> {
+    let made = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest").join(file);
+    if std::env::var_os(variable).is_none() && made.exists() { Some(made) } else { named(variable) }
+}
+
+fn kernel() -> Option<Vec<u8>> {
+    named_or("GODWIT_TEST_KERNEL", "vmlinuz").map(|path| std::fs::read(path).unwrap())
 }
 
 /// Packets on their way to the guest.
@@ -110,9 +123,9 @@ fn run((machine, wire): &mut (Machine, Wire), until: u64, console: &mut Vec<u8>)
 
 #[test]
 fn linux_boots_until_it_misses_its_root() {
-    let Some(kernel) = named("GODWIT_TEST_KERNEL") else { return };
+    let Some(kernel) = kernel() else { return };
     let mut machine = build(1);
-    machine.0.boot(&std::fs::read(kernel).unwrap(), None).unwrap();
+    machine.0.boot(&kernel, None).unwrap();
     let mut console = Vec::new();
     assert_eq!(run(&mut machine, INSTRUCTIONS_MAX, &mut console), Outcome::TripleFault);
     let text = String::from_utf8_lossy(&console);
@@ -121,9 +134,9 @@ fn linux_boots_until_it_misses_its_root() {
 
 #[test]
 fn linux_brings_up_a_second_processor() {
-    let Some(kernel) = named("GODWIT_TEST_KERNEL") else { return };
+    let Some(kernel) = kernel() else { return };
     let mut machine = build(2);
-    machine.0.boot(&std::fs::read(kernel).unwrap(), None).unwrap();
+    machine.0.boot(&kernel, None).unwrap();
     let mut console = Vec::new();
     assert_eq!(run(&mut machine, INSTRUCTIONS_MAX, &mut console), Outcome::TripleFault);
     let text = String::from_utf8_lossy(&console);
@@ -144,8 +157,7 @@ fn run_in_pieces(machine: &mut Machine, until: u64, piece: u64) {
 
 #[test]
 fn linux_does_not_see_where_its_runs_are_cut() {
-    let Some(kernel) = named("GODWIT_TEST_KERNEL") else { return };
-    let kernel = std::fs::read(kernel).unwrap();
+    let Some(kernel) = kernel() else { return };
     let digests = [(1, SLICE), (1, 9973), (2, SLICE), (2, 9973)].map(|(vcpus, piece)| {
         let mut machine = build(vcpus).0;
         machine.boot(&kernel, None).unwrap();
@@ -158,9 +170,9 @@ fn linux_does_not_see_where_its_runs_are_cut() {
 
 #[test]
 fn linux_is_moved_while_it_boots_and_notices_nothing() {
-    let (Some(kernel), Some(initrd)) = (named("GODWIT_TEST_KERNEL"), named("GODWIT_TEST_INITRD")) else { return };
+    let (Some(kernel), Some(initrd)) = (kernel(), named("GODWIT_TEST_INITRD")) else { return };
     let mut source = build(1);
-    source.0.boot(&std::fs::read(kernel).unwrap(), Some(&std::fs::read(initrd).unwrap())).unwrap();
+    source.0.boot(&kernel, Some(&std::fs::read(initrd).unwrap())).unwrap();
     let mut console = Vec::new();
     assert_eq!(run(&mut source, 700_000_123, &mut console), Outcome::Reached);
     let mut target = build(1);
@@ -185,5 +197,57 @@ fn copy_pages(source: &Machine, target: &Machine) {
         let mut bytes = vec![0; from.bytes() as usize];
         from.read_at(0, &mut bytes).unwrap();
         assert_eq!(rustix::io::pwrite(to.file_fd(), &bytes, 0).unwrap(), bytes.len());
+    }
+}
+
+/// RAM and disk as another process reads them.
+fn shared(machine: &Machine) -> [SharedPages; 2] {
+    let own = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().unwrap();
+    let (memory, disk) = (machine.memory(), machine.disks().next().unwrap());
+    let ram = SharedPages::new(own(memory.ram_fd()), own(memory.stamps_fd()), memory.bytes()).unwrap();
+    let blocks = SharedPages::new(own(disk.file_fd()), own(disk.stamps_fd()), disk.bytes()).unwrap();
+    [ram.with_kept(own(memory.keeper().fd())).unwrap(), blocks.with_kept(own(disk.keeper().fd())).unwrap()]
+}
+
+fn bytes(pages: &SharedPages) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    pages.append_pages(pages.whole(), &mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn an_instant_of_a_booting_linux_is_read_while_it_goes_on() {
+    let initrd = named_or("GODWIT_TEST_INITRD", "initramfs.cpio");
+    let (Some(kernel), Some(initrd)) = (kernel(), initrd) else { return };
+    let mut machine = build(2);
+    machine.0.boot(&kernel, Some(&std::fs::read(initrd).unwrap())).unwrap();
+    let (mut console, mut mark) = (Vec::new(), 0);
+    let spaces = shared(&machine.0);
+    let mut copies = spaces.each_ref().map(|pages| vec![0; (pages.pages() * PAGE_BYTES) as usize]);
+    // While it unpacks itself, brings up its processors, and uses its devices.
+    for at in [20_000_000, 400_000_000, 800_000_000, 1_200_000_000, 1_400_000_000] {
+        let _reached_or_idle = run(&mut machine, at, &mut console);
+        let before = spaces.each_ref().map(bytes);
+        let epoch = machine.0.freeze(mark).unwrap();
+        let mut kept_bytes = 0;
+        for (pages, copy) in spaces.iter().zip(&mut copies) {
+            let pieces = pages.since_frozen(mark, epoch - 1).unwrap().into_iter().flat_map(|run| run.pieces(64));
+            for (number, piece) in pieces.enumerate() {
+                if number % 8 == 0 {
+                    let until = machine.0.retired() + 500_000;
+                    let _reached_or_idle = run(&mut machine, until, &mut console);
+                    kept_bytes = machine.0.kept_bytes().max(kept_bytes);
+                }
+                let mut bytes = Vec::new();
+                pages.append_frozen(piece, epoch - 1, &mut bytes).unwrap();
+                copy[(piece.first * PAGE_BYTES) as usize..][..bytes.len()].copy_from_slice(&bytes);
+            }
+        }
+        assert!(machine.0.thaw() && kept_bytes > 0);
+        for (copy, before) in copies.iter().zip(&before) {
+            let differ = copy.chunks(4096).zip(before.chunks(4096)).position(|(copy, before)| copy != before);
+            assert_eq!(differ, None, "after {at} instructions");
+        }
+        mark = epoch;
     }
 }

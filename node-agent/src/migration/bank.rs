@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use vmcb_engine::memory::shared::{Run, SharedPages};
-use vmcb_engine::memory::sized_memfd;
+use vmcb_engine::memory::{Keeper, sized_memfd};
 
 const PAGE: u64 = 4096;
 
@@ -15,21 +15,29 @@ const PAGE: u64 = 4096;
 pub struct Bank {
     pub data: Arc<File>,
     pub stamps: Arc<File>,
+    pub keeper: Arc<Keeper>,
     pub pages: u64,
 }
 
 impl Bank {
     pub fn new(pages: u64) -> Self {
         let file = |name, bytes| Arc::new(File::from(sized_memfd(name, bytes).unwrap()));
-        Self { data: file("data", pages * PAGE), stamps: file("stamps", pages * 4), pages }
+        let data = file("data", pages * PAGE);
+        let keeper = Arc::new(Keeper::new(OwnedFd::from(data.try_clone().unwrap()), pages).unwrap());
+        Self { data, stamps: file("stamps", pages * 4), keeper, pages }
     }
 
     pub fn shared(&self) -> SharedPages {
         let fd = |file: &File| OwnedFd::from(file.try_clone().unwrap());
-        SharedPages::new(fd(&self.data), fd(&self.stamps), self.pages * PAGE).unwrap()
+        let pages = SharedPages::new(fd(&self.data), fd(&self.stamps), self.pages * PAGE).unwrap();
+        pages.with_kept(self.keeper.fd().try_clone_to_owned().unwrap()).unwrap()
     }
 
     pub fn write(&self, page: u64, bytes: &[u8], epoch: u32) {
+        if self.keeper.is_frozen() {
+            self.keeper.keep(page, self.shared().stamp(page).unwrap());
+            self.stamps.write_all_at(&epoch.to_le_bytes(), page * 4).unwrap();
+        }
         self.data.write_all_at(bytes, page * PAGE).unwrap();
         self.stamps.write_all_at(&epoch.to_le_bytes(), page * 4).unwrap();
     }

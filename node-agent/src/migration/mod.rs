@@ -82,6 +82,14 @@ pub trait SourceVm: Send + 'static {
     fn stop(&mut self) -> impl Future<Output = Result<(), Failure>> + Send;
     /// Sections of the stopped guest.
     fn capture(&mut self) -> impl Future<Output = Result<Vec<Section>, Failure>> + Send;
+    /// Stops the guest for the instant in which its sections are captured and an epoch ends; from then on keeps what pages
+    /// stamped since `mark` held, until [`SourceVm::thaw`]. It lapses by itself unless it is repeated every
+    /// [`THROTTLE_REPEAT`]. The answer is [`source::Input::Frozen`].
+    fn freeze(&mut self, mark: u32) -> impl Future<Output = Result<source::Input, Failure>> + Send;
+    /// Repeats [`SourceVm::freeze`]; fails if the instant is lost.
+    fn stay_frozen(&mut self) -> impl Future<Output = Result<(), Failure>> + Send;
+    /// Ends [`SourceVm::freeze`]; fails if the instant was lost, so that what was read must not be used.
+    fn thaw(&mut self) -> impl Future<Output = Result<(), Failure>> + Send;
     /// Undoes [`SourceVm::stop`]: a guest that ran before runs again. Repeatable; called also when `stop` failed.
     fn resume(&mut self) -> impl Future<Output = Result<(), Failure>> + Send;
 }
@@ -102,6 +110,11 @@ impl Spaces {
     /// RAM and the local disks.
     pub fn new(ram: SharedPages, disks: Vec<SharedPages>) -> Self {
         Self(Arc::new(std::iter::once(ram).chain(disks).collect()))
+    }
+
+    /// Whether the runner can keep an instant: one of an earlier release, which has outlived its agent, cannot.
+    pub fn keep(&self) -> bool {
+        self.0[0].keeps()
     }
 }
 

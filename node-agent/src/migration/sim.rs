@@ -180,6 +180,7 @@ struct Lane {
 struct Worker {
     round: u32,
     last: bool,
+    instant: Option<u32>,
     pieces: VecDeque<(u16, Run)>,
     totals: RoundTotals,
 }
@@ -230,7 +231,14 @@ impl<'a> World<'a> {
             throttle_percent_max: 99 * chance.below(2) as u32,
             ..Default::default()
         };
-        let plan = Plan { lanes, policy, checkpoint, mark: base.map_or(0, |base| base.mark), wants_leaves: false };
+        let plan = Plan {
+            lanes,
+            policy,
+            checkpoint,
+            freeze: checkpoint && !policy.verify_full && chance.below(4) > 0,
+            mark: base.map_or(0, |base| base.mark),
+            wants_leaves: false,
+        };
         let ticket = Ticket { operation: "op".into(), secret: vec![1], expires_in_ms: 1000, ..Default::default() };
         let lane = || Lane { up: true, to_target_us: 0, to_source_us: 0, frames: 0 };
         let mut world = World {
@@ -351,6 +359,7 @@ impl<'a> World<'a> {
             self.check_standing();
         }
         assert_eq!(self.guest.throttle_percent, 0, "left held back");
+        assert!(!self.guest.ram.keeper.is_frozen() && !self.guest.disk.keeper.is_frozen(), "left frozen");
     }
 
     /// Stopped for a hand-over that has not come about: not for ever.
@@ -372,6 +381,7 @@ impl<'a> World<'a> {
                 (self.source, self.worker) = (None, None);
                 // Nobody repeats it: the runner lets it lapse.
                 self.guest.throttle_percent = 0;
+                let _was_frozen = [&self.guest.ram, &self.guest.disk].map(|bank| bank.keeper.thaw());
                 (0..self.lanes.len() as u32).for_each(|lane| self.cut(lane));
             }
             // What a host's loss after Ready means is the controller's affair.
@@ -472,7 +482,20 @@ impl<'a> World<'a> {
                 self.guest.epoch += 1;
                 self.soon(Event::SourceAnswer(source::Input::Epoch(self.guest.epoch)));
             }
-            Effect::SendRound { round, since, last } => self.begin_round(round, since, last),
+            Effect::SendRound { round, since, last, instant } => self.begin_round(round, since, last, instant),
+            Effect::Freeze { since } => {
+                self.guest.epoch += 1;
+                for bank in [&self.guest.ram, &self.guest.disk] {
+                    bank.keeper.freeze(since, self.guest.epoch - 1).unwrap();
+                }
+                self.frozen = Some(self.guest.bytes());
+                let (epoch, sections) = (self.guest.epoch, self.guest.sections());
+                self.soon(Event::SourceAnswer(source::Input::Frozen { epoch, sections, stopped_us: 1 }));
+            }
+            Effect::Thaw => {
+                // A failure may come before the answer to the freeze, never before the freeze.
+                assert!(self.guest.ram.keeper.thaw() && self.guest.disk.keeper.thaw(), "it was lost");
+            }
             Effect::MeasureLeft { since } => {
                 let pages: u64 = self.guest.spaces.iter().map(|space| space.count_since(since).unwrap()).sum();
                 self.soon(Event::SourceAnswer(source::Input::Left { bytes: pages * 4096 }));
@@ -509,15 +532,18 @@ impl<'a> World<'a> {
         }
     }
 
-    fn begin_round(&mut self, round: u32, since: u32, last: bool) {
+    fn begin_round(&mut self, round: u32, since: u32, last: bool, instant: Option<u32>) {
         let mut pieces = VecDeque::new();
         for (number, space) in (0..).zip(&self.guest.spaces) {
             // Small pieces, so that much happens between them.
-            let runs = space.since(since).unwrap();
+            let runs = match instant {
+                Some(instant) => space.since_frozen(since, instant).unwrap(),
+                None => space.since(since).unwrap(),
+            };
             pieces.extend(runs.into_iter().flat_map(|run| run.pieces(5)).map(|run| (number, run)));
         }
         self.lanes.iter_mut().for_each(|lane| lane.frames = 0);
-        self.worker = Some(Worker { round, last, pieces, totals: RoundTotals::default() });
+        self.worker = Some(Worker { round, last, instant, pieces, totals: RoundTotals::default() });
         self.soon(Event::NextPiece);
     }
 
@@ -535,7 +561,7 @@ impl<'a> World<'a> {
         let digests = &mut self.source_digests[at];
         let pages = &self.guest.spaces[at];
         let mut batch = runs::Batch::new(Vec::new(), |_, _: &mut Vec<u8>| ());
-        batch.push(space, pages, run, |page| digests.get(page) == ZERO_LEAF).unwrap();
+        batch.push(space, pages, run, worker.instant, |page| digests.get(page) == ZERO_LEAF).unwrap();
         let made = batch.seal();
         made.digests().for_each(|(_, page, leaf)| digests.set(page, leaf));
         worker.totals.pages += run.pages;

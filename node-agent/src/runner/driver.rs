@@ -10,6 +10,8 @@
 //! transfer rests after each slice in proportion to how long it took; that is the driver's doing and no state of the guest. The driver knows no socket and
 //! no file: inputs and outputs are values, the clock is an argument.
 
+mod frozen;
+
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
@@ -24,6 +26,7 @@ use proto::v1::{
 };
 use vmcb_engine::transfer::rounds::THROTTLE_PERCENT_MAX;
 
+use self::frozen::Frozen;
 use super::guest::{Guest, Outcome};
 use super::pace::{Idle, Pace, Start};
 use crate::clock::Clock;
@@ -165,6 +168,7 @@ pub struct Driver<G, C, O> {
     quick_resets: u32,
     booted_tsc: u64,
     throttle: Option<Throttle>,
+    frozen: Option<Frozen>,
     running: bool,
     stopped_ns: u64,
     started_ns: u64,
@@ -203,6 +207,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
             quick_resets: 0,
             booted_tsc: 0,
             throttle: None,
+            frozen: None,
             running: false,
             stopped_ns,
             started_ns: 0,
@@ -251,8 +256,8 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         }
         self.feed_console();
         self.deliver_packets()?;
-        if let Some(instant) = self.resting() {
-            return Ok(Wait::Until(instant));
+        if let Some(instant) = self.resting().or_else(|| self.waits_for_room()) {
+            return Ok(Wait::Until(instant.min(self.lease_end_ns())));
         }
         if let Some(until_tsc) = self.idle {
             let wait = self.rest(until_tsc);
@@ -308,8 +313,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
             self.throttle = None;
         }
         let throttle = self.throttle?;
-        let lease = self.lease_end_ns();
-        (now < throttle.rest_until_ns).then_some(throttle.rest_until_ns.min(throttle.until_ns).min(lease))
+        (now < throttle.rest_until_ns).then_some(throttle.rest_until_ns.min(throttle.until_ns))
     }
 
     fn adapt_slice(&mut self, took_ns: u64) {
@@ -473,7 +477,10 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
             }
             Input::Request { connection, request } => {
                 let shutdown = matches!(request.request, Some(Request::Shutdown(_)));
-                if matches!(request.request, Some(Request::Capture(_))) && self.phase == Phase::Live && !self.running {
+                if matches!(request.request, Some(Request::Capture(_) | Request::Freeze(_)))
+                    && self.phase == Phase::Live
+                    && !self.running
+                {
                     self.seal()?;
                 }
                 let id = request.id;
@@ -497,8 +504,9 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
     fn answer(&mut self, request: Request) -> Result<Reply, RunnerFailure> {
         match request {
             Request::Attach(_) => {
-                // Whoever held it back is gone, or will say so again.
+                // Whoever held it back is gone, or will say so again; nobody reads what was kept.
                 self.throttle = None;
+                self.forget_frozen();
                 return Ok(Reply::Attached(RunnerAttached {
                     config: Some(self.terms.config.clone()),
                     state: Some(self.state()),
@@ -535,6 +543,9 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
                 let percent = u64::from(throttle.percent.min(THROTTLE_PERCENT_MAX));
                 self.throttle = (percent > 0).then_some(Throttle { percent, until_ns, rest_until_ns });
             }
+            Request::Freeze(freeze) => return self.freeze(&freeze),
+            Request::StayFrozen(stay) => self.stay_frozen(stay.valid_ms)?,
+            Request::Thaw(_) => self.thaw()?,
             Request::Status(_) | Request::Shutdown(_) => {}
             Request::Console(input) => {
                 if self.sealed {

@@ -40,6 +40,15 @@ pub trait Guest {
     fn epoch(&self) -> u32;
     /// Closes the running epoch; returns the new one.
     fn advance_epoch(&mut self) -> u32;
+    /// Closes the running epoch, and keeps what pages and blocks stamped since `mark` hold now; returns the new epoch.
+    ///
+    /// # Errors
+    /// The host's, in words.
+    fn freeze(&mut self, mark: u32) -> Result<u32, String>;
+    /// Keeps nothing any more; false if something could not be kept.
+    fn thaw(&mut self) -> bool;
+    /// Host memory that what is kept takes.
+    fn kept_bytes(&self) -> u64;
     /// All sections of the stopped machine.
     ///
     /// # Errors

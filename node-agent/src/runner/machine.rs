@@ -22,8 +22,11 @@ use super::open::{Opened, TapCable};
 /// What does not fit, in words; a disk's error names its file.
 pub fn build(config: &MachineConfig, opened: &Opened, incoming: bool) -> Result<Built<Machine>, String> {
     let memory = GuestMemory::create(config.memory_bytes).map_err(|error| text(&error))?;
-    let mut descriptors =
-        vec![("ram".to_owned(), share(memory.ram_fd())?), ("ram-stamps".to_owned(), share(memory.stamps_fd())?)];
+    let mut descriptors = vec![
+        ("ram".to_owned(), share(memory.ram_fd())?),
+        ("ram-stamps".to_owned(), share(memory.stamps_fd())?),
+        ("ram-kept".to_owned(), share(memory.keeper().fd())?),
+    ];
     let mut disks = Vec::new();
     for (index, disk) in config.disks.iter().enumerate() {
         let failed = |why: String| format!("{}: {why}", disk.path);
@@ -41,6 +44,7 @@ pub fn build(config: &MachineConfig, opened: &Opened, incoming: bool) -> Result<
             };
             descriptors.push((format!("disk{index}"), data));
             descriptors.push((format!("disk{index}-stamps"), share(image.stamps_fd())?));
+            descriptors.push((format!("disk{index}-kept"), share(image.keeper().fd())?));
         }
         disks.push(image);
     }
@@ -126,6 +130,18 @@ impl Guest for Machine {
 
     fn advance_epoch(&mut self) -> u32 {
         Machine::advance_epoch(self)
+    }
+
+    fn freeze(&mut self, mark: u32) -> Result<u32, String> {
+        Machine::freeze(self, mark).map_err(|error| text(&error))
+    }
+
+    fn thaw(&mut self) -> bool {
+        Machine::thaw(self)
+    }
+
+    fn kept_bytes(&self) -> u64 {
+        Machine::kept_bytes(self)
     }
 
     fn capture(&mut self) -> Result<Vec<Section>, String> {

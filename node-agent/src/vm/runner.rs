@@ -20,9 +20,9 @@ use proto::status::Code;
 use proto::v1::runner_reply::Reply;
 use proto::v1::runner_request::Request;
 use proto::v1::{
-    MachineConfig, RunnerAdvanceEpoch, RunnerApply, RunnerAttach, RunnerCapture, RunnerConsoleOutput, RunnerLease,
-    RunnerPause, RunnerReply, RunnerRequest, RunnerResume, RunnerSections, RunnerShutdown, RunnerState, RunnerStatus,
-    RunnerThrottle, VmState,
+    MachineConfig, RunnerAdvanceEpoch, RunnerApply, RunnerAttach, RunnerCapture, RunnerConsoleOutput, RunnerFreeze,
+    RunnerFrozen, RunnerLease, RunnerPause, RunnerReply, RunnerRequest, RunnerResume, RunnerSections, RunnerShutdown,
+    RunnerState, RunnerStatus, RunnerStayFrozen, RunnerThaw, RunnerThrottle, VmState,
 };
 use rustix::process::{Pid, Signal};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
@@ -30,6 +30,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use vmcb_engine::memory::shared::SharedPages;
 
+use crate::migration::source::Input;
 use crate::migration::{Failure, SourceVm, Spaces, TargetVm};
 use crate::runner::open::{short_path, start_time};
 use crate::runner::wire::{self, Inbox};
@@ -39,8 +40,9 @@ const CONNECT_STEP: Duration = Duration::from_millis(2);
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
 /// Unpacking a kernel, capturing and applying state.
 const LONG_CALL_DEADLINE: Duration = Duration::from_secs(60);
-/// A guest that is held back runs free after so long without a word: several times what the migration repeats it in.
-const THROTTLE_VALID_MS: u32 = 5_000;
+/// A guest that is held back runs free, and a frozen instant lapses, after so long without a word: several times what the
+/// migration repeats it in.
+const HELD_VALID_MS: u32 = 5_000;
 const EXIT_DEADLINE: Duration = Duration::from_secs(2);
 const CONSOLE_BACKLOG: usize = 1024;
 const LOG_TAIL_BYTES: usize = 2000;
@@ -225,7 +227,7 @@ impl Runner {
     /// The runner refuses, is gone, or does not answer in time.
     pub async fn call(&self, request: Request) -> Result<Reply, Failure> {
         let limit = match request {
-            Request::Boot(_) | Request::Capture(_) | Request::Apply(_) => LONG_CALL_DEADLINE,
+            Request::Boot(_) | Request::Capture(_) | Request::Apply(_) | Request::Freeze(_) => LONG_CALL_DEADLINE,
             _ => CALL_DEADLINE,
         };
         let gone = || Failure::new(Code::Unreachable, "the guest's process is gone");
@@ -310,7 +312,13 @@ impl Runner {
         let pages = |name: &str, bytes: u64| {
             let data = self.descriptor(name)?;
             let stamps = self.descriptor(&format!("{name}-stamps"))?;
-            SharedPages::new(data, stamps, bytes).map_err(|error| internal(format!("{name}: {error}")))
+            let failed = |error| internal(format!("{name}: {error}"));
+            let pages = SharedPages::new(data, stamps, bytes).map_err(failed)?;
+            match self.descriptor(&format!("{name}-kept")) {
+                Ok(kept) => pages.with_kept(kept).map_err(failed),
+                // What the guest does not write, and any space of a runner of an earlier release.
+                Err(_) => Ok(pages),
+            }
         };
         let ram = pages("ram", self.config.memory_bytes)?;
         let local = self.config.disks.iter().enumerate().filter(|(_, disk)| !disk.shared);
@@ -456,10 +464,7 @@ impl SourceVm for Leaving {
     }
 
     async fn throttle(&mut self, percent: u32) -> Result<(), Failure> {
-        self.runner
-            .state_after(Request::Throttle(RunnerThrottle { percent, valid_ms: THROTTLE_VALID_MS }))
-            .await
-            .map(drop)
+        self.runner.state_after(Request::Throttle(RunnerThrottle { percent, valid_ms: HELD_VALID_MS })).await.map(drop)
     }
 
     async fn stop(&mut self) -> Result<(), Failure> {
@@ -472,6 +477,24 @@ impl SourceVm for Leaving {
 
     async fn capture(&mut self) -> Result<Vec<proto::v1::Section>, Failure> {
         Ok(Leaving::sections(self.runner.call(Request::Capture(RunnerCapture {})).await?)?.sections)
+    }
+
+    async fn freeze(&mut self, mark: u32) -> Result<Input, Failure> {
+        let request = Request::Freeze(RunnerFreeze { mark, valid_ms: HELD_VALID_MS });
+        match self.runner.call(request).await? {
+            Reply::Frozen(RunnerFrozen { epoch, sections, stopped_us }) => {
+                Ok(Input::Frozen { epoch, sections, stopped_us })
+            }
+            _ => Err(Failure::new(Code::Protocol, "the runner answered something else")),
+        }
+    }
+
+    async fn stay_frozen(&mut self) -> Result<(), Failure> {
+        self.runner.state_after(Request::StayFrozen(RunnerStayFrozen { valid_ms: HELD_VALID_MS })).await.map(drop)
+    }
+
+    async fn thaw(&mut self) -> Result<(), Failure> {
+        self.runner.state_after(Request::Thaw(RunnerThaw {})).await.map(drop)
     }
 
     async fn resume(&mut self) -> Result<(), Failure> {

@@ -103,6 +103,20 @@ impl Guest for Counter {
         self.memory.advance_epoch()
     }
 
+    fn freeze(&mut self, mark: u32) -> Result<u32, String> {
+        let epoch = self.memory.advance_epoch();
+        self.memory.keeper().freeze(mark, epoch - 1).map_err(|error| error.to_string())?;
+        Ok(epoch)
+    }
+
+    fn thaw(&mut self) -> bool {
+        self.memory.keeper().thaw()
+    }
+
+    fn kept_bytes(&self) -> u64 {
+        self.memory.keeper().kept_bytes()
+    }
+
     fn capture(&mut self) -> Result<Vec<Section>, String> {
         let body = [self.count.to_le_bytes().as_slice(), &[u8::from(self.idle)]].concat();
         Ok(vec![Section { name: "clock".into(), major: 1, body, ..Section::default() }])
@@ -131,8 +145,11 @@ impl Guest for Counter {
 fn build(config: &MachineConfig, opened: &Opened) -> Result<Built<Counter>, String> {
     let memory = GuestMemory::create(config.memory_bytes).map_err(|error| error.to_string())?;
     let dup = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map_err(|error| error.to_string());
-    let mut descriptors: Vec<(String, OwnedFd)> =
-        vec![("ram".into(), dup(memory.ram_fd())?), ("ram-stamps".into(), dup(memory.stamps_fd())?)];
+    let mut descriptors: Vec<(String, OwnedFd)> = vec![
+        ("ram".into(), dup(memory.ram_fd())?),
+        ("ram-stamps".into(), dup(memory.stamps_fd())?),
+        ("ram-kept".into(), dup(memory.keeper().fd())?),
+    ];
     if let Some(boot) = &opened.boot_image {
         descriptors.push(("boot".into(), dup(boot.file.as_fd())?));
         let stamps = sized_memfd("boot-stamps", boot.bytes.div_ceil(4096) * 4).map_err(|error| error.to_string())?;

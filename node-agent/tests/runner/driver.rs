@@ -4,11 +4,13 @@ use crate::scripted::{Act, Hand, Kept, Kernel, Scripted, Shared, TravellingKerne
 use node_agent::runner::driver::{BootImages, Driver, Input, Output, Wait};
 use node_agent::runner::guest::Outcome;
 use proptest::prelude::*;
+use proto::status::Code;
 use proto::v1::runner_reply::Reply;
 use proto::v1::runner_request::Request;
 use proto::v1::{
-    RunnerApply, RunnerAttach, RunnerBoot, RunnerCapture, RunnerConsoleInput, RunnerLease, RunnerPause, RunnerRequest,
-    RunnerResume, RunnerState, RunnerStatus, RunnerThrottle, Section, VmState,
+    RunnerApply, RunnerAttach, RunnerBoot, RunnerCapture, RunnerConsoleInput, RunnerFreeze, RunnerFrozen, RunnerLease,
+    RunnerPause, RunnerRequest, RunnerResume, RunnerState, RunnerStatus, RunnerStayFrozen, RunnerThaw, RunnerThrottle,
+    Section, VmState,
 };
 
 const MS: u64 = 1_000_000;
@@ -157,6 +159,80 @@ fn a_guest_that_is_held_back_hears_and_loses_its_lease_as_any_other() {
     assert!(
         matches!(bench.ask(Request::Pause(RunnerPause::default())), Reply::State(state) if state.state() == VmState::Paused)
     );
+}
+
+fn freeze(bench: &mut Bench, valid_ms: u32) -> RunnerFrozen {
+    match bench.ask(Request::Freeze(RunnerFreeze { mark: 3, valid_ms })) {
+        Reply::Frozen(frozen) => frozen,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn code(reply: Reply) -> Code {
+    match reply {
+        Reply::Failure(failure) => Code::from_number(failure.code),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn an_instant_is_frozen_while_the_guest_goes_on_and_thawed_once() {
+    let mut bench = busy_bench();
+    bench.booted();
+    slices_in(&mut bench, 10);
+    let frozen = freeze(&mut bench, 5000);
+    assert_eq!((frozen.epoch, frozen.sections.len()), (2, 1));
+    assert!(slices_in(&mut bench, 100) > 10, "the guest runs");
+    assert!(matches!(bench.ask(Request::StayFrozen(RunnerStayFrozen { valid_ms: 5000 })), Reply::State(_)));
+    assert!(matches!(bench.ask(Request::Thaw(RunnerThaw {})), Reply::State(_)));
+    assert_eq!(code(bench.ask(Request::Thaw(RunnerThaw {}))), Code::Exhausted);
+    assert_eq!(code(bench.ask(Request::StayFrozen(RunnerStayFrozen { valid_ms: 5000 }))), Code::Exhausted);
+}
+
+#[test]
+fn an_instant_that_nobody_asks_for_any_more_is_forgotten() {
+    let mut bench = busy_bench();
+    bench.booted();
+    freeze(&mut bench, 300);
+    slices_in(&mut bench, 200);
+    assert!(bench.seen.lock().unwrap().frozen.is_some());
+    slices_in(&mut bench, 200);
+    assert!(bench.seen.lock().unwrap().frozen.is_none());
+    assert_eq!(code(bench.ask(Request::Thaw(RunnerThaw {}))), Code::Exhausted);
+    freeze(&mut bench, 60_000);
+    bench.ask(Request::Attach(RunnerAttach {}));
+    assert!(bench.seen.lock().unwrap().frozen.is_none(), "a new agent does not read it");
+}
+
+#[test]
+fn a_guest_that_overwrites_too_fast_waits_for_room_and_not_for_ever() {
+    let mut bench = busy_bench();
+    bench.booted();
+    freeze(&mut bench, 60_000);
+    bench.seen.lock().unwrap().frozen = Some(65 << 20);
+    assert_eq!(slices_in(&mut bench, 1000), 0, "there is no room");
+    bench.seen.lock().unwrap().frozen = Some(1 << 20);
+    assert!(slices_in(&mut bench, 100) > 10);
+    bench.seen.lock().unwrap().frozen = Some(65 << 20);
+    assert_eq!(slices_in(&mut bench, 4900), 0);
+    assert!(slices_in(&mut bench, 1000) > 100, "it does not wait for ever");
+    assert_eq!(code(bench.ask(Request::Thaw(RunnerThaw {}))), Code::Exhausted);
+}
+
+#[test]
+fn an_instant_of_a_paused_guest_may_be_frozen_and_of_an_ended_one_not() {
+    let mut paused = busy_bench();
+    paused.booted();
+    paused.ask(Request::Pause(RunnerPause::default()));
+    let before = paused.runs();
+    freeze(&mut paused, 5000);
+    assert_eq!(paused.driver.step().unwrap(), Wait::Input);
+    assert!(matches!(paused.ask(Request::Thaw(RunnerThaw {})), Reply::State(_)));
+    assert_eq!(paused.runs(), before);
+    let mut ended = bench(false, [Act::End(Outcome::PowerOff)]);
+    ended.booted();
+    ended.driver.step().unwrap();
+    assert_eq!(code(ended.ask(Request::Freeze(RunnerFreeze::default()))), Code::Conflict);
 }
 
 #[test]

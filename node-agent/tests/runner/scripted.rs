@@ -46,6 +46,9 @@ pub struct Seen {
     pub booted: Vec<u8>,
     pub resets: u32,
     pub epoch: u32,
+    /// Bytes kept of a frozen instant, if one is.
+    pub frozen: Option<u64>,
+    pub thawed: u32,
 }
 
 pub type Shared = Arc<Mutex<Seen>>;
@@ -167,6 +170,21 @@ impl Guest for Scripted {
         let mut seen = self.seen.lock().unwrap();
         seen.epoch += 1;
         seen.epoch
+    }
+
+    fn freeze(&mut self, _mark: u32) -> Result<u32, String> {
+        self.seen.lock().unwrap().frozen = Some(0);
+        Ok(self.advance_epoch())
+    }
+
+    fn thaw(&mut self) -> bool {
+        let mut seen = self.seen.lock().unwrap();
+        seen.thawed += 1;
+        seen.frozen.take().is_some()
+    }
+
+    fn kept_bytes(&self) -> u64 {
+        self.seen.lock().unwrap().frozen.unwrap_or(0)
     }
 
     fn capture(&mut self) -> Result<Vec<Section>, String> {

@@ -8,7 +8,7 @@ use std::path::Path;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use crate::memory::{StampTable, sized_memfd};
+use crate::memory::{Keeper, StampTable, sized_memfd};
 
 /// Bytes of a sector, the unit in which virtio counts.
 pub const SECTOR_BYTES: u64 = 512;
@@ -51,6 +51,7 @@ fn host(step: &'static str) -> impl Fn(Errno) -> DiskError {
 pub struct DiskImage {
     file: File,
     stamps: OwnedFd,
+    keeper: Keeper,
     bytes: u64,
     read_only: bool,
     epoch: u32,
@@ -77,9 +78,13 @@ impl DiskImage {
         if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) || bytes > 1 << 50 {
             return Err(DiskError::Size(bytes));
         }
-        let stamps = sized_memfd("disk-stamps", StampTable::file_bytes(bytes.div_ceil(BLOCK_BYTES)));
-        let stamps = stamps.map_err(|e| DiskError::Host { step: "make stamps", source: std::io::Error::other(e) })?;
-        Ok(Self { file: File::from(fd), stamps, bytes, read_only, epoch: 1 })
+        let blocks = bytes.div_ceil(BLOCK_BYTES);
+        let no_memory = |e| DiskError::Host { step: "make stamps", source: std::io::Error::other(e) };
+        let stamps = sized_memfd("disk-stamps", StampTable::file_bytes(blocks)).map_err(no_memory)?;
+        let file = File::from(fd);
+        let data = file.try_clone().map_err(|source| DiskError::Host { step: "share", source })?;
+        let keeper = Keeper::new(data.into(), blocks).map_err(no_memory)?;
+        Ok(Self { file, stamps, keeper, bytes, read_only, epoch: 1 })
     }
 
     /// Size in bytes.
@@ -105,6 +110,11 @@ impl DiskImage {
     /// The memfd of stamps: one little-endian u32 a block.
     pub fn stamps_fd(&self) -> BorrowedFd<'_> {
         self.stamps.as_fd()
+    }
+
+    /// What blocks held at a frozen instant.
+    pub fn keeper(&self) -> &Keeper {
+        &self.keeper
     }
 
     /// Epoch with which writes are stamped from now on.
@@ -145,6 +155,7 @@ impl DiskImage {
         if self.read_only {
             return Err(DiskError::Refused { offset, bytes: from.len(), verb: "written" });
         }
+        self.keep(offset, from.len() as u64)?;
         let mut done = 0;
         let outcome = loop {
             if done == from.len() {
@@ -159,6 +170,20 @@ impl DiskImage {
         };
         self.stamp(offset, from.len() as u64)?;
         outcome
+    }
+
+    /// Blocks are about to be written: what they held at a frozen instant is kept.
+    fn keep(&self, offset: u64, bytes: u64) -> Result<(), DiskError> {
+        if bytes == 0 || !self.keeper.is_frozen() {
+            return Ok(());
+        }
+        for block in offset / BLOCK_BYTES..=(offset + bytes - 1) / BLOCK_BYTES {
+            let mut stamp = [0; 4];
+            rustix::io::pread(&self.stamps, &mut stamp[..], block * 4).map_err(host("read a stamp"))?;
+            self.keeper.keep(block, u32::from_le_bytes(stamp));
+        }
+        // Before the write: a reader that sees new bytes must see the new stamp too.
+        self.stamp(offset, bytes)
     }
 
     fn stamp(&self, offset: u64, bytes: u64) -> Result<(), DiskError> {

@@ -25,8 +25,8 @@ use crate::device::bus::{Bus, RestoreError};
 use crate::device::net::NetLink;
 use crate::device::power::Stop;
 use crate::engine::{Engine, Exit, LoadError};
-use crate::memory::GuestMemory;
 use crate::memory::shared::PagesError;
+use crate::memory::{GuestMemory, Keeper};
 use crate::snapshot::SectionError;
 
 /// What a machine is made of, besides its configuration.
@@ -293,6 +293,36 @@ impl Machine {
         self.bus.set_epoch(epoch);
         self.engine.rearm_stamps();
         epoch
+    }
+
+    /// Names an instant: pages and blocks stamped since `mark` are kept as they are now while the guest goes on, until
+    /// [`Machine::thaw`]. Returns the epoch that begins: what is stamped with it came later.
+    ///
+    /// # Errors
+    /// The host refused; then nothing is kept.
+    pub fn freeze(&mut self, mark: u32) -> std::io::Result<u32> {
+        let epoch = self.advance_epoch();
+        let frozen = self.keepers().try_for_each(|keeper| keeper.freeze(mark, epoch - 1));
+        if frozen.is_err() {
+            self.thaw();
+        }
+        frozen.map(|()| epoch)
+    }
+
+    /// Keeps nothing any more. False if the instant was lost because a page could not be kept, or there was none.
+    pub fn thaw(&mut self) -> bool {
+        // Every keeper thaws, whatever the others say.
+        let lost = self.keepers().filter(|keeper| !keeper.thaw()).count();
+        lost == 0
+    }
+
+    /// Bytes of host memory that pages and blocks of a frozen instant take now.
+    pub fn kept_bytes(&self) -> u64 {
+        self.keepers().map(Keeper::kept_bytes).sum()
+    }
+
+    fn keepers(&self) -> impl Iterator<Item = &Keeper> {
+        std::iter::once(self.memory.keeper()).chain(self.bus.disk_images().map(DiskImage::keeper))
     }
 
     /// The VMCB of every vCPU as it is now.

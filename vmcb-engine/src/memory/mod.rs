@@ -9,6 +9,7 @@
 //! This room refuses to know what the pages mean, who reads them, and the wall clock.
 
 pub mod digest;
+pub mod frozen;
 pub mod shared;
 pub mod stamps;
 
@@ -20,6 +21,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+pub use frozen::Keeper;
 pub use stamps::{StampSlice, StampTable};
 
 /// Bytes of a page.
@@ -70,6 +72,7 @@ pub struct GuestMemory {
     vm: GuestMemoryMmap<StampSlice>,
     stamps: Arc<StampTable>,
     ram: Arc<File>,
+    keeper: Keeper,
     bytes: u64,
 }
 
@@ -99,7 +102,9 @@ impl GuestMemory {
             regions.push(region(&ram, &stamps, low, bytes - low, HOLE_END)?);
         }
         let vm = GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)?;
-        Ok(Self { vm, stamps, ram, bytes })
+        let data = ram.try_clone().map_err(|source| MemoryError::Host { step: "share a descriptor", source })?;
+        let keeper = Keeper::new(data.into(), bytes / PAGE_BYTES)?;
+        Ok(Self { vm, stamps, ram, keeper, bytes })
     }
 
     /// Bytes of RAM.
@@ -122,12 +127,17 @@ impl GuestMemory {
         self.stamps.fd()
     }
 
+    /// What pages held at a frozen instant.
+    pub fn keeper(&self) -> &Keeper {
+        &self.keeper
+    }
+
     /// The stamps, shared with whoever writes.
     pub fn stamps(&self) -> &Arc<StampTable> {
         &self.stamps
     }
 
-    /// For device libraries; what they write through it is stamped too.
+    /// For device libraries; what they write through it is stamped too, and they call [`GuestMemory::keep_range`] first.
     pub fn vm(&self) -> &GuestMemoryMmap<StampSlice> {
         &self.vm
     }
@@ -140,6 +150,31 @@ impl GuestMemory {
     /// Begins the next epoch and returns it. The engine must re-arm its own write paths before it runs again.
     pub fn advance_epoch(&self) -> u32 {
         self.stamps.advance_epoch()
+    }
+
+    /// A page is about to be written: what it held at a frozen instant is kept. Whoever writes calls it first, and stamps
+    /// afterwards.
+    #[inline]
+    pub fn keep(&self, page: u64) {
+        if self.keeper.is_frozen() {
+            self.keep_now(page);
+        }
+    }
+
+    #[cold]
+    fn keep_now(&self, page: u64) {
+        self.keeper.keep(page, self.stamps.stamp(page));
+        // Before the write: a reader that sees new bytes must see the new stamp too.
+        self.stamps.mark(page);
+    }
+
+    /// [`GuestMemory::keep`] for every page of RAM in a range of guest-physical addresses.
+    pub fn keep_range(&self, gpa: u64, bytes: u64) {
+        if !self.keeper.is_frozen() || bytes == 0 {
+            return;
+        }
+        let pages = gpa / PAGE_BYTES..=gpa.saturating_add(bytes - 1) / PAGE_BYTES;
+        pages.filter_map(|page| self.page_of(page * PAGE_BYTES)).for_each(|page| self.keep_now(page));
     }
 
     /// Copies RAM out.
@@ -155,6 +190,7 @@ impl GuestMemory {
     /// # Errors
     /// Any byte of the range that is not RAM.
     pub fn write(&self, gpa: u64, from: &[u8]) -> Result<(), OutOfRange> {
+        self.keep_range(gpa, from.len() as u64);
         self.vm.write_slice(from, GuestAddress(gpa)).map_err(|_| OutOfRange { gpa, bytes: from.len() })
     }
 
@@ -170,6 +206,7 @@ impl GuestMemory {
         };
         let pages = shared::SharedPages::new(clone(self.ram_fd())?, clone(self.stamps_fd())?, self.bytes)?;
         for run in pages.filled(shared::Run { first: 0, pages: self.pages() })? {
+            (run.first..run.end()).for_each(|page| self.keep(page));
             pages.zero_pages(run)?;
             (run.first..run.end()).for_each(|page| self.stamps.mark(page));
         }

@@ -16,6 +16,7 @@ use rustix::fs::{FallocateFlags, SeekFrom};
 
 use super::PAGE_BYTES;
 use super::digest::{PageDigests, leaves};
+use super::frozen::{self, Kept};
 
 /// Stamps read at once: those of 256 MiB.
 const STAMPS_AT_ONCE: usize = 1 << 16;
@@ -89,6 +90,7 @@ pub enum PagesError {
 pub struct SharedPages {
     data: File,
     stamps: File,
+    kept: Option<Kept>,
     bytes: u64,
     pages: u64,
 }
@@ -111,7 +113,31 @@ impl SharedPages {
                 return Err(PagesError::Short { what, found, expected });
             }
         }
-        Ok(Self { data, stamps, bytes, pages })
+        Ok(Self { data, stamps, kept: None, bytes, pages })
+    }
+
+    /// With what the process keeps of a frozen instant.
+    ///
+    /// # Errors
+    /// A file that is too short.
+    pub fn with_kept(self, kept: OwnedFd) -> Result<Self, PagesError> {
+        let file = File::from(kept);
+        let (found, expected) =
+            (file.metadata().map_err(host("find the length"))?.len(), frozen::file_bytes(self.pages));
+        if found < expected {
+            return Err(PagesError::Short { what: "kept pages", found, expected });
+        }
+        Ok(Self { kept: Some(Kept::new(file, self.pages)), ..self })
+    }
+
+    /// All of them.
+    pub fn whole(&self) -> Run {
+        Run { first: 0, pages: self.pages }
+    }
+
+    /// Whether the process can keep an instant of these pages.
+    pub fn keeps(&self) -> bool {
+        self.kept.is_some()
     }
 
     /// How many pages.
@@ -140,15 +166,63 @@ impl SharedPages {
         }
         let mut runs: Vec<Run> = Vec::new();
         self.scan(|page, stamp| {
-            if stamp < mark {
-                return;
-            }
-            match runs.last_mut() {
-                Some(run) if run.end() == page => run.pages += 1,
-                _ => runs.push(Run { first: page, pages: 1 }),
-            }
+            push_page(&mut runs, page, stamp >= mark);
         })?;
         Ok(runs)
+    }
+
+    /// Pages of a frozen instant that were written in epoch `mark` or later, as runs in order: without those that were first
+    /// written after it. Mark 0 is every page that may hold anything but zeros.
+    ///
+    /// # Errors
+    /// The host.
+    pub fn since_frozen(&self, mark: u32, instant: u32) -> Result<Vec<Run>, PagesError> {
+        if mark == 0 {
+            // A page that has become a hole since then held something that was kept.
+            return Ok(joined(self.filled(self.whole())?, &self.since(instant.saturating_add(1))?));
+        }
+        let Some(kept) = &self.kept else { return self.since(mark) };
+        let mut runs: Vec<Run> = Vec::new();
+        for run in self.since(mark)? {
+            let stamps = self.stamps(run)?;
+            let later = stamps.iter().any(|stamp| *stamp > instant);
+            let settled = match later {
+                true => kept.settled(run.first, run.pages).map_err(host("read what is kept"))?,
+                false => Vec::new(),
+            };
+            for (at, stamp) in (0..).zip(&stamps) {
+                let foreign = *stamp > instant && settled[at as usize] == instant;
+                push_page(&mut runs, run.first + at, !foreign);
+            }
+        }
+        Ok(runs)
+    }
+
+    /// Appends whole pages as they were at a frozen instant, and tells the process that they need not be kept any more.
+    ///
+    /// # Errors
+    /// Pages that do not exist, or the host.
+    pub fn append_frozen(&self, run: Run, instant: u32, into: &mut Vec<u8>) -> Result<(), PagesError> {
+        let start = into.len();
+        self.append_pages(run, into)?;
+        let Some(kept) = &self.kept else { return Ok(()) };
+        let failed = host("read what is kept");
+        // The page first, then its stamp: whoever writes stamps first.
+        for (at, stamp) in self.stamps(run)?.into_iter().enumerate() {
+            if stamp > instant {
+                let page = start + at * PAGE_BYTES as usize;
+                let bytes = &mut into[page..page + PAGE_BYTES as usize];
+                kept.read(run.first + at as u64, bytes).map_err(&failed)?;
+            }
+        }
+        kept.settle(run.first, run.pages, instant).map_err(&failed)?;
+        kept.give_back(run.first, run.pages).map_err(failed)
+    }
+
+    fn stamps(&self, run: Run) -> Result<Vec<u32>, PagesError> {
+        let mut bytes = vec![0; run.pages as usize * 4];
+        self.stamps.read_exact_at(&mut bytes, run.first * 4).map_err(host("read stamps"))?;
+        Ok(bytes.as_chunks::<4>().0.iter().map(|word| u32::from_le_bytes(*word)).collect())
     }
 
     /// How many pages were written in epoch `mark` or later.
@@ -266,7 +340,7 @@ impl SharedPages {
     /// The host.
     pub fn is_zero(&self) -> Result<bool, PagesError> {
         let mut bytes = Vec::new();
-        for filled in self.filled(Run { first: 0, pages: self.pages })? {
+        for filled in self.filled(self.whole())? {
             for piece in filled.pieces(PAGES_AT_ONCE) {
                 bytes.clear();
                 self.append_pages(piece, &mut bytes)?;
@@ -285,7 +359,7 @@ impl SharedPages {
     pub fn digests(&self) -> Result<PageDigests, PagesError> {
         let mut digests = PageDigests::new(self.pages);
         let mut bytes = Vec::new();
-        for filled in self.filled(Run { first: 0, pages: self.pages })? {
+        for filled in self.filled(self.whole())? {
             for piece in filled.pieces(PAGES_AT_ONCE) {
                 bytes.clear();
                 self.append_pages(piece, &mut bytes)?;
@@ -301,6 +375,32 @@ impl SharedPages {
             _ => Err(PagesError::Range { first, count, pages: self.pages }),
         }
     }
+}
+
+/// Appends a page, which lies behind all others, if it is wanted.
+fn push_page(runs: &mut Vec<Run>, page: u64, wanted: bool) {
+    match runs.last_mut() {
+        _ if !wanted => {}
+        Some(run) if run.end() == page => run.pages += 1,
+        _ => runs.push(Run { first: page, pages: 1 }),
+    }
+}
+
+/// Pages that are in either list, in order.
+fn joined(mut all: Vec<Run>, more: &[Run]) -> Vec<Run> {
+    if more.is_empty() {
+        return all;
+    }
+    all.extend_from_slice(more);
+    all.sort_unstable_by_key(|run| run.first);
+    let mut runs: Vec<Run> = Vec::with_capacity(all.len());
+    for run in all {
+        match runs.last_mut() {
+            Some(last) if last.end() >= run.first => last.pages = last.end().max(run.end()) - last.first,
+            _ => runs.push(run),
+        }
+    }
+    runs
 }
 
 fn whole_pages(bytes: usize) -> u64 {

@@ -62,7 +62,7 @@ impl<E: Fn(usize, &mut Vec<u8>)> Batch<E> {
         Self { envelope, bytes: buffer, frames: Vec::new() }
     }
 
-    /// Reads a piece and appends its frames. `is_zero_there` says of a page whether the target has it as zero.
+    /// Reads a piece, as it is or as it was at a frozen instant, and appends its frames. `is_zero_there` says of a page whether the target has it as zero.
     ///
     /// # Errors
     /// Pages that cannot be read.
@@ -71,12 +71,16 @@ impl<E: Fn(usize, &mut Vec<u8>)> Batch<E> {
         space: u16,
         pages: &SharedPages,
         piece: Run,
+        instant: Option<u32>,
         is_zero_there: impl Fn(u64) -> bool,
     ) -> Result<(), PagesError> {
         let start = self.bytes.len();
         let run = PageRun { first_page: piece.first, pages: piece.pages as u32, space, encoding: Encoding::Raw };
         let frame = self.begin(run);
-        pages.append_pages(piece, &mut self.bytes)?;
+        match instant {
+            None => pages.append_pages(piece, &mut self.bytes)?,
+            Some(instant) => pages.append_frozen(piece, instant, &mut self.bytes)?,
+        }
         let (payload, _) = self.bytes[frame + PAYLOAD_OFFSET..].as_chunks::<PAGE_BYTES>();
         let kinds: Vec<Content> =
             (piece.first..).zip(payload).map(|(page, bytes)| kind_of(bytes, page, &is_zero_there)).collect();
@@ -201,7 +205,7 @@ pub(super) mod tests {
     /// The frames of one piece, without envelopes.
     pub fn frames(space: u16, pages: &SharedPages, piece: Run, is_zero_there: impl Fn(u64) -> bool) -> Sealed {
         let mut batch = Batch::new(Vec::new(), |_, _: &mut Vec<u8>| ());
-        batch.push(space, pages, piece, is_zero_there).unwrap();
+        batch.push(space, pages, piece, None, is_zero_there).unwrap();
         batch.seal()
     }
 
@@ -248,7 +252,7 @@ pub(super) mod tests {
             // In two pieces with an envelope of three bytes, as one that carries them would.
             let mut batch = Batch::new(vec![9; 5], |bytes, into: &mut Vec<u8>| into.extend(&(bytes as u32).to_be_bytes()[1..]));
             for piece in run.pieces(48) {
-                batch.push(3, &source, piece, |page| there[page as usize] == 0).unwrap();
+                batch.push(3, &source, piece, None, |page| there[page as usize] == 0).unwrap();
             }
             let sealed = batch.seal();
             let mut end = 0;

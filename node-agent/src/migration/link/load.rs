@@ -124,7 +124,7 @@ mod tests {
         let bank = Bank::new(fill.len() as u64);
         (0..).zip(fill).for_each(|(page, fill)| bank.write(page, &[*fill; 4096], 1));
         let mut batch = Batch::new(Vec::new(), envelope::begin);
-        batch.push(0, &bank.shared(), Run { first: 0, pages: bank.pages }, |_| false).unwrap();
+        batch.push(0, &bank.shared(), Run { first: 0, pages: bank.pages }, None, |_| false).unwrap();
         batch.seal()
     }
 

@@ -57,10 +57,13 @@ pub async fn send(
     let teller = Teller::new(events);
     let mut driver = Driver::new(vm, spaces, &lanes, &request, (base.as_ref(), sealer), &teller);
     driver.open(lanes, &request, base.as_ref());
+    let verify_full = request.policy.as_ref().is_some_and(|policy| policy.verify_full);
     let plan = Plan {
         lanes: driver.lanes.len() as u32,
         policy: request.policy.unwrap_or_default(),
         checkpoint: request.checkpoint,
+        // Where all is compared in the end, the guest stands still meanwhile.
+        freeze: request.checkpoint && driver.outgoing.spaces.keep() && !verify_full,
         mark: base.as_ref().map_or(0, |base| base.mark),
         wants_leaves: named && base.is_none(),
     };
@@ -121,6 +124,8 @@ struct Driver<V> {
     told: (Instant, u64),
     /// How far the guest is held back, and when that was last said.
     throttle: (u32, Instant),
+    /// An instant is frozen, and when that was last said.
+    frozen: Option<Instant>,
     /// The guest could not be let go.
     stuck: Option<Failure>,
 }
@@ -160,6 +165,7 @@ impl<V: SourceVm> Driver<V> {
             events: teller.queue.clone(),
             told: (Instant::now(), 0),
             throttle: (0, Instant::now()),
+            frozen: None,
             stuck: None,
         }
     }
@@ -233,8 +239,16 @@ impl<V: SourceVm> Driver<V> {
                 self.stuck = self.vm.resume().await.err();
                 None
             }
-            Effect::SendRound { round, since, last } => {
-                self.send_round(Round { number: round, since, last });
+            Effect::Freeze { since } => {
+                self.frozen = Some(Instant::now());
+                Some(self.vm.freeze(since).await.unwrap_or_else(Input::Lost))
+            }
+            Effect::Thaw => {
+                self.frozen = None;
+                self.vm.thaw().await.err().map(Input::Lost)
+            }
+            Effect::SendRound { round, since, last, instant } => {
+                self.send_round(Round { number: round, since, last, instant });
                 None
             }
             Effect::MeasureLeft { since } => {
@@ -273,6 +287,12 @@ impl<V: SourceVm> Driver<V> {
 
     async fn tick(&mut self) -> Input {
         self.tell_progress();
+        if self.frozen.is_some_and(|said| said.elapsed() >= THROTTLE_REPEAT) {
+            self.frozen = Some(Instant::now());
+            if let Err(failure) = self.vm.stay_frozen().await {
+                return Input::Lost(failure);
+            }
+        }
         let (percent, said) = self.throttle;
         match percent > 0 && said.elapsed() >= THROTTLE_REPEAT {
             true => self.hold_back(percent).await.map_or_else(Input::Lost, |()| self.time()),
@@ -380,6 +400,7 @@ impl<V: SourceVm> Driver<V> {
             }),
             Source::Connecting(_)
             | Source::Precopy(_)
+            | Source::Frozen(_)
             | Source::Stopping(_)
             | Source::LastPages(_)
             | Source::Comparing(_) => Err(Failure::new(Code::Internal, "the driver ended before its machine")),

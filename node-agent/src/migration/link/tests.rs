@@ -22,6 +22,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{Phase, Receiver, Replies, chunk, read_hello, refusal, send, tune_endpoint, tune_server};
 use crate::migration::bank::{Bank, noise};
 use crate::migration::message::Message;
+use crate::migration::source::Input;
 use crate::migration::{Base, Failure, MESSAGE_BYTES_MAX, Sent, SourceVm, Spaces, TargetVm};
 
 const PAGE: u64 = 4096;
@@ -88,6 +89,12 @@ impl Guest {
         token
     }
 
+    fn sections(&self) -> Vec<Section> {
+        let steps = self.steps.load(Ordering::SeqCst).to_le_bytes().to_vec();
+        let section = |name: &str, body| Section { name: name.into(), major: 1, body, ..Default::default() };
+        vec![section("clock", steps), section("cpu/0", vec![1; 5000])]
+    }
+
     fn is_running(&self) -> bool {
         self.running.load(Ordering::SeqCst)
     }
@@ -113,9 +120,28 @@ impl SourceVm for Guest {
 
     async fn capture(&mut self) -> Result<Vec<Section>, Failure> {
         assert!(!self.is_running(), "captured while it runs");
-        let steps = self.steps.load(Ordering::SeqCst).to_le_bytes().to_vec();
-        let section = |name: &str, body| Section { name: name.into(), major: 1, body, ..Default::default() };
-        Ok(vec![section("clock", steps), section("cpu/0", vec![1; 5000])])
+        Ok(self.sections())
+    }
+
+    async fn freeze(&mut self, mark: u32) -> Result<Input, Failure> {
+        let _cpu = self.cpu.lock().unwrap();
+        let instant = self.epoch.fetch_add(1, Ordering::SeqCst);
+        [&self.ram, &self.disk].into_iter().for_each(|bank| bank.keeper.freeze(mark, instant).unwrap());
+        self.log.lock().unwrap().push("freeze");
+        Ok(Input::Frozen { epoch: instant + 1, sections: self.sections(), stopped_us: 1 })
+    }
+
+    async fn stay_frozen(&mut self) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    async fn thaw(&mut self) -> Result<(), Failure> {
+        let _cpu = self.cpu.lock().unwrap();
+        self.log.lock().unwrap().push("thaw");
+        match [&self.ram, &self.disk].map(|bank| bank.keeper.thaw()) {
+            [true, true] => Ok(()),
+            _ => Err(Failure::new(Code::Exhausted, "lost")),
+        }
     }
 
     async fn resume(&mut self) -> Result<(), Failure> {
@@ -414,6 +440,15 @@ async fn a_full_comparison_passes_and_sees_a_write_without_a_stamp() {
         async fn resume(&mut self) -> Result<(), Failure> {
             self.0.resume().await
         }
+        async fn freeze(&mut self, mark: u32) -> Result<Input, Failure> {
+            self.0.freeze(mark).await
+        }
+        async fn stay_frozen(&mut self) -> Result<(), Failure> {
+            self.0.stay_frozen().await
+        }
+        async fn thaw(&mut self) -> Result<(), Failure> {
+            self.0.thaw().await
+        }
     }
     let guest = Guest::new(1000);
     let bank = (Bank::new(1000), Bank::new(64));
@@ -525,7 +560,7 @@ async fn a_checkpoint_lets_the_guest_go_on_and_the_next_sends_only_what_changed(
     let (result, events) = run_send(&guest, lanes, checkpoint(""), None, CancellationToken::new()).await;
     let base = result.unwrap().base;
     assert!(guest.is_running());
-    assert_eq!(*guest.log.lock().unwrap(), ["stop", "resume"]);
+    assert_eq!(*guest.log.lock().unwrap(), ["freeze", "thaw"]);
     assert_eq!(rounds(&events)[0].pages, 1064);
 
     guest.act(0, 1);
@@ -552,6 +587,28 @@ async fn a_checkpoint_lets_the_guest_go_on_and_the_next_sends_only_what_changed(
     assert_eq!(third.seen()[..3], [(0, 0, 1), (0, 17, 1), (0, 400, 1)]);
     assert_eq!(third.seen().len(), 3 + disk.len());
     assert!(disk.iter().any(|(_, page, _)| *page == 7), "{disk:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_checkpoint_of_a_busy_guest_is_one_instant_and_the_next_builds_on_it() {
+    let guest = Guest::new(2000);
+    let _busy = guest.keep_busy(2000);
+    let full = SendRequest { checkpoint: true, checkpoint_id: "op1".into(), ..request(TransferPolicy::default()) };
+    let mut base: Option<Base> = None;
+    for round in 0..4 {
+        let ingest = Ingest::default();
+        let lanes = channels(&serve(ingest).await, 1).await;
+        let named = base.as_ref().map(|base| base.checkpoint.clone()).unwrap_or_default();
+        let request = SendRequest { base: named, ..full.clone() };
+        let (result, events) = run_send(&guest, lanes, request, base.take(), CancellationToken::new()).await;
+        let sent = result.unwrap();
+        assert_eq!(sent.handed_over.stopped_us, 1);
+        assert_eq!(phases(&events), ["setup", "stop", "pages", "digest"], "round {round}");
+        assert!(guest.is_running());
+        base = Some(sent.base);
+    }
+    // Nothing is left behind, and what was remembered is what there is.
+    assert!(!guest.ram.keeper.is_frozen() && guest.ram.keeper.kept_bytes() == 0);
 }
 
 #[tokio::test]

@@ -53,6 +53,8 @@ pub struct Round {
     pub number: u32,
     pub since: u32,
     pub last: bool,
+    /// Pages as they were at this frozen instant.
+    pub instant: Option<u32>,
 }
 
 impl Outgoing {
@@ -89,7 +91,7 @@ impl Outgoing {
     /// Sends a round over all lanes; ends when everything is queued.
     pub async fn send(self: Arc<Self>, round: Round, lanes: Vec<mpsc::Sender<Bytes>>) -> Result<RoundTotals, Failure> {
         let this = Arc::clone(&self);
-        let pieces = Arc::new(blocking(move || this.pieces(round.since)).await??);
+        let pieces = Arc::new(blocking(move || this.pieces(round)).await??);
         let next = Arc::new(AtomicUsize::new(0));
         let threads: Vec<_> = lanes
             .into_iter()
@@ -115,14 +117,17 @@ impl Outgoing {
         Ok(totals)
     }
 
-    fn pieces(&self, since: u32) -> Result<Vec<(u16, Run)>, Failure> {
+    fn pieces(&self, round: Round) -> Result<Vec<(u16, Run)>, Failure> {
         let mut pieces = Vec::new();
         for (number, space) in (0..).zip(self.spaces.iter()) {
-            let mut runs = space.since(since).map_err(|e| cannot_read(&e))?;
-            if since == 0 {
+            let mut runs = match (round.instant, round.since) {
+                (Some(instant), since) => space.since_frozen(since, instant),
+                (None, 0) => space.filled(space.whole()),
+                (None, since) => space.since(since),
+            }
+            .map_err(|e| cannot_read(&e))?;
+            if round.since == 0 {
                 // Everything: holes need be looked at only where the target has something else than zeros.
-                let filled: Result<Vec<_>, _> = runs.into_iter().map(|run| space.filled(run)).collect();
-                runs = filled.map_err(|e| cannot_read(&e))?.concat();
                 runs = with_holes(runs, &self.digests()[usize::from(number)]);
             }
             pieces.extend(runs.into_iter().flat_map(runs::pieces).map(|run| (number, run)));
@@ -142,7 +147,7 @@ impl Outgoing {
         let mut totals = RoundTotals::default();
         let (mut frames, mut data_pages) = (0, 0);
         while let Some(pieces) = take(pieces, next) {
-            let batch = self.batch(pieces)?;
+            let batch = self.batch(pieces, round.instant)?;
             let bytes = batch.frame_bytes;
             if !round.last {
                 self.wait(bytes)?;
@@ -165,7 +170,7 @@ impl Outgoing {
         Ok(totals)
     }
 
-    fn batch(&self, pieces: &[(u16, Run)]) -> Result<Load, Failure> {
+    fn batch(&self, pieces: &[(u16, Run)], instant: Option<u32>) -> Result<Load, Failure> {
         if self.over.load(Ordering::Relaxed) {
             return Err(Failure::new(Code::Cancelled, "the transfer is over"));
         }
@@ -181,7 +186,7 @@ impl Outgoing {
         for ((space, run), zero_there) in pieces.iter().zip(&zero_there) {
             let is_zero_there = |page: u64| zero_there[(page - run.first) as usize];
             let pages = &self.spaces[usize::from(*space)];
-            batch.push(*space, pages, *run, is_zero_there).map_err(|e| cannot_read(&e))?;
+            batch.push(*space, pages, *run, instant, is_zero_there).map_err(|e| cannot_read(&e))?;
         }
         let batch = batch.seal();
         let mut changed = Vec::new();

@@ -7,8 +7,10 @@
 //!
 //! It refuses to know lanes as connections, threads, clocks and the runner; [`super::link`] does what it says.
 
+mod frozen;
 #[cfg(test)]
 mod tests;
+mod words;
 
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
@@ -18,6 +20,9 @@ use proto::v1::{MachineDigest, PhaseReport, RoundReport, Section, TransferPolicy
 use vmcb_engine::transfer::rounds::{Decision, RoundFacts, Rounds, StopReason};
 
 use super::{Failure, PROTOCOL, differing_parts};
+
+pub use frozen::Frozen;
+pub use words::{Effect, Input, RoundTotals};
 
 /// A guest that stands still goes on at the source when nothing has moved for so long. The controller cannot commit
 /// before the hand-over, so nobody can have started it elsewhere.
@@ -36,122 +41,12 @@ pub struct Plan {
     pub policy: TransferPolicy,
     /// The guest goes on at the source once its state is captured and its last pages are read.
     pub checkpoint: bool,
+    /// A checkpoint of a runner that can keep an instant while its guest goes on.
+    pub freeze: bool,
     /// Send pages stamped with this epoch or later; 0 sends all.
     pub mark: u32,
     /// The target tells first what its base holds.
     pub wants_leaves: bool,
-}
-
-/// What a round put on the lanes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct RoundTotals {
-    /// Pages read.
-    pub pages: u64,
-    /// Of these, pages whose bytes did not travel because they are zero.
-    pub zero_pages: u64,
-    /// Bytes of frames.
-    pub bytes: u64,
-}
-
-/// What happened.
-#[derive(Debug, Clone)]
-pub enum Input {
-    /// A lane's target accepted our Hello.
-    Replied {
-        /// Which lane.
-        lane: u32,
-        /// The version it chose.
-        protocol: u32,
-    },
-    /// The target has told all that its base holds.
-    LeavesTold,
-    /// Answer to [`Effect::AdvanceEpoch`].
-    Epoch(u32),
-    /// Answer to [`Effect::SendRound`]: all its frames and `RoundEnd`s are on the lanes.
-    RoundSent(RoundTotals),
-    /// `RoundAck`.
-    Acked {
-        /// Which round.
-        round: u32,
-    },
-    /// Answer to [`Effect::MeasureLeft`]: bytes in pages that are dirty now.
-    Left {
-        /// Bytes.
-        bytes: u64,
-    },
-    /// Answer to [`Effect::Stop`].
-    Stopped,
-    /// Answer to [`Effect::Capture`].
-    Captured(Vec<Section>),
-    /// Answer to [`Effect::Digest`].
-    Digested(MachineDigest),
-    /// `Ready`.
-    Ready(MachineDigest),
-    /// `Abort` from the target.
-    Aborted(Failure),
-    /// A lane is lost, the runner refuses, a page cannot be read.
-    Lost(Failure),
-    /// The operator or the controller wants no more of it.
-    Cancel(Failure),
-    /// Time has passed; so many bytes have left since the beginning. Never out of place.
-    Tick {
-        /// Bytes of frames.
-        bytes_sent: u64,
-    },
-}
-
-/// What is to be done, in order.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Effect {
-    /// Close the running epoch.
-    AdvanceEpoch,
-    /// Put pages with stamp `since` or later on the lanes, then `RoundEnd` on each.
-    SendRound {
-        /// Number of the round, from 1.
-        round: u32,
-        /// Mark.
-        since: u32,
-        /// The guest is stopped.
-        last: bool,
-    },
-    /// Count pages with stamp `since` or later.
-    MeasureLeft {
-        /// Mark.
-        since: u32,
-    },
-    /// Pause the guest.
-    Stop,
-    /// Get its sections.
-    Capture,
-    /// Compute the digest of all pages (as sent) and of the sections.
-    Digest {
-        /// The sections.
-        sections: Vec<Section>,
-        /// Hash all pages again from memory and compare with what was sent.
-        verify_full: bool,
-    },
-    /// Put the sections and `StateEnd` on lane 0.
-    SendState {
-        /// The sections.
-        sections: Vec<Section>,
-        /// Our digest.
-        digest: MachineDigest,
-        /// Ask the target to hash all pages again.
-        verify_full: bool,
-    },
-    /// Hold the guest back by so much of its time from now on; 0 lets it run free.
-    Throttle {
-        /// Percent.
-        percent: u32,
-    },
-    /// Let the guest go on.
-    Resume,
-    /// Tell the target that it is over.
-    AbortTarget(Failure),
-    /// A round is done.
-    ReportRound(RoundReport),
-    /// A phase is done.
-    ReportPhase(PhaseReport),
 }
 
 /// The machine.
@@ -161,6 +56,8 @@ pub enum Source {
     Connecting(Connecting),
     /// Rounds while the guest runs.
     Precopy(Precopy),
+    /// A checkpoint's instant is read while the guest runs.
+    Frozen(Frozen),
     /// The guest is being stopped and captured.
     Stopping(Stopping),
     /// The last pages are under way.
@@ -239,18 +136,14 @@ impl Quiet {
     }
 
     /// Looks at what has moved; fails if nothing has for too long.
-    fn look(&mut self, bytes_sent: u64, now_us: u64, verify_full: bool) -> Result<(), Failure> {
+    fn look(&mut self, bytes_sent: u64, now_us: u64, limit_us: u64, what: &str) -> Result<(), Failure> {
         if bytes_sent != self.bytes_sent {
             *self = Self { since_us: now_us, bytes_sent };
         }
-        let limit_us = if verify_full { SILENCE_VERIFY_US_MAX } else { SILENCE_US_MAX };
         if now_us.saturating_sub(self.since_us) < limit_us {
             return Ok(());
         }
-        let text = format_args!(
-            "the target has been silent for {} s while the guest stood still: it goes on here",
-            limit_us / 1_000_000
-        );
+        let text = format_args!("the target has been silent for {} s {what}", limit_us / 1_000_000);
         Err(Failure::new(Code::Unreachable, text))
     }
 }
@@ -364,8 +257,10 @@ impl Source {
             | Self::Comparing(Comparing { quiet, pause, plan, .. })
                 if pause.lasts() =>
             {
-                quiet.look(bytes_sent, now_us, plan.policy.verify_full)
+                let limit_us = if plan.policy.verify_full { SILENCE_VERIFY_US_MAX } else { SILENCE_US_MAX };
+                quiet.look(bytes_sent, now_us, limit_us, "while the guest stood still: it goes on here")
             }
+            Self::Frozen(state) => state.look(bytes_sent, now_us),
             // What stops and captures it is on this host and has deadlines of its own; after the hand-over only the
             // controller's word counts.
             Self::Connecting(_)
@@ -378,7 +273,7 @@ impl Source {
         };
         match looked {
             Ok(()) => Step { state: self, effects: vec![] },
-            Err(failure) => fail(failure, true, true),
+            Err(failure) => self.hear(Input::Lost(failure), now_us),
         }
     }
 
@@ -386,6 +281,7 @@ impl Source {
         match self {
             Self::Connecting(state) => state.step(input, now_us),
             Self::Precopy(state) => state.step(input, now_us),
+            Self::Frozen(state) => state.step(input, now_us),
             Self::Stopping(state) => state.step(input, now_us),
             Self::LastPages(state) => state.step(input, now_us),
             Self::Comparing(state) => state.step(input, now_us),
@@ -401,39 +297,11 @@ impl Source {
     /// The guest stands still because of this machine.
     pub fn holds_guest(&self) -> bool {
         match self {
-            Self::Connecting(_) | Self::Precopy(_) | Self::Failed(_) => false,
+            Self::Connecting(_) | Self::Precopy(_) | Self::Frozen(_) | Self::Failed(_) => false,
             Self::Stopping(_) => true,
             Self::LastPages(LastPages { pause, .. }) | Self::Comparing(Comparing { pause, .. }) => pause.lasts(),
             Self::HandedOver(state) => state.guest_stands,
         }
-    }
-}
-
-impl Input {
-    fn name(&self) -> &'static str {
-        match self {
-            Self::Replied { .. } => "HelloReply",
-            Self::LeavesTold => "digests of a base",
-            Self::Epoch(_) => "an epoch",
-            Self::RoundSent(_) => "the end of a round",
-            Self::Acked { .. } => "RoundAck",
-            Self::Left { .. } => "a measurement",
-            Self::Stopped => "a stop",
-            Self::Captured(_) => "sections",
-            Self::Digested(_) => "a digest",
-            Self::Ready(_) => "Ready",
-            Self::Aborted(_) => "Abort",
-            Self::Lost(_) => "a loss",
-            Self::Cancel(_) => "a cancel",
-            Self::Tick { .. } => "the time",
-        }
-    }
-
-    /// What an input means that does not fit the state.
-    fn misplaced(&self, state: &str) -> Failure {
-        let from_target = matches!(self, Self::Replied { .. } | Self::Acked { .. } | Self::Ready(_));
-        let code = if from_target { Code::Protocol } else { Code::Internal };
-        Failure::new(code, format_args!("{} came while {state}", self.name()))
     }
 }
 
@@ -530,6 +398,7 @@ impl Connecting {
             | Input::Left { .. }
             | Input::Stopped
             | Input::Captured(_)
+            | Input::Frozen { .. }
             | Input::Digested(_)
             | Input::Ready(_)
             | Input::Aborted(_)
@@ -544,7 +413,12 @@ impl Connecting {
         if self.replied.len() < self.plan.lanes as usize || self.plan.wants_leaves != self.told {
             return Step { state: Source::Connecting(self), effects: vec![] };
         }
-        let effects = vec![phase("setup", self.began_us, now_us), Effect::AdvanceEpoch];
+        let setup = phase("setup", self.began_us, now_us);
+        if self.plan.freeze {
+            let (state, freeze) = Frozen::begin(self.plan, now_us);
+            return Step { state, effects: vec![setup, freeze] };
+        }
+        let effects = vec![setup, Effect::AdvanceEpoch];
         let state = Precopy {
             rounds: Rounds::new(&self.plan.policy),
             round: 1,
@@ -575,7 +449,8 @@ impl Precopy {
         };
         match (input, self.step) {
             (Input::Epoch(epoch), PrecopyStep::Advancing) => {
-                let effects = vec![Effect::SendRound { round: self.round, since: self.mark, last: false }];
+                let effects =
+                    vec![Effect::SendRound { round: self.round, since: self.mark, last: false, instant: None }];
                 self.step = PrecopyStep::Sending { epoch, began_us: now_us, flight: Flight::default() };
                 Step { state: Source::Precopy(self), effects }
             }
@@ -681,7 +556,8 @@ impl Stopping {
                 Step { state: Source::Stopping(self), effects }
             }
             (Input::Epoch(epoch), StoppingStep::Advancing { sections }) => {
-                let effects = vec![Effect::SendRound { round: self.round, since: self.mark, last: true }];
+                let effects =
+                    vec![Effect::SendRound { round: self.round, since: self.mark, last: true, instant: None }];
                 let state = LastPages {
                     plan: self.plan,
                     round: self.round,
@@ -727,6 +603,7 @@ impl LastPages {
             | Input::Left { .. }
             | Input::Stopped
             | Input::Captured(_)
+            | Input::Frozen { .. }
             | Input::Digested(_)
             | Input::Ready(_)
             | Input::Aborted(_)

@@ -13,7 +13,7 @@ fn digest(ram: u8) -> MachineDigest {
 
 fn source(checkpoint: bool) -> Source {
     let policy = TransferPolicy { downtime_ms_max: 10, rounds_max: 2, ..Default::default() };
-    Source::new(Plan { lanes: 2, policy, checkpoint, mark: 3, wants_leaves: false }, 0)
+    Source::new(Plan { lanes: 2, policy, checkpoint, freeze: false, mark: 3, wants_leaves: false }, 0)
 }
 
 /// Every input of a transfer that ends well, in order.
@@ -56,7 +56,7 @@ fn marks(effects: &[Effect]) -> Vec<(u32, u32, bool)> {
     effects
         .iter()
         .filter_map(|effect| match effect {
-            Effect::SendRound { round, since, last } => Some((*round, *since, *last)),
+            Effect::SendRound { round, since, last, .. } => Some((*round, *since, *last)),
             _ => None,
         })
         .collect()
@@ -175,7 +175,8 @@ fn after_the_hand_over_no_silence_lets_the_guest_go() {
 /// Rounds that leave most of what they sent, then `more`; the effects.
 fn play_slow(more: &[Input]) -> Vec<Effect> {
     let policy = TransferPolicy { rounds_max: 9, throttle_percent_max: 99, ..Default::default() };
-    let mut state = Source::new(Plan { lanes: 1, policy, checkpoint: false, mark: 0, wants_leaves: false }, 0);
+    let mut state =
+        Source::new(Plan { lanes: 1, policy, checkpoint: false, freeze: false, mark: 0, wants_leaves: false }, 0);
     let sent = Input::RoundSent(RoundTotals { pages: 1 << 18, zero_pages: 0, bytes: 1 << 30 });
     let slow = |round: u32| {
         let left = Input::Left { bytes: 1 << 30 };
@@ -251,4 +252,76 @@ fn what_has_ended_stays_as_it_is() {
     let (state, _) = play(false, &script());
     let Step { state, effects } = state.step(Input::Cancel(failure), 99);
     assert!(matches!(state, Source::HandedOver(_)) && effects.is_empty());
+}
+
+fn frozen_script() -> Vec<Input> {
+    vec![
+        Input::Replied { lane: 1, protocol: 1 },
+        Input::Replied { lane: 0, protocol: 1 },
+        Input::Frozen { epoch: 9, sections: vec![], stopped_us: 700 },
+        Input::RoundSent(RoundTotals { pages: 512, zero_pages: 0, bytes: 2 << 20 }),
+        Input::Acked { round: 1 },
+        Input::Digested(digest(1)),
+        Input::Ready(digest(1)),
+    ]
+}
+
+fn play_frozen(inputs: &[Input]) -> (Source, Vec<Effect>) {
+    let plan = Plan {
+        lanes: 2,
+        policy: TransferPolicy::default(),
+        checkpoint: true,
+        freeze: true,
+        mark: 3,
+        wants_leaves: false,
+    };
+    let (mut state, mut all) = (Source::new(plan, 0), Vec::new());
+    for (at, input) in (0..).zip(inputs) {
+        let step = state.step(input.clone(), at * 1000);
+        state = step.state;
+        all.extend(step.effects);
+    }
+    (state, all)
+}
+
+#[test]
+fn a_frozen_instant_is_read_in_one_round_and_the_guest_never_stands() {
+    let (state, effects) = play_frozen(&frozen_script());
+    assert!(matches!(state, Source::HandedOver(HandedOver { mark: 9, stopped_us: 700, guest_stands: false, .. })));
+    assert_eq!(count(&effects, &Effect::Freeze { since: 3 }), 1);
+    assert_eq!(count(&effects, &Effect::SendRound { round: 1, since: 3, last: true, instant: Some(8) }), 1);
+    assert_eq!((count(&effects, &Effect::Stop), count(&effects, &Effect::Resume)), (0, 0));
+    // As soon as everything is read, whether it has arrived or not.
+    let (_, effects) = play_frozen(&frozen_script()[..4]);
+    assert_eq!((count(&effects, &Effect::Thaw), effects.last()), (1, Some(&Effect::Thaw)));
+}
+
+#[test]
+fn a_frozen_instant_is_thawed_once_however_it_ends() {
+    let failure = || Failure::new(Code::Unreachable, "x");
+    let script = frozen_script();
+    for steps in 2..script.len() {
+        let mut ends = vec![Input::Lost(failure()), Input::Aborted(failure()), Input::Cancel(failure())];
+        ends.extend(frozen_script());
+        for bad in ends.into_iter().filter(|bad| format!("{bad:?}") != format!("{:?}", script[steps])) {
+            let (before, mut effects) = play_frozen(&script[..steps]);
+            assert!(!before.holds_guest());
+            let after = before.step(bad.clone(), 99);
+            effects.extend(after.effects);
+            let waits = matches!(after.state, Source::Frozen(_));
+            assert_eq!(count(&effects, &Effect::Thaw), usize::from(!waits), "after {steps} steps: {bad:?}");
+        }
+    }
+}
+
+#[test]
+fn a_target_that_takes_nothing_of_a_frozen_instant_ends_it() {
+    let (state, _) = play_frozen(&frozen_script()[..3]);
+    let Step { state, effects } = state.step(Input::Tick { bytes_sent: 5 }, 1_000_000);
+    assert!(effects.is_empty());
+    let Step { state, effects } = state.step(Input::Tick { bytes_sent: 5 }, 1_000_000 + frozen::SILENCE_US_MAX - 1);
+    assert!(effects.is_empty());
+    let Step { state, effects } = state.step(Input::Tick { bytes_sent: 5 }, 1_000_000 + frozen::SILENCE_US_MAX);
+    assert!(matches!(&state, Source::Failed(f) if f.failure.reason.contains("silent for 60 s")), "{state:?}");
+    assert!(matches!(&effects[..], [Effect::Thaw, Effect::AbortTarget(_)]), "{effects:?}");
 }

@@ -10,6 +10,10 @@ use super::Broken;
 use crate::device::{Unfit, narrow};
 use crate::memory::GuestMemory;
 
+/// Flags and index of a used ring (virtio 1.2, 2.7.8).
+const USED_HEADER_BYTES: u64 = 4;
+/// An entry of it.
+const USED_ENTRY_BYTES: u64 = 8;
 /// Most parts of a chain, indirect ones included.
 const PARTS_MAX: usize = 1024;
 
@@ -211,6 +215,7 @@ impl Queue {
     /// The used ring cannot be written.
     pub fn push(&mut self, memory: &GuestMemory, chain: &Chain, written: u32) -> Result<(), Broken> {
         let mut ring = self.ring().map_err(|_| Broken("a queue is misaligned or of a bad size"))?;
+        memory.keep_range(self.used, USED_HEADER_BYTES + USED_ENTRY_BYTES * u64::from(self.size));
         ring.add_used(memory.vm(), chain.head, written).map_err(|_| Broken("the used ring cannot be written"))?;
         self.next_used = ring.next_used();
         Ok(())

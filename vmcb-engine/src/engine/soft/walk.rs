@@ -192,6 +192,7 @@ impl Core {
     fn write_to(&mut self, target: Target, linear: u64, from: &[u8]) {
         match target {
             Target::Ram(found) => {
+                self.memory.keep(found.page);
                 // SAFETY: as in `read_from`.
                 unsafe {
                     let to = found.host.add((linear & 0xfff) as usize);
@@ -422,6 +423,7 @@ impl Core {
             if marked == visited.value {
                 continue;
             }
+            self.memory.keep(visited.page.page);
             let at = visited.page.at(visited.offset);
             // SAFETY: the entry that `visit` read, in a page of mapped RAM.
             unsafe { if bytes == 8 { at.cast::<u64>().write(marked) } else { at.cast::<u32>().write(marked as u32) } };

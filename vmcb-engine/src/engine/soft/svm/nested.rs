@@ -210,6 +210,7 @@ impl Core {
             return;
         }
         if let Some((host, page)) = self.memory.host_page(address) {
+            self.memory.keep(page);
             // SAFETY: as above.
             unsafe { host.add((address & 0xff8) as usize).cast::<u64>().write(value) };
             self.page_written(page, address, 8);
