@@ -127,15 +127,22 @@ pub fn settle(mut config: MachineConfig, vm: &str, default: Engine) -> Result<Ma
 /// The host has no randomness.
 pub fn settle_new(config: &mut MachineConfig, realtime_ns: u64) -> Result<(), Failure> {
     if config.seed.is_empty() {
-        let mut seed = [0; 32];
-        let read = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut seed));
-        read.map_err(|error| Failure::new(Code::Internal, format!("/dev/urandom: {error}")))?;
-        config.seed = seed.to_vec();
+        config.seed = random::<32>()?.to_vec();
+    }
+    if config.generation_id.is_empty() {
+        config.generation_id = random::<16>()?.to_vec();
     }
     if config.epoch_ns == 0 {
         config.epoch_ns = realtime_ns;
     }
     Ok(())
+}
+
+fn random<const N: usize>() -> Result<[u8; N], Failure> {
+    let mut bytes = [0; N];
+    let read = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
+    read.map_err(|error| Failure::new(Code::Internal, format!("/dev/urandom: {error}")))?;
+    Ok(bytes)
 }
 
 fn settle_mac(net: &mut NetConfig, vm: &str, card: usize) -> Result<(), Failure> {

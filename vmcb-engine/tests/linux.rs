@@ -34,6 +34,7 @@ fn config(vcpus: u32) -> MachineConfig {
         tsc_hz: 1_000_000_000,
         tsc_per_instruction: 1,
         paced: false,
+        generation_id: vec![3; 16],
     }
 }
 

@@ -239,6 +239,7 @@ pub fn restore(
         None if !as_name.is_empty() => VmId(crate::entropy::bytes()).to_string(),
         Some(_) | None => entry.vm_id.clone(),
     };
+    let config = reborn(config, !as_name.is_empty());
     let need = Need { vm: name, config: &config, contract: &contract };
     let target = match target {
         "" => fleet.place(&need, there.map(|vm| vm.host.as_str()))?,
@@ -261,6 +262,20 @@ pub fn restore(
         generation: state.fresh_generation(name),
         task,
     })
+}
+
+/// The configuration of a guest that goes back in time: what it draws from now on, nobody has drawn before. A copy is also
+/// another machine on its network.
+fn reborn(mut config: MachineConfig, copy: bool) -> MachineConfig {
+    config.seed = crate::entropy::bytes::<32>().to_vec();
+    if !config.generation_id.is_empty() {
+        config.generation_id = crate::entropy::bytes::<16>().to_vec();
+    }
+    for net in config.nets.iter_mut().filter(|_| copy) {
+        // Locally administered, unicast.
+        net.mac = [&[0x52, 0x54][..], &crate::entropy::bytes::<4>()].concat();
+    }
+    config
 }
 
 /// Verify or remove a checkpoint.
@@ -361,6 +376,23 @@ mod tests {
             Code::Incapable
         );
         assert_eq!(code(restore(&state, &fleet, &entry, manifest(vec![9; 9]), "", "vm2", policy)), Code::Corrupt);
+    }
+
+    #[test]
+    fn what_comes_back_is_another_generation_and_a_copy_another_machine() {
+        let net = proto::v1::NetConfig { mac: vec![2, 0, 0, 0, 0, 1], ..proto::v1::NetConfig::default() };
+        let before = MachineConfig { generation_id: vec![1; 16], nets: vec![net.clone(), net], ..config() };
+        let same = reborn(before.clone(), false);
+        let copy = reborn(before.clone(), true);
+        for after in [&same, &copy] {
+            assert_eq!((after.seed.len(), after.generation_id.len()), (32, 16));
+            assert!(after.seed != before.seed && after.generation_id != before.generation_id);
+        }
+        assert_eq!(same.nets, before.nets);
+        let [a, b] = [&copy.nets[0].mac, &copy.nets[1].mac];
+        assert!(a != b && *a != before.nets[0].mac && a.len() == 6 && a[0] & 3 == 2, "{a:02x?} {b:02x?}");
+        // A machine of an earlier release does not look for a generation.
+        assert!(reborn(config(), true).generation_id.is_empty());
     }
 
     #[test]

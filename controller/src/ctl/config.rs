@@ -57,6 +57,7 @@ pub fn build(args: &VmCreateArgs) -> Result<v1::MachineConfig, Failure> {
         tsc_hz: TSC_HZ,
         tsc_per_instruction: TSC_PER_INSTRUCTION,
         paced: !args.unpaced,
+        generation_id: random_bytes::<16>()?.to_vec(),
     })
 }
 

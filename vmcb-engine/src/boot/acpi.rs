@@ -5,7 +5,10 @@
 //!              -> MADT (local APICs, IOAPIC, NMI on LINT1)
 //! ```
 
-use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate, Scope};
+use acpi_tables::aml::{
+    Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
+    ResourceTemplate, Scope,
+};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
@@ -17,9 +20,10 @@ use zerocopy::little_endian::U16;
 use zerocopy::{Immutable, IntoBytes};
 
 use super::Boot;
+use super::layout::GENERATION_ID;
 use crate::device::bus::{
-    IOAPIC_BASE, LAPIC_BASE, RESET_PORT, RTC_PORT, SERIAL_LINE, SERIAL_PORT, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
-    Window,
+    EVENT_LINE, IOAPIC_BASE, LAPIC_BASE, RESET_PORT, RTC_PORT, SERIAL_LINE, SERIAL_PORT, SLEEP_CONTROL_PORT,
+    SLEEP_STATUS_PORT, Window,
 };
 use crate::device::power::{RESET_VALUE, SLEEP_TYPE_OFF};
 use crate::memory::{GuestMemory, OutOfRange};
@@ -39,14 +43,14 @@ const CENTURY: u8 = 0x32;
 /// # Errors
 /// There is no RAM below 1 MiB.
 pub fn write(memory: &GuestMemory, boot: &Boot<'_>) -> Result<(), OutOfRange> {
-    for (gpa, table) in tables(boot.vcpus, boot.windows) {
+    for (gpa, table) in tables(boot.vcpus, boot.windows, !boot.generation_id.is_empty()) {
         memory.write(gpa, &table)?;
     }
     Ok(())
 }
 
 /// All tables with their addresses.
-pub fn tables(vcpus: usize, windows: &[Window]) -> Vec<(u64, Vec<u8>)> {
+pub fn tables(vcpus: usize, windows: &[Window], has_generation: bool) -> Vec<(u64, Vec<u8>)> {
     let mut at = TABLES;
     let mut placed = Vec::new();
     let mut place = |table: Vec<u8>| {
@@ -55,7 +59,7 @@ pub fn tables(vcpus: usize, windows: &[Window]) -> Vec<(u64, Vec<u8>)> {
         placed.push((gpa, table));
         gpa
     };
-    let dsdt = place(dsdt(windows));
+    let dsdt = place(dsdt(windows, has_generation));
     let fadt = place(fadt(dsdt));
     let madt = place(madt(vcpus));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
@@ -118,11 +122,14 @@ fn madt(vcpus: usize) -> Vec<u8> {
     bytes(&madt)
 }
 
-fn dsdt(windows: &[Window]) -> Vec<u8> {
+fn dsdt(windows: &[Window], has_generation: bool) -> Vec<u8> {
     let mut aml = Vec::new();
     Scope::new("_SB_".into(), vec![&Serial, &Clock]).to_aml_bytes(&mut aml);
     for (n, window) in windows.iter().enumerate() {
         Scope::new("_SB_".into(), vec![&Virtio { n: n as u8, window: *window }]).to_aml_bytes(&mut aml);
+    }
+    if has_generation {
+        Scope::new("_SB_".into(), vec![&Generation, &Events]).to_aml_bytes(&mut aml);
     }
     Name::new(Path::new("_S5_"), &Package::new(vec![&SLEEP_TYPE_OFF, &SLEEP_TYPE_OFF])).to_aml_bytes(&mut aml);
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM, OEM_TABLE, OEM_REVISION);
@@ -153,6 +160,49 @@ impl Aml for Clock {
         let resources = ResourceTemplate::new(vec![&ports]);
         let children: [&dyn Aml; 2] = [&Name::new("_HID".into(), &id), &Name::new("_CRS".into(), &resources)];
         Device::new("RTC_".into(), children.to_vec()).to_aml_bytes(sink);
+    }
+}
+
+/// VM generation ID: where it lies.
+struct Generation;
+
+const GENERATION: &str = "VGEN";
+/// What drivers look for.
+const GENERATION_COMPATIBLE: &str = "VM_Gen_Counter";
+/// `Notify` code: it has changed.
+const GENERATION_CHANGED: u8 = 0x80;
+
+impl Aml for Generation {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        let (low, high) = (GENERATION_ID as u32, (GENERATION_ID >> 32) as u32);
+        let children: [&dyn Aml; 4] = [
+            &Name::new("_HID".into(), &"GDWT0001"),
+            &Name::new("_CID".into(), &GENERATION_COMPATIBLE),
+            &Name::new("_DDN".into(), &GENERATION_COMPATIBLE),
+            &Name::new("ADDR".into(), &Package::new(vec![&low, &high])),
+        ];
+        Device::new(GENERATION.into(), children.to_vec()).to_aml_bytes(sink);
+    }
+}
+
+/// Generic Event Device (ACPI 6.5, 5.6.9): its line says that the generation has changed.
+struct Events;
+
+impl Aml for Events {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        let line = Interrupt::new(true, true, false, false, EVENT_LINE);
+        let resources = ResourceTemplate::new(vec![&line]);
+        let (event, generation, number) = (Arg(0), Path::new(GENERATION), EVENT_LINE as u8);
+        let tell = Notify::new(&generation, &GENERATION_CHANGED);
+        let ours = Equal::new(&event, &number);
+        let which = If::new(&ours, vec![&tell]);
+        let children: [&dyn Aml; 4] = [
+            &Name::new("_HID".into(), &"ACPI0013"),
+            &Name::new("_UID".into(), &0u8),
+            &Name::new("_CRS".into(), &resources),
+            &Method::new("_EVT".into(), 1, true, vec![&which]),
+        ];
+        Device::new("GED_".into(), children.to_vec()).to_aml_bytes(sink);
     }
 }
 

@@ -5,7 +5,7 @@
 //! 0x0_6000  PVH start info            0x3_0000  setup data: the kernel's seed
 //! 0x0_7000  zero page                 0xe_0000  ACPI tables
 //! 0x0_9000  page tables (6 pages)     0xf_fff0  code that resets the machine
-//!                                    0x10_0000  kernel; the initrd lies at the end of low RAM
+//! 0xd_0000  VM generation ID         0x10_0000  kernel; the initrd lies at the end of low RAM
 //! ```
 
 use super::BootError;
@@ -25,6 +25,8 @@ pub const COMMAND_LINE: u64 = 0x2_0000;
 pub const COMMAND_LINE_BYTES: usize = 0x1_0000;
 /// `setup_data` list.
 pub const SETUP_DATA: u64 = 0x3_0000;
+/// Where the guest reads its VM generation ID: 16 bytes in reserved memory.
+pub const GENERATION_ID: u64 = 0xd_0000;
 /// End of the first piece of RAM; from here to [`TABLES_END`] memory is reserved.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// End of what this room writes for itself.

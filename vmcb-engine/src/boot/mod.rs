@@ -16,7 +16,7 @@
 mod acpi;
 mod elf;
 mod image;
-mod layout;
+pub mod layout;
 mod linux;
 mod pvh;
 mod unpack;
@@ -87,6 +87,8 @@ pub struct Boot<'a> {
     pub command_line: &'a str,
     /// The machine's seed; the kernel gets one derived from it.
     pub seed: &'a [u8],
+    /// The machine's generation ID; empty: it has none.
+    pub generation_id: &'a [u8],
     /// Instructions that retired before this boot: each boot of a machine gets a seed of its own.
     pub position: u64,
     /// How many vCPUs.
@@ -115,6 +117,7 @@ pub fn load(memory: &GuestMemory, boot: &Boot<'_>, first: &mut CpuState) -> Resu
         }
     }
     acpi::write(memory, boot)?;
+    memory.write(layout::GENERATION_ID, boot.generation_id)?;
     memory.write(layout::RESET_VECTOR, &layout::RESET_CODE)?;
     Ok(())
 }

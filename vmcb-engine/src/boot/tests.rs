@@ -8,7 +8,16 @@ const WINDOWS: [Window; 2] =
     [Window { gpa: 0xd000_0000, bytes: 0x1000, line: 5 }, Window { gpa: 0xd000_1000, bytes: 0x1000, line: 6 }];
 
 fn boot<'a>(kernel: &'a [u8], initrd: Option<&'a [u8]>) -> Boot<'a> {
-    Boot { kernel, initrd, command_line: "console=ttyS0", seed: &[7; 32], position: 0, vcpus: 2, windows: &WINDOWS }
+    Boot {
+        kernel,
+        initrd,
+        command_line: "console=ttyS0",
+        seed: &[7; 32],
+        generation_id: &[9; 16],
+        position: 0,
+        vcpus: 2,
+        windows: &WINDOWS,
+    }
 }
 
 fn memory() -> GuestMemory {
@@ -323,6 +332,7 @@ fn acpi_tables_point_to_each_other_and_sum_to_zero() {
     assert_eq!(name, b"DSDT");
     let aml = read(&memory, dsdt, bytes);
     let count = |needle: &[u8]| aml.windows(needle.len()).filter(|window| *window == needle).count();
+    assert_eq!((count(b"VM_Gen_Counter"), count(b"ACPI0013"), count(b"_EVT")), (2, 1, 1));
     assert_eq!((count(b"LNRO0005"), count(b"COM1"), count(b"_S5_")), (2, 1, 1));
 }
 
@@ -339,7 +349,7 @@ fn a_real_kernel_is_placed() {
     let code = read(&memory, first.rip, 64);
     assert!(code.iter().any(|byte| *byte != 0), "{path:?}");
     if let Some(directory) = std::env::var_os("GODWIT_TEST_ACPI_DIR") {
-        for (gpa, table) in acpi::tables(2, &WINDOWS) {
+        for (gpa, table) in acpi::tables(2, &WINDOWS, true) {
             let name = String::from_utf8_lossy(&table[..4]).into_owned();
             std::fs::write(std::path::Path::new(&directory).join(format!("{gpa:x}-{name}.aml")), &table).unwrap();
         }

@@ -71,7 +71,7 @@ impl Machine {
         bus.set_epoch(memory.epoch());
         let engine = make_engine(Arc::clone(&memory));
         let make_engine = Box::new(make_engine);
-        Ok(Machine { config: config.clone(), memory, bus, engine, make_engine, life: Life::Empty })
+        Ok(Machine { config: config.clone(), memory, bus, engine, make_engine, life: Life::Empty, arrived: false })
     }
 }
 
@@ -84,6 +84,7 @@ fn check(config: &MachineConfig, parts: &Parts) -> Result<CpuModel, MachineError
     let ticks = config.tsc_per_instruction;
     must(TSC_PER_INSTRUCTION.contains(&ticks), "tsc_per_instruction", ticks, "1 to 1000000")?;
     seed(&config.seed)?;
+    super::identity::check(&config.generation_id)?;
     let (disks, nets) = (config.disks.len(), config.nets.len());
     must(disks == parts.disks.len(), "disks", disks, &format!("{} are there", parts.disks.len()))?;
     must(nets == parts.nets.len(), "nets", nets, &format!("{} are there", parts.nets.len()))?;

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `build` | from a configuration and its parts to a machine |
 //! | `state` | capture, apply, digest |
+//! | `identity` | a guest that began elsewhere learns that it is another one |
 //! | `platform` | the devices as an engine sees them |
 //!
 //! One thread owns a machine. Nothing happens in it but by a call: input is handed in, output is fetched, time passes by
@@ -11,6 +12,7 @@
 //! pieces. This room refuses to know processes, sockets, hosts and the wall clock.
 
 mod build;
+mod identity;
 mod platform;
 mod state;
 
@@ -143,6 +145,8 @@ pub struct Machine {
     /// A reset takes a new engine: no cache of the old one may outlive the memory that it describes.
     make_engine: MakeEngine,
     life: Life,
+    /// It was put into a captured state and has not run since.
+    arrived: bool,
 }
 
 impl std::fmt::Debug for Machine {
@@ -163,7 +167,8 @@ impl Machine {
         let command_line = self.config.boot.as_ref().map_or("", |boot| boot.cmdline.as_str());
         let vcpus = self.bus.vcpus();
         let windows = self.bus.windows();
-        let boot = Boot { kernel, initrd, command_line, seed: &self.config.seed, position, vcpus, windows: &windows };
+        let (seed, generation_id) = (&self.config.seed, &self.config.generation_id);
+        let boot = Boot { kernel, initrd, command_line, seed, generation_id, position, vcpus, windows: &windows };
         for vcpu in 0..vcpus {
             let mut state = build::power_up(&self.config, vcpu)?;
             if vcpu == 0 {
@@ -199,6 +204,9 @@ impl Machine {
     pub fn run(&mut self, until_retired: u64) -> Outcome {
         if self.life != Life::Ready {
             return Outcome::Failed(MachineError::Empty.to_string());
+        }
+        if std::mem::take(&mut self.arrived) {
+            self.renew_identity();
         }
         self.bus.net_release();
         loop {

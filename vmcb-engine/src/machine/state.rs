@@ -81,6 +81,7 @@ impl Machine {
         self.life = Life::Broken;
         self.install(clock, &states, devices)?;
         self.life = Life::Ready;
+        self.arrived = true;
         Ok(())
     }
 

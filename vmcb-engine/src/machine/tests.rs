@@ -5,8 +5,9 @@ use proptest::prelude::*;
 use proto::v1::{BootSource, DiskConfig, NetConfig, Section};
 
 use super::*;
+use crate::boot::layout::GENERATION_ID;
 use crate::cpu::{CpuState, RunState};
-use crate::device::bus::{LAPIC_BASE, RESET_PORT, SLEEP_CONTROL_PORT, VIRTIO_BASE};
+use crate::device::bus::{IOAPIC_BASE, LAPIC_BASE, RESET_PORT, SLEEP_CONTROL_PORT, VIRTIO_BASE};
 use crate::engine::{Clock, Platform};
 use crate::memory::sized_memfd;
 use crate::vmcb::Vmcb;
@@ -124,6 +125,7 @@ fn config() -> MachineConfig {
         tsc_hz: 1_000_000_000,
         tsc_per_instruction: TSC_PER_INSTRUCTION,
         paced: false,
+        generation_id: vec![3; 16],
     }
 }
 
@@ -148,6 +150,7 @@ fn machine(script: &[Op]) -> Machine {
     let mut machine = scripted(&config(), script);
     let state = CpuState { rip: 0, ..CpuState::reset() };
     machine.engine.load(0, &state).unwrap();
+    machine.memory.write(GENERATION_ID, &config().generation_id).unwrap();
     machine.life = Life::Ready;
     machine
 }
@@ -261,8 +264,10 @@ proptest! {
 
 fn copy_ram(source: &Machine, target: &Machine) {
     let mut page = [0; 4096];
-    source.memory().read(0x5000, &mut page).unwrap();
-    target.memory().write(0x5000, &page).unwrap();
+    for gpa in [0x5000, GENERATION_ID] {
+        source.memory().read(gpa, &mut page).unwrap();
+        target.memory().write(gpa, &page).unwrap();
+    }
 }
 
 fn captured() -> Vec<Section> {
@@ -484,4 +489,42 @@ fn the_chipset_register_and_the_acpi_register_reset_too() {
         machine.boot(&kernel(0), None).unwrap();
         assert_eq!((machine.run(1000), machine.retired()), (Outcome::Reset, 3), "{op:?}");
     }
+}
+
+#[test]
+fn a_machine_that_comes_back_learns_once_that_it_is_another_one() {
+    // The guest listens on the event line: vector 0x50, edge.
+    let line = 0x10 + 2 * crate::device::bus::EVENT_LINE;
+    let listening = [
+        Op::Store(LAPIC_BASE + 0xf0, 0x1ff),
+        Op::Store(IOAPIC_BASE, line),
+        Op::Store(IOAPIC_BASE + 0x10, 0x50),
+        Op::Nop,
+        Op::Jump(3),
+    ];
+    let seen = |machine: &Machine| {
+        let mut bytes = [0; 16];
+        machine.memory().read(GENERATION_ID, &mut bytes).unwrap();
+        bytes
+    };
+    let mut first = machine(&listening);
+    first.run(20);
+    let sections = first.capture().unwrap();
+    for (generation, expected) in [(vec![3; 16], [3; 16]), (vec![5; 16], [5; 16]), (vec![], [3; 16])] {
+        let told = generation == [5; 16];
+        let mut again = scripted(&MachineConfig { generation_id: generation, ..config() }, &listening);
+        again.memory().write(GENERATION_ID, &[3; 16]).unwrap();
+        again.apply(&sections).unwrap();
+        assert!(again.capture().unwrap() == sections, "before it runs it is what was captured");
+        assert_eq!(seen(&again), [3; 16]);
+        for _ in 0..2 {
+            again.run(again.retired() + 20);
+            assert_eq!(seen(&again), expected);
+        }
+        // Each interrupt multiplies and adds its vector: one of them, or none.
+        let interrupts = again.engine.store(0).gprs[3];
+        assert_eq!(interrupts, if told { 0x50 } else { 0 });
+    }
+    let odd = Machine::build(&MachineConfig { generation_id: vec![1; 7], ..config() }, parts());
+    assert!(matches!(odd, Err(MachineError::Config { field: "generation_id", .. })));
 }

@@ -4,6 +4,7 @@
 //! ```text
 //! ports   0x070-0x071 CMOS clock    0x3f8-0x3ff serial (line 4)    0x600-0x602 sleep control, sleep status, reset
 //!         0x064, 0xcf9 (writes): reset as the PC's keyboard controller and chipset do it
+//! line 3: events that the guest is told by ACPI
 //! memory  0xd000_0000 + n * 4 KiB   virtio window n (line 5 + n): disks, network cards, entropy
 //!         0xfec0_0000               IOAPIC
 //!         APIC_BASE                 local APIC of the vCPU that looks
@@ -48,6 +49,8 @@ const KEYBOARD_RESET: u8 = 0xfe;
 /// Reset control register of PC chipsets: written with this bit it resets.
 const CHIPSET_RESET_PORT: u16 = 0xcf9;
 const CHIPSET_RESET: u8 = 1 << 2;
+/// Line of the generic event device: edge triggered.
+pub const EVENT_LINE: u32 = 3;
 /// First virtio window.
 pub const VIRTIO_BASE: u64 = 0xd000_0000;
 /// Line of the first virtio device; the others follow.
@@ -483,6 +486,12 @@ impl Bus {
     /// Images of the disks, in order.
     pub fn disk_images(&self) -> impl Iterator<Item = &DiskImage> {
         self.disks.iter().map(|disk| disk.device().image())
+    }
+
+    /// Tells the guest that its generation ID has changed.
+    pub fn tell_generation(&mut self) {
+        self.drive(EVENT_LINE as usize, true);
+        self.drive(EVENT_LINE as usize, false);
     }
 
     /// Blocks written from now on are stamped with this epoch.
