@@ -196,6 +196,38 @@ fn a_core_has_the_kernel_s_own_addresses() {
     }
 }
 
+/// Where Linux's image begins when its place is not random.
+const LINUX: u64 = 0xffff_ffff_8100_0000;
+
+#[test]
+fn linux_is_found_where_its_kernel_was_linked() {
+    let guest = std::env::var_os("GODWIT_GUEST")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/guest"), PathBuf::from);
+    let files = ["vmlinuz", "initramfs.cpio"].map(|name| guest.join(name));
+    if !files.iter().all(|file| file.is_file()) {
+        eprintln!("SKIPPED: no Linux guest in {}; run deploy/guest", guest.display());
+        return;
+    }
+    let cluster = Cluster::up(1);
+    let files = ["--kernel", text(&files[0]), "--initrd", text(&files[1])];
+    let args = ["vm", "create", "vm1", "--host", "hostA", "--memory", "256M"];
+    let cmdline = ["--cmdline", "console=ttyS0 nokaslr panic=-1"];
+    cluster.ok(args.into_iter().chain(files).chain(cmdline));
+    wait("Linux to be up", || cluster.console("vm1").contains("godwit: up").then_some(()));
+    let (id, core) = (checkpoint(&cluster), cluster.dir().join("core"));
+    export(&cluster, &id, "elf-core", &core);
+    let file = fs::read(&core).unwrap();
+    let found = loads(&file);
+    let image = found.iter().find(|load| load.1 == LINUX).unwrap();
+    let bytes = &file[image.0 as usize..][..image.3 as usize];
+    let banner = b"Linux version ";
+    let at = bytes.windows(banner.len()).position(|window| window == banner).unwrap() as u64;
+    if let Some(said) = gdb(&core, &[&format!("x/s {:#x}", LINUX + at), "x/i $rip"]) {
+        assert!(said.contains("\"Linux version "), "{said}");
+        assert!(said.contains("=> 0x"), "{said}");
+    }
+}
+
 /// A small file system of its own.
 struct Disk(PathBuf);
 

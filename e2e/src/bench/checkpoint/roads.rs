@@ -101,7 +101,7 @@ fn tell(suite: &Suite<'_>, case: &str, bytes: u64, totals: &[f64], parts: &Parts
     suite.report.add(total.map(|m| m.beside("restic_ms", &restic.0).beside("restic_bytes", &restic.1)));
 }
 
-/// restic's first backup of the same RAM, each into a repository of its own.
+/// restic's first backup of the same RAM, once.
 fn restic(suite: &Suite<'_>, cluster: &Cluster, ram_bytes: u64) -> Result<Restics, String> {
     let mut runs = Restics::default();
     cluster.ok(["vm", "pause", "vm1"]);
@@ -109,16 +109,15 @@ fn restic(suite: &Suite<'_>, cluster: &Cluster, ram_bytes: u64) -> Result<Restic
     let file = cluster.dir().join("ram.img");
     image::write(&image, &file)?;
     drop(image);
-    for _ in 0..RUNS {
-        let folder = cluster.dir().join("restic");
-        let Some(mut restic) = Restic::start(&folder)? else {
-            suite.report.skip("restic is not installed: nothing is beside first-file");
-            break;
-        };
-        let (bytes, ms) = timed(|| restic.backup(&file));
-        runs.0.push(ms);
-        runs.1.push(bytes? as f64);
-        remove(&folder)?;
+    let folder = cluster.dir().join("restic");
+    match Restic::start(&folder)? {
+        None => suite.report.skip("restic is not installed: nothing is beside first-file"),
+        Some(mut restic) => {
+            let (bytes, ms) = timed(|| restic.backup(&file));
+            runs.0.push(ms);
+            runs.1.push(bytes? as f64);
+            remove(&folder)?;
+        }
     }
     cluster.ok(["vm", "resume", "vm1"]);
     std::fs::remove_file(&file).map_err(|e| format!("{}: {e}", file.display()))?;
