@@ -237,3 +237,102 @@ impl Report for Exported {
         ])
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proto::frame::PageRun;
+
+    use super::*;
+
+    const PAGES: u64 = 512;
+
+    fn page(number: u64) -> [u8; PAGE_BYTES] {
+        let mut page = [0; PAGE_BYTES];
+        page[..8].copy_from_slice(&(number + 1).to_le_bytes());
+        page
+    }
+
+    fn frame(first_page: u64, pages: u64, space: u16) -> Vec<u8> {
+        let mut frame = PageRun { first_page, pages: pages as u32, space, encoding: Encoding::Raw }.begin();
+        (first_page..first_page + pages).for_each(|number| frame.extend_from_slice(&page(number)));
+        frame::seal(&mut frame);
+        frame
+    }
+
+    /// Of a guest of 2 MiB with pages 3 to 9, and no disk.
+    fn head() -> v1::ExportHead {
+        let cpu = v1::Section { name: "cpu/0".into(), body: CpuState::reset().to_bytes(), ..Default::default() };
+        let mut digests = PageDigests::new(PAGES);
+        (3..10).for_each(|number| digests.set(number, proto::leaf::leaf(&page(number))));
+        let digest = machine_digest(digests.root(), state_digest(std::slice::from_ref(&cpu)), &[]);
+        let checkpoint = v1::CheckpointRecord { digest: Some(digest), ..Default::default() };
+        let config = v1::MachineConfig { memory_bytes: PAGES * PAGE_BYTES as u64, ..Default::default() };
+        v1::ExportHead { checkpoint: Some(checkpoint), config: Some(config), sections: vec![cpu], pages: 7 }
+    }
+
+    struct Folder(std::path::PathBuf);
+
+    impl Folder {
+        fn new(test: &str) -> Folder {
+            let path = std::env::temp_dir().join(format!("godwit-export-{test}-{}", std::process::id()));
+            std::fs::create_dir_all(&path).unwrap();
+            Folder(path)
+        }
+
+        fn args(&self, format: ExportFormat) -> ExportArgs {
+            ExportArgs { name: "vm1".into(), format, out: self.0.join("out") }
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn what_is_proved_gets_its_name() {
+        let folder = Folder::new("proved");
+        for (format, at) in [(ExportFormat::ElfCore, elf::DATA_AT), (ExportFormat::Raw, 0)] {
+            let args = folder.args(format);
+            let mut export = Export::begin(&args, head(), "export vm1").unwrap();
+            export.pages(&frame(6, 4, 0)).unwrap();
+            export.pages(&frame(3, 3, 0)).unwrap();
+            assert!(!args.out.exists());
+            let said = export.finish(&args, 7).unwrap();
+            assert_eq!((said.bytes_written, said.vcpus), (7 * 4096, 1));
+            let file = if at == 0 { args.out.join("ram.raw") } else { args.out.clone() };
+            let bytes = std::fs::read(file).unwrap();
+            assert_eq!(bytes.len() as u64, at + (2 << 20));
+            assert_eq!(bytes[at as usize + 9 * PAGE_BYTES..][..8], 10u64.to_le_bytes());
+            let _ = std::fs::remove_file(&args.out).or_else(|_| std::fs::remove_dir_all(&args.out));
+        }
+    }
+
+    #[test]
+    fn what_is_not_the_checkpoint_leaves_nothing() {
+        let folder = Folder::new("lies");
+        let args = folder.args(ExportFormat::Raw);
+        let begin = |head| Export::begin(&args, head, "export vm1").unwrap();
+        let mut flipped = frame(3, 7, 0);
+        *flipped.last_mut().unwrap() ^= 1;
+        for wrong in [flipped, frame(510, 3, 0), frame(u64::MAX - 1, 1, 0), frame(3, 7, 1), b"no frame".to_vec()] {
+            assert_eq!(begin(head()).pages(&wrong).unwrap_err().code, Code::Corrupt);
+        }
+        // Fewer pages, another page, another state.
+        let mut export = begin(head());
+        export.pages(&frame(3, 6, 0)).unwrap();
+        assert_eq!(export.finish(&args, 6).unwrap_err().code, Code::Corrupt);
+        let mut export = begin(head());
+        export.pages(&frame(4, 7, 0)).unwrap();
+        assert!(export.finish(&args, 7).unwrap_err().message.contains("digest"));
+        let mut export = begin(head());
+        export.head.sections[0].minor = 9;
+        export.pages(&frame(3, 7, 0)).unwrap();
+        assert!(export.finish(&args, 7).unwrap_err().message.contains("digest"));
+        let mut huge = head();
+        huge.config = Some(v1::MachineConfig { memory_bytes: u64::MAX, ..Default::default() });
+        assert_eq!(Export::begin(&args, huge, "export vm1").err().unwrap().code, Code::Protocol);
+        assert_eq!(std::fs::read_dir(&folder.0).unwrap().count(), 0);
+    }
+}
