@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::cluster::wait;
+use crate::leftovers::{self, Claim, Leftover};
 
 /// The bucket that is there from the beginning.
 pub const BUCKET: &str = "godwit-test";
@@ -28,7 +29,8 @@ pub struct Weed {
     ports: [u16; PORTS],
     volumes: u32,
     volume_mib: u32,
-    process: Option<Child>,
+    process: Option<(Child, Claim)>,
+    _folder: Claim,
 }
 
 impl Weed {
@@ -62,7 +64,8 @@ impl Weed {
         write("master.toml", "[master.volume_growth]\ncopy_1 = 1\ncopy_other = 1\n".into());
         write("keys", format!("[default]\naws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {SECRET_KEY}\n"));
         write("wrong", format!("[default]\naws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = other\n"));
-        let mut weed = Weed { dir, program, ports: free_ports(), volumes, volume_mib, process: None };
+        let folder = leftovers::claim(Leftover::Folder(dir.clone()));
+        let mut weed = Weed { dir, program, ports: free_ports(), volumes, volume_mib, process: None, _folder: folder };
         weed.run();
         let made = request(weed.address(4), &format!("POST /buckets/{BUCKET}/ HTTP/1.1"), &[]);
         assert!(made.starts_with("HTTP/1.1 201"), "no bucket was made: {made}\n{}", weed.log());
@@ -103,7 +106,9 @@ impl Weed {
         command.arg("-volume.preStopSeconds=0");
         let errors = log.try_clone().expect("a second handle of the log");
         command.current_dir(&self.dir).env("HOME", &self.dir).stdin(Stdio::null()).stdout(log).stderr(errors);
-        self.process = Some(command.spawn().expect("SeaweedFS can be run"));
+        let process = command.spawn().expect("SeaweedFS can be run");
+        let claim = leftovers::claim(Leftover::Process(process.id() as i32));
+        self.process = Some((process, claim));
         wait("the S3 server", || {
             request(self.address(6), "GET / HTTP/1.1", &[]).starts_with("HTTP/1.1 403").then_some(())
         });
@@ -114,7 +119,7 @@ impl Weed {
 
     /// `kill -9`.
     pub fn kill(&mut self) {
-        if let Some(mut process) = self.process.take() {
+        if let Some((mut process, _claim)) = self.process.take() {
             // It may have ended by itself; what counts is that it is gone.
             let _ = process.kill();
             let _ = process.wait();

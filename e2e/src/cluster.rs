@@ -14,6 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::guest::Program;
+use crate::leftovers::{self, Claim, Leftover};
 
 /// How long a cluster, a guest or a host may take for what takes a moment.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -23,6 +24,7 @@ const POLL: Duration = Duration::from_millis(20);
 pub struct Cluster {
     dir: PathBuf,
     bin: PathBuf,
+    _claim: Claim,
 }
 
 /// What one run of `ctl` gave.
@@ -75,7 +77,9 @@ impl Cluster {
         let name = format!("godwit-e2e-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let dir = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&dir).expect("a directory for the cluster");
-        let cluster = Self { dir, bin: binaries() };
+        let bin = binaries();
+        let claim = leftovers::claim(Leftover::Cluster { ctl: bin.join("ctl"), dir: dir.clone() });
+        let cluster = Self { dir, bin, _claim: claim };
         let hosts = hosts.to_string();
         cluster.ok(["dev", "up", "--dir", cluster.path(), "--hosts", &hosts].iter().chain(more));
         cluster

@@ -5,3 +5,4 @@ pub mod bucket;
 pub mod cluster;
 pub mod fault;
 pub mod guest;
+pub mod leftovers;

@@ -12,10 +12,10 @@ use proto::v1::control_server::Control;
 use proto::v1::operation_event::Event as Said;
 use proto::v1::{
     AdoptReply, AdoptRequest, Blob, CheckpointName, CheckpointRecord, ConsoleInput, ConsoleOutput,
-    CreateCheckpointRequest, CreateVmRecordRequest, Empty, EventsRequest, KeysReply, LedgerEvent, ListCheckpointsReply,
-    ListHostsReply, ListPoliciesReply, ListVmsReply, MigrateRequest, OperationDone, OperationEvent, OperationRef,
-    PolicyRecord, PruneReply, PruneRequest, RestoreRequest, SetPolicyRequest, VmName, VmOrCheckpoint, VmRecord, VmRef,
-    VmcbReply,
+    CreateCheckpointRequest, CreateVmRecordRequest, Empty, EventsRequest, ExportRequest, KeysReply, LedgerEvent,
+    ListCheckpointsReply, ListHostsReply, ListPoliciesReply, ListVmsReply, MigrateRequest, OperationDone,
+    OperationEvent, OperationRef, PolicyRecord, PruneReply, PruneRequest, RestoreRequest, SetPolicyRequest, VmName,
+    VmOrCheckpoint, VmRecord, VmRef, VmcbReply,
 };
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -23,7 +23,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::placement::{Fleet, Need};
 use super::plans::{self, unknown_checkpoint, unknown_vm};
-use super::{Api, console, events, policies, require, views};
+use super::{Api, console, events, export, policies, require, views};
 use crate::bucket::packs_prefix;
 use crate::failure::Failure;
 use crate::ledger::event::{CheckpointEntry, Plan, Task};
@@ -52,7 +52,7 @@ impl Api {
         views::show(&self.ledger, &self.agents, vm).ok_or_else(|| unknown_vm(vm))
     }
 
-    fn checkpoint(&self, id: &str) -> Result<CheckpointRecord, Failure> {
+    pub(super) fn checkpoint(&self, id: &str) -> Result<CheckpointRecord, Failure> {
         policies::checkpoint(&self.ledger.state(), id).ok_or_else(|| unknown_checkpoint(id))
     }
 
@@ -121,6 +121,7 @@ impl Control for Api {
     type RestoreStream = Operation;
     type WatchOperationStream = Operation;
     type EventsStream = ReceiverStream<Result<LedgerEvent, Status>>;
+    type ExportCheckpointStream = export::Export;
 
     async fn list_hosts(&self, request: Request<Empty>) -> Result<Response<ListHostsReply>, Status> {
         require(&request, Role::Operator)?;
@@ -267,6 +268,14 @@ impl Control for Api {
     async fn rotate_keys(&self, request: Request<Empty>) -> Result<Response<KeysReply>, Status> {
         let operator = require(&request, Role::Operator)?;
         Ok(Response::new(KeysReply { ids: self.rotate(&operator).await? }))
+    }
+
+    async fn export_checkpoint(
+        &self,
+        request: Request<ExportRequest>,
+    ) -> Result<Response<Self::ExportCheckpointStream>, Status> {
+        let operator = require(&request, Role::Operator)?;
+        Ok(Response::new(self.export(&operator, request.into_inner()).await?))
     }
 
     async fn get_vmcbs(&self, request: Request<VmOrCheckpoint>) -> Result<Response<VmcbReply>, Status> {

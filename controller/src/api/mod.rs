@@ -8,6 +8,7 @@ mod adopt;
 mod console;
 mod control;
 mod events;
+mod export;
 mod fleet;
 mod lanes;
 pub mod placement;

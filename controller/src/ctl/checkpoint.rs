@@ -12,7 +12,7 @@ use super::operation;
 use super::output::{self, Format};
 use super::policy::report::Pruned;
 use super::report::{Checkpoint, Done, List};
-use super::{migration, vm};
+use super::{export, migration, vm};
 
 /// The longest pause of a restore means nothing to the guest, which does not run yet; any value will do.
 const RESTORE_DOWNTIME: std::time::Duration = std::time::Duration::from_millis(300);
@@ -58,6 +58,7 @@ pub async fn run(mut client: Client, command: CheckpointCommand, format: Format)
                 &Done { message: format!("checkpoint {id} is removed"), operation: outcome.operation },
             )
         }
+        CheckpointCommand::Export(args) => export::run(client, args, format).await,
         CheckpointCommand::Prune { vm, dry_run } => {
             let doing = format!("prune the checkpoints of {vm}");
             let reply = client.prune_checkpoints(v1::PruneRequest { vm, dry_run }).await;

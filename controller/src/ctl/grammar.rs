@@ -313,6 +313,8 @@ pub enum CheckpointCommand {
         /// Its id.
         id: String,
     },
+    /// Write a checkpoint into files that other tools read.
+    Export(ExportArgs),
     /// Remove what a VM's policy does not keep, now.
     Prune {
         /// Name of the VM.
@@ -331,6 +333,39 @@ pub struct CheckpointCreateArgs {
     /// As if the VM's policy had made it: the policy may remove it.
     #[arg(long)]
     pub policy: bool,
+}
+
+/// `ctl checkpoint export`
+#[derive(Args, Debug)]
+pub struct ExportArgs {
+    /// The id of a checkpoint, or a VM (its newest one).
+    #[arg(value_name = "ID|VM")]
+    pub name: String,
+    /// What is written.
+    #[arg(long, value_enum)]
+    pub format: ExportFormat,
+    /// File (elf-core) or folder (raw) to make; it must not be there yet.
+    #[arg(long, value_name = "PATH")]
+    pub out: PathBuf,
+}
+
+/// What an export is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum ExportFormat {
+    /// RAM and processors as an ELF core, with the kernel's own addresses: `gdb vmlinux PATH`.
+    ElfCore,
+    /// A folder with ram.raw and a diskN.raw for each local disk.
+    Raw,
+}
+
+impl ExportFormat {
+    /// The word on the command line.
+    pub fn word(self) -> &'static str {
+        match self {
+            ExportFormat::ElfCore => "elf-core",
+            ExportFormat::Raw => "raw",
+        }
+    }
 }
 
 /// `ctl checkpoint verify`

@@ -6,13 +6,14 @@
 //!               └──> output: table | json | yaml on stdout; failures on stderr, their code is the exit code
 //! ```
 //! It decides nothing about VMs: what may be done, and in which order, the controller knows. `dev` alone starts processes.
-//! Of the engine it knows the pure decoding of VMCBs, in one function of [`vmcb`].
+//! Of the engine it knows the pure decoding of processors' states: [`vmcb`], [`export`].
 
 mod checkpoint;
 mod client;
 mod config;
 mod console;
 mod dev;
+mod export;
 mod failure;
 mod grammar;
 mod hosts;

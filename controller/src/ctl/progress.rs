@@ -63,6 +63,15 @@ impl Progress {
         }
     }
 
+    /// So many of so many bytes are done.
+    pub fn bytes(&self, done: u64, total: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_style(bar_style());
+            bar.set_length(total);
+            bar.set_position(done);
+        }
+    }
+
     /// The last word; a bar disappears.
     pub fn end(&self) {
         if let Some(bar) = &self.bar {

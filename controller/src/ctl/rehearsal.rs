@@ -64,6 +64,7 @@ impl Control for Script {
     type RestoreStream = Events<OperationEvent>;
     type WatchOperationStream = Events<OperationEvent>;
     type EventsStream = Events<LedgerEvent>;
+    type ExportCheckpointStream = Events<ExportMessage>;
 
     async fn list_hosts(&self, _: Request<Empty>) -> Reply<ListHostsReply> {
         let info = HostInfo { name: "hostA".into(), ..Default::default() };
@@ -137,6 +138,7 @@ impl Control for Script {
         export_keys(Empty) -> Blob;
         import_keys(Blob) -> KeysReply;
         rotate_keys(Empty) -> KeysReply;
+        export_checkpoint(ExportRequest) -> Self::ExportCheckpointStream;
     }
 }
 

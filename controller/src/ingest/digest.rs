@@ -24,6 +24,11 @@ impl PageDigests {
         PageDigests { leaves: vec![ZERO_LEAF; pages as usize] }
     }
 
+    /// How many there are.
+    pub fn pages(&self) -> u64 {
+        self.leaves.len() as u64
+    }
+
     /// The page has this leaf now. The page must exist.
     pub fn set(&mut self, page: u64, leaf: [u8; 32]) {
         self.leaves[page as usize] = leaf;

@@ -258,7 +258,7 @@ impl Session<'_> {
 }
 
 /// Takes extents of whole frames off the front, about [`GROUP_PAGES`] of them.
-fn take_frames<'a>(rest: &mut &'a [Extent]) -> &'a [Extent] {
+pub(super) fn take_frames<'a>(rest: &mut &'a [Extent]) -> &'a [Extent] {
     let (mut pages, mut count) = (0, 0);
     for extents in frames(rest) {
         if pages >= GROUP_PAGES {

@@ -12,6 +12,7 @@
 
 pub mod assembly;
 pub mod digest;
+pub mod export;
 pub mod layers;
 pub mod load;
 pub mod manifest;

@@ -4,6 +4,7 @@
 //! the same run for comparison. This room refuses to judge.
 
 pub mod ceilings;
+pub mod checkpoint;
 pub mod engine;
 pub mod loops;
 pub mod migrate;

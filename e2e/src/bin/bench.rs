@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use e2e::bench::{Report, engine, migrate};
+use e2e::bench::{Report, checkpoint, engine, migrate};
+use e2e::leftovers;
 
 /// Godwit's benchmarks.
 #[derive(Parser)]
@@ -26,6 +27,15 @@ enum Suite {
         #[arg(long, default_value = "target/guest")]
         guest: PathBuf,
     },
+    /// Guests into a bucket and back: ram-512m ... ram-4g, incremental-1, -5, -20, first-file, restore-file, lazy-file,
+    /// first-s3, restore-s3, lazy-s3, fleet-20.
+    Checkpoint {
+        /// Only these cases.
+        cases: Vec<String>,
+        /// Small guests, to see that all of it works: the figures mean nothing.
+        #[arg(long)]
+        quick: bool,
+    },
     /// A guest of 1 GiB between two agents: idle, dirty-50, dirty-200.
     Migrate {
         /// Only these cases.
@@ -36,7 +46,12 @@ enum Suite {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let report = Report::new(arguments.json);
+    if let Err(error) = leftovers::watch() {
+        eprintln!("bench: cannot listen for signals: {error}");
+        return ExitCode::FAILURE;
+    }
     let result = match &arguments.suite {
+        Suite::Checkpoint { cases, quick } => checkpoint::run(&report, cases, *quick),
         Suite::Engine { cases, guest } => engine::run(&report, guest, cases),
         Suite::Migrate { cases } => migrate::run(&report, cases),
     };
