@@ -212,6 +212,8 @@ pub struct Received {
     pub sections: BTreeMap<String, (Section, Bytes)>,
     /// The source's digest.
     pub digest: MachineDigest,
+    /// How long the guest stood still, in microseconds.
+    pub stopped_us: u64,
 }
 
 /// Pages of each space of a machine: RAM first, then local disks in order, then what it boots from.
@@ -418,6 +420,7 @@ impl Assembly {
             touched: self.spaces.into_iter().map(|space| space.regions).collect(),
             packs: self.packs,
             sections: self.sections,
+            stopped_us: end.stopped_us,
             digest: end.digest.unwrap_or_default(),
         };
         Ok((received, rest))

@@ -40,6 +40,8 @@ pub struct Laid {
     pub packs: Vec<PackAt>,
     /// The digest that was computed, which is the source's.
     pub digest: MachineDigest,
+    /// How long the guest stood still, in microseconds.
+    pub stopped_us: u64,
 }
 
 /// Where full packs go.
@@ -163,7 +165,7 @@ impl<S: Sink> Layers<'_, S> {
         let sections = sections.collect();
         let computed = machine_digest(&roots(&laid, spaces.len()), state_digest(&state));
         compare(&digest, &computed)?;
-        Ok(Laid { regions: laid, sections, packs: table.packs, digest: computed })
+        Ok(Laid { regions: laid, sections, packs: table.packs, digest: computed, stopped_us: received.stopped_us })
     }
 
     /// A region without layers.

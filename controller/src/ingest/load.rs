@@ -235,8 +235,12 @@ impl Session<'_> {
         for (_, frame) in sections {
             self.send(0, Chunk { frame }).await?;
         }
-        let end =
-            StateEnd { sections: count, digest: opened.manifest.digest.clone(), verify_full: self.load.verify_full };
+        let end = StateEnd {
+            sections: count,
+            digest: opened.manifest.digest.clone(),
+            verify_full: self.load.verify_full,
+            stopped_us: 0,
+        };
         self.send(0, say(Said::StateEnd(end))).await?;
         match self.hear().await? {
             Said::Ready(ready) => Ok(ready.digest.unwrap_or_default()),

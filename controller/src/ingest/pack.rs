@@ -15,6 +15,9 @@ use proto::v1::{PackEntry, PackIndex};
 
 /// Most bytes of a pack.
 pub const PACK_MAX: usize = 16 << 20;
+/// What is set aside for a pack. glibc gives pieces of more than 32 MiB a mapping of their own, of which only what is
+/// written is memory and all of which goes back at once; smaller ones would leave holes in its heaps.
+const ROOM: usize = (32 << 20) + (64 << 10);
 /// Most bytes of a pack that an earlier release wrote.
 pub const PACK_MAX_EVER: usize = 64 << 20;
 /// Bytes after the index frame.
@@ -65,6 +68,9 @@ impl PackWriter {
 
     /// Appends a frame and returns its offset; `entry` says what it is.
     pub fn push(&mut self, frame: &[u8], entry: PackEntry) -> u64 {
+        if self.bytes.is_empty() {
+            self.bytes.reserve_exact(ROOM);
+        }
         let offset = self.bytes.len() as u64;
         self.index_bytes_max += ENTRY_MAX + entry.section.len();
         self.index.entries.push(PackEntry { offset, frame_bytes: frame.len() as u32, ..entry });

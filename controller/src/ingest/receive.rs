@@ -11,8 +11,7 @@ use proto::seal::{DataKey, Opener, Sealer};
 use proto::status::Code;
 use proto::v1::lane_message::Message as Said;
 use proto::v1::{BaseLeaves, Chunk, Hello, HelloReply, MachineConfig, Manifest, Ready, RoundAck};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::time::Instant;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, watch};
 use tokio_stream::{Stream, StreamExt};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -29,8 +28,10 @@ use crate::failure::Failure;
 use crate::ledger::event::CheckpointEntry;
 use crate::ledger::unix_ms;
 
-/// Packs that are being written at a time.
+/// Packs of a checkpoint that are being written at a time.
 const PUTS_MAX: usize = 3;
+/// Packs of all checkpoints that are being written at a time: they are what takes memory.
+static PUTS: Semaphore = Semaphore::const_new(4);
 
 /// What is going to be received.
 #[derive(Clone, Debug)]
@@ -74,7 +75,6 @@ pub struct Ingest {
     stage: Mutex<Stage>,
     puts: Puts,
     result: watch::Sender<Option<Result<CheckpointEntry, Failure>>>,
-    stopped: Mutex<Option<Instant>>,
 }
 
 impl Ingest {
@@ -90,7 +90,6 @@ impl Ingest {
             stage: Mutex::new(Stage::Empty),
             puts: Puts::new(),
             result: watch::Sender::new(None),
-            stopped: Mutex::new(None),
         })
     }
 
@@ -235,7 +234,6 @@ impl Ingest {
 
     /// Takes a frame and does what follows; true when everything is done.
     async fn take(&self, lane: usize, checked: Checked) -> Result<bool, Failure> {
-        self.note_stop(&checked);
         let (effects, back) = match &mut *self.stage() {
             Stage::Open { assembly, back, .. } => (assembly.take(lane, checked)?, back.clone()),
             Stage::Empty | Stage::Closed => return Err(Failure::new(Code::Protocol, "the checkpoint is over")),
@@ -251,16 +249,6 @@ impl Ingest {
             }
         }
         Ok(false)
-    }
-
-    /// Remembers when the round that is open began: if it is the last one, the guest has stood still since about then.
-    fn note_stop(&self, checked: &Checked) {
-        let mut stopped = self.stopped.lock().unwrap_or_else(PoisonError::into_inner);
-        match checked {
-            Checked::Pages(..) => drop(stopped.get_or_insert_with(Instant::now)),
-            Checked::Message(Said::RoundEnd(end)) if !end.last => *stopped = None,
-            Checked::Section(..) | Checked::Message(_) => {}
-        }
     }
 
     async fn put_beside(&self, pack: Pack) {
@@ -313,8 +301,6 @@ impl Ingest {
     async fn write_manifest(&self, laid: Laid) -> Result<CheckpointEntry, Failure> {
         let Expected { checkpoint, vm, vm_id, generation, config, capabilities, on_isolation, policy, .. } =
             self.expected.clone();
-        let stopped = *self.stopped.lock().unwrap_or_else(PoisonError::into_inner);
-        let stop_us = stopped.map_or(0, |since| since.elapsed().as_micros() as u64);
         let manifest = Manifest {
             major: manifest::MAJOR,
             checkpoint: checkpoint.to_string(),
@@ -329,7 +315,7 @@ impl Ingest {
             packs: laid.packs.iter().map(super::map::PackAt::message).collect(),
             digest: Some(laid.digest),
             parent: self.base_id().cloned().unwrap_or_default(),
-            stop_us,
+            stop_us: laid.stopped_us,
             own_bytes: self.puts.bytes(),
             on_isolation,
             policy,
@@ -360,13 +346,14 @@ impl Puts {
     async fn put(&self, bucket: Bucket, key: String, pack: Pack, failed: impl FnOnce(Failure) + Send + 'static) {
         // The semaphore is never closed.
         let Ok(permit) = self.permits.clone().acquire_owned().await else { return };
+        let Ok(among_all) = PUTS.acquire().await else { return };
         if self.failed.is_cancelled() {
             return;
         }
         self.bytes.fetch_add(pack.bytes.len() as u64, std::sync::atomic::Ordering::Relaxed);
         let over = self.failed.clone();
         tokio::spawn(async move {
-            let _permit: OwnedSemaphorePermit = permit;
+            let _permits: (OwnedSemaphorePermit, SemaphorePermit<'_>) = (permit, among_all);
             if let Err(error) = bucket.put(&key, pack.bytes).await {
                 failed(error.into());
                 over.cancel();

@@ -154,7 +154,12 @@ fn script(rounds: &[Vec<(u16, u64, u32, u8)>]) -> (Vec<Vec<Bytes>>, MachineDiges
     for section in sections() {
         lanes[0].push(frame::encode_message(Kind::Section, &section).into());
     }
-    let end = StateEnd { sections: sections().len() as u32, digest: Some(digest.clone()), verify_full: false };
+    let end = StateEnd {
+        sections: sections().len() as u32,
+        digest: Some(digest.clone()),
+        verify_full: false,
+        stopped_us: 77,
+    };
     lanes[0].push(control(Said::StateEnd(end)));
     (lanes, digest)
 }
@@ -296,7 +301,7 @@ async fn frames_out_of_their_round_are_found() {
 #[tokio::test]
 async fn a_wrong_digest_a_page_outside_and_a_section_twice_are_found() {
     let (mut lanes, _) = script(&rounds());
-    let end = StateEnd { sections: 3, digest: Some(MachineDigest::default()), verify_full: false };
+    let end = StateEnd { sections: 3, digest: Some(MachineDigest::default()), verify_full: false, stopped_us: 77 };
     *lanes[0].last_mut().unwrap() = control(Said::StateEnd(end));
     let failure = refused(lanes).await;
     assert!(failure.code == Code::Corrupt && failure.message.contains("RAM"), "{failure}");
@@ -480,7 +485,7 @@ async fn on_base(
     frames.extend(
         sections().iter().map(|section| Bytes::from(desk.sealer.seal(&frame::encode_message(Kind::Section, section)))),
     );
-    let end = StateEnd { sections: 3, digest: Some(digest(contents)), verify_full: false };
+    let end = StateEnd { sections: 3, digest: Some(digest(contents)), verify_full: false, stopped_us: 77 };
     frames.push(control(Said::StateEnd(end)));
     send_to(ingest, vec![frames, second]).await
 }

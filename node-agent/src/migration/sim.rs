@@ -522,8 +522,8 @@ impl<'a> World<'a> {
                 let digest = digest_of(&mut self.source_digests, &sections);
                 self.soon(Event::SourceAnswer(source::Input::Digested(digest)));
             }
-            Effect::SendState { sections, digest, verify_full } => {
-                let end = StateEnd { sections: sections.len() as u32, digest: Some(digest), verify_full };
+            Effect::SendState { sections, digest, verify_full, stopped_us } => {
+                let end = StateEnd { sections: sections.len() as u32, digest: Some(digest), verify_full, stopped_us };
                 sections.into_iter().for_each(|section| self.tell_target(0, Message::Section(section)));
                 self.tell_target(0, Message::StateEnd(end));
             }

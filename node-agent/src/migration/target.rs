@@ -597,7 +597,7 @@ mod tests {
     fn applying(sections: Vec<Section>, ram: Digest) -> Target {
         let digest = machine_digest(ram, state_digest(&sections), &[]);
         let count = sections.len() as u32;
-        let end_of_state = StateEnd { sections: count, digest: Some(digest), verify_full: false };
+        let end_of_state = StateEnd { sections: count, digest: Some(digest), verify_full: false, stopped_us: 0 };
         let inputs = open_two()
             .into_iter()
             .chain([end(0, 1, 0, true), end(1, 1, 0, true)])

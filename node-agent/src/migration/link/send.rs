@@ -261,8 +261,9 @@ impl<V: SourceVm> Driver<V> {
             Effect::Digest { sections, verify_full } => {
                 Some(self.digest(sections, verify_full).await.map_or_else(Input::Lost, Input::Digested))
             }
-            Effect::SendState { sections, digest, verify_full } => {
-                self.send_state(sections, digest, verify_full).await;
+            Effect::SendState { sections, digest, verify_full, stopped_us } => {
+                let end = StateEnd { sections: sections.len() as u32, digest: Some(digest), verify_full, stopped_us };
+                self.send_state(sections, end).await;
                 None
             }
             Effect::AbortTarget(failure) => {
@@ -334,8 +335,7 @@ impl<V: SourceVm> Driver<V> {
         Ok(machine_digest(*ram, state_digest(&sections), disks))
     }
 
-    async fn send_state(&self, sections: Vec<Section>, digest: v1::MachineDigest, verify_full: bool) {
-        let end = StateEnd { sections: sections.len() as u32, digest: Some(digest), verify_full };
+    async fn send_state(&self, sections: Vec<Section>, end: StateEnd) {
         let frame = |section| {
             let frame = Message::Section(section).encode();
             match &self.outgoing.sealer {

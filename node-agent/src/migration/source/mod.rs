@@ -639,7 +639,8 @@ impl Comparing {
                     self.pause.end(now_us, &mut effects);
                 }
                 let verify_full = self.plan.policy.verify_full;
-                effects.push(Effect::SendState { sections, digest: digest.clone(), verify_full });
+                let stopped_us = self.pause.us(now_us);
+                effects.push(Effect::SendState { sections, digest: digest.clone(), verify_full, stopped_us });
                 self.step = ComparingStep::Waiting { digest };
                 Step { state: Source::Comparing(self), effects }
             }

@@ -122,6 +122,8 @@ pub enum Effect {
         digest: MachineDigest,
         /// Ask the target to hash all pages again.
         verify_full: bool,
+        /// How long the guest has stood still, for the manifest of a checkpoint.
+        stopped_us: u64,
     },
     /// Hold the guest back by so much of its time from now on; 0 lets it run free.
     Throttle {
