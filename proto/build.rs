@@ -12,9 +12,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     std::fs::write(out.join("descriptors.bin"), compiler.encode_file_descriptor_set())?;
     let descriptors = compiler.file_descriptor_set();
     if std::env::var_os("CARGO_FEATURE_RPC").is_some() {
-        tonic_prost_build::configure().bytes(".godwit.v1.Chunk.frame").compile_fds(descriptors)?;
+        tonic_prost_build::configure()
+            .bytes(".godwit.v1.Chunk.frame")
+            .bytes(".godwit.v1.PagesPart.frame")
+            .compile_fds(descriptors)?;
     } else {
-        prost_build::Config::new().bytes([".godwit.v1.Chunk.frame"]).compile_fds(descriptors)?;
+        prost_build::Config::new()
+            .bytes([".godwit.v1.Chunk.frame", ".godwit.v1.PagesPart.frame"])
+            .compile_fds(descriptors)?;
     }
     Ok(())
 }

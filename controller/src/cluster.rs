@@ -21,6 +21,7 @@ use crate::config::Config;
 use crate::failure::Failure;
 use crate::ingest::Routes;
 use crate::ingest::read::Reader;
+use crate::ingest::supply::Supplies;
 use crate::keys::Keys;
 use crate::ledger::event::Event;
 use crate::ledger::{Ledger, LedgerError};
@@ -122,6 +123,7 @@ impl Controller {
             reader,
             bucket_url: config.bucket.url.clone(),
             routes,
+            supplies: Supplies::default(),
             reconcile: Reconcile::default(),
         };
         Ok(Controller { config, listener, address, tls, api })

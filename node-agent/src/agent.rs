@@ -88,6 +88,7 @@ impl Agent {
         let host = Host {
             name: config.name.clone(),
             address,
+            controller: config.controller.clone(),
             store,
             clock: Box::new(HostClock),
             leases: Leases::new(!config.controller.is_empty()),

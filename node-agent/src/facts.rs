@@ -14,6 +14,7 @@ use vmcb_engine::capability::{CpuModel, soft_host};
 
 use crate::host::TSC_HZ;
 use crate::migration::Failure;
+use crate::runner::faults::Faults;
 
 const KVM: &str = "/dev/kvm";
 
@@ -26,6 +27,8 @@ pub struct Facts {
     pub hardware: HostHardware,
     /// What the operator withholds, as it was written.
     pub withheld: Vec<String>,
+    /// Why no guest can run here before its pages have come; empty: it can.
+    pub lazy_refused: String,
     soft: CapabilitySet,
 }
 
@@ -46,7 +49,8 @@ impl Facts {
         }];
         engines.extend(kvm(Path::new(KVM)));
         let withheld = withheld.iter().map(|feature| feature.text.clone()).collect();
-        Facts { engines, hardware: hardware(), withheld, soft }
+        let lazy_refused = Faults::open().err().map_or(String::new(), |error| error.to_string());
+        Facts { engines, hardware: hardware(), withheld, lazy_refused, soft }
     }
 
     /// Names of the engines that run guests.

@@ -240,8 +240,8 @@ impl Control for Api {
         let state = self.ledger.state();
         let entry = plans::named_checkpoint(&state, &asked.name)?;
         let manifest = self.reader.manifest(&entry.manifest_key).await?.manifest;
-        let (fleet, policy) = (self.fleet(), asked.policy.unwrap_or_default());
-        let plan = plans::restore(&self.ledger.state(), &fleet, entry, manifest, &asked.to, &asked.as_name, policy);
+        let (fleet, how) = (self.fleet(), (asked.policy.unwrap_or_default(), asked.lazy));
+        let plan = plans::restore(&self.ledger.state(), &fleet, entry, manifest, &asked.to, &asked.as_name, how);
         self.begin(&operator, plan).await
     }
 

@@ -1,22 +1,75 @@
 //! Heartbeats of hosts: what they report goes into the registry, what the ledger says of it goes back, and what is
 //! not as it should be is put right beside the answer.
 
+use std::time::Duration;
+
 use proto::status::Code;
 use proto::v1::fleet_server::Fleet;
 use proto::v1::vm_verdict::Verdict;
-use proto::v1::{HeartbeatReply, HeartbeatRequest, HostInfo};
-use tonic::{Request, Response, Status};
+use proto::v1::{HeartbeatReply, HeartbeatRequest, HostInfo, PagesPart, PagesWanted, VmInfo, VmState};
+use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
 
 use super::placement::{Candidate, missing_contracts};
 use super::{Api, require};
 use crate::failure::Failure;
+use crate::ingest::supply::PARTS_DEPTH;
 use crate::ledger::LedgerError;
-use crate::ledger::event::Event;
+use crate::ledger::event::{Event, Plan, Task};
 use crate::tls::Role;
+
+/// How long a stream of pages may take to say whose they are.
+const FIRST_MAX: Duration = Duration::from_secs(10);
 
 impl Api {
     pub(super) fn candidate(&self, host: &str) -> Candidate {
         Candidate { name: host.into(), state: self.agents.host_state(host), info: self.agents.host(host) }
+    }
+
+    /// The manifest of the checkpoint from which a host may have the pages of a VM: the ledger says so, or an operation that
+    /// is about to.
+    fn source_of_pages(&self, host: &str, wanted: &PagesWanted) -> Result<String, Failure> {
+        let state = self.ledger.state();
+        let holds = state.vms.get(&wanted.vm).is_some_and(|vm| {
+            vm.host == host && vm.generation == wanted.generation && vm.pages_from == wanted.checkpoint
+        });
+        let comes = state.active().any(|operation| {
+            let same = |task: &Task| {
+                matches!(task, Task::Restore { checkpoint, target, lazy: true, .. }
+                if *checkpoint == wanted.checkpoint && target == host)
+            };
+            let Plan { vm, generation, task, .. } = &operation.plan;
+            *vm == wanted.vm && *generation == wanted.generation && same(task)
+        });
+        let entry = state.checkpoints.get(&wanted.checkpoint).filter(|_| holds || comes);
+        entry.map(|entry| entry.manifest_key.clone()).ok_or_else(|| {
+            let PagesWanted { vm, generation, checkpoint, .. } = wanted;
+            let text =
+                format!("{host} may not have pages of checkpoint {checkpoint} for {vm} (generation {generation})");
+            Failure::new(Code::Denied, text)
+        })
+    }
+
+    /// VMs whose pages were still coming and of which a host says that they have come.
+    async fn note_arrived(&self, report: &HostInfo) -> Result<(), Failure> {
+        let state = self.ledger.state();
+        let over = |info: &&VmInfo| {
+            let there = state.vms.get(&info.name);
+            let waits = there.is_some_and(|vm| {
+                vm.host == report.name && vm.generation == info.generation && !vm.pages_from.is_empty()
+            });
+            waits && info.lazy.is_none() && info.state() != VmState::Incoming
+        };
+        for info in report.vms.iter().filter(over) {
+            let event = Event::PagesArrived { vm: info.name.clone(), generation: info.generation };
+            match self.ledger.append(&format!("host/{}", report.name), event).await {
+                Ok(_) | Err(LedgerError::Refused(_)) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
     }
 
     /// VMs of a release before contracts get that of their CPU model from the first host that knows it.
@@ -54,8 +107,31 @@ impl Fleet for Api {
             };
             metrics::counter!(crate::metrics::VERDICTS, "verdict" => word).increment(1);
         }
+        self.note_arrived(&report).await?;
         self.freeze_missing(&report).await?;
         self.reconcile.start(&self.ledger, self.sagas.clone(), report);
         Ok(Response::new(reply))
+    }
+
+    type PagesStream = ReceiverStream<Result<PagesPart, Status>>;
+
+    async fn pages(&self, request: Request<Streaming<PagesWanted>>) -> Result<Response<Self::PagesStream>, Status> {
+        let identity = require(&request, Role::Host)?;
+        let (api, mut wanted) = (self.clone(), request.into_inner());
+        let (out, parts) = mpsc::channel(PARTS_DEPTH);
+        tokio::spawn(async move {
+            let served = async {
+                let first = tokio::time::timeout(FIRST_MAX, wanted.next()).await;
+                let Ok(Some(Ok(first))) = first else { return Ok(()) };
+                let manifest_key = api.source_of_pages(&identity.name, &first)?;
+                let supply = api.supplies.of(&api.reader, &manifest_key).await?;
+                supply.serve(wanted, out.clone()).await
+            };
+            if let Err(failure) = served.await {
+                tracing::warn!(host = identity.name, %failure, "pages on demand");
+                let _gone = out.send(Err(failure.into())).await;
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(parts)))
     }
 }

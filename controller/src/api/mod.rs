@@ -29,6 +29,7 @@ use crate::agents::{Agents, link};
 use crate::failure::Failure;
 use crate::ingest::Routes;
 use crate::ingest::read::Reader;
+use crate::ingest::supply::Supplies;
 use crate::ledger::Ledger;
 use crate::reconcile::Reconcile;
 use crate::saga::Sagas;
@@ -53,6 +54,8 @@ pub struct Api {
     pub bucket_url: String,
     /// Lanes.
     pub routes: Routes,
+    /// Pages on demand.
+    pub supplies: Supplies,
     /// What puts hosts right that come back.
     pub reconcile: Reconcile,
 }

@@ -106,6 +106,21 @@ impl Candidate {
         Err(Failure::new(Code::Exhausted, text))
     }
 
+    /// Whether a guest can run here before its pages have come.
+    ///
+    /// # Errors
+    /// [`Code::Incapable`] with what its operator can do; [`Code::Unreachable`].
+    pub fn pages_on_demand(&self) -> Result<(), Failure> {
+        let info = self.heard()?;
+        let why = match info.lazy_refused.as_str() {
+            "" if info.lazy_known => return Ok(()),
+            "" => "its agent is of an older release",
+            refused => refused,
+        };
+        let text = format!("{} cannot run a guest before its pages have come: {why}", self.name);
+        Err(Failure::new(Code::Incapable, text).hint("restore without --lazy, or to another host"))
+    }
+
     /// The contract of the CPU model that a machine names, at the machine's TSC rate; of the engine's default model and
     /// rate where it names none.
     fn model(&self, config: &MachineConfig) -> Option<CapabilitySet> {

@@ -114,6 +114,16 @@ pub fn power(state: &State, name: &str, task: impl FnOnce(Intent) -> Task) -> Re
     Ok(plan(vm, 0, task))
 }
 
+/// Says that a VM cannot be read yet, if so.
+fn complete(vm: &Vm) -> Result<(), Failure> {
+    if vm.pages_from.is_empty() {
+        return Ok(());
+    }
+    let text = format!("pages of {} still come from checkpoint {}: it cannot be read yet", vm.name, vm.pages_from);
+    Err(Failure::new(Code::Conflict, text)
+        .hint(format!("`ctl vm show {}` says how much is missing; ask again", vm.name)))
+}
+
 fn stopped(name: &str) -> Failure {
     Failure::new(Code::Conflict, format!("{name} is stopped"))
         .hint(format!("`ctl restore {name}` brings its newest checkpoint back"))
@@ -156,6 +166,7 @@ pub fn migrate(
     if vm.intent == Intent::Stopped {
         return Err(stopped(name));
     }
+    complete(vm)?;
     let contract = contract(vm)?;
     fleet.fitting(target, &Need { vm: name, config: &vm.config, contract: &contract }, Some(&vm.host))?;
     let paused = vm.intent == Intent::Paused;
@@ -172,6 +183,7 @@ pub fn checkpoint(state: &State, name: &str, by_policy: bool) -> Result<Plan, Fa
     if vm.intent == Intent::Stopped {
         return Err(stopped(name));
     }
+    complete(vm)?;
     let checkpoint = CheckpointId(crate::entropy::bytes()).to_string();
     let mut plan = plan(vm, 0, Task::Checkpoint { checkpoint, by_policy });
     plan.locks.push(packs_lock(&vm.id));
@@ -211,7 +223,7 @@ pub fn restore(
     manifest: Manifest,
     target: &str,
     as_name: &str,
-    policy: TransferPolicy,
+    (policy, lazy): (TransferPolicy, bool),
 ) -> Result<Plan, Failure> {
     let name = if as_name.is_empty() { &entry.vm } else { as_name };
     check_name(name)?;
@@ -245,6 +257,9 @@ pub fn restore(
         "" => fleet.place(&need, there.map(|vm| vm.host.as_str()))?,
         target => fleet.keeping(target, &need, None)?,
     };
+    if lazy {
+        target.pages_on_demand()?;
+    }
     let task = Task::Restore {
         checkpoint: entry.id.clone(),
         target: target.name.clone(),
@@ -253,6 +268,7 @@ pub fn restore(
         capabilities: contract.to_bytes(),
         on_isolation: there.map_or(manifest.on_isolation, |vm| vm.on_isolation),
         policy,
+        lazy,
     };
     Ok(Plan {
         vm: name.into(),
@@ -285,6 +301,10 @@ fn reborn(mut config: MachineConfig, copy: bool) -> MachineConfig {
 pub fn on_checkpoint(state: &State, id: &str, task: impl FnOnce(&CheckpointEntry) -> Task) -> Result<Plan, Failure> {
     let entry = state.checkpoints.get(id).ok_or_else(|| unknown_checkpoint(id))?;
     let task = task(entry);
+    if let (Task::RemoveCheckpoint { .. }, Some(vm)) = (&task, state.fed_by(id)) {
+        let text = format!("pages of {} still come from checkpoint {id}", vm.name);
+        return Err(Failure::new(Code::Conflict, text).hint("remove it when they are there, or stop the VM"));
+    }
     let mut locks = vec![checkpoint_lock(id)];
     if matches!(task, Task::RemoveCheckpoint { .. }) {
         locks.push(packs_lock(&entry.vm_id));
@@ -356,26 +376,32 @@ mod tests {
         let manifest = |capabilities| Manifest { config: Some(config()), capabilities, ..Manifest::default() };
         let known = || manifest(contract().to_bytes());
         let policy = TransferPolicy::default();
-        let other = restore(&state, &fleet, &entry, known(), "hostB", "", policy);
+        let other = restore(&state, &fleet, &entry, known(), "hostB", "", (policy, false));
         assert_eq!(code(other), Code::Conflict, "vm1 in the ledger has another id");
         entry.vm_id.clone_from(&state.vms["vm1"].id);
-        let same = restore(&state, &fleet, &entry, known(), "hostB", "", policy).unwrap();
+        let same = restore(&state, &fleet, &entry, known(), "hostB", "", (policy, false)).unwrap();
         assert_eq!(same.holder, Some(Holder { host: "hostA".into(), generation: 1 }));
-        let copy = restore(&state, &fleet, &entry, known(), "hostB", "vm2", policy).unwrap();
+        let copy = restore(&state, &fleet, &entry, known(), "hostB", "vm2", (policy, false)).unwrap();
         assert!(copy.holder.is_none() && copy.vm_id != entry.vm_id && copy.generation == 1);
-        assert_eq!(code(restore(&state, &fleet, &entry, known(), "hostB", "../x", policy)), Code::BadInput);
-        let refused = restore(&state, &fleet, &entry, known(), "hostA", "vm2", policy).unwrap_err();
+        assert_eq!(code(restore(&state, &fleet, &entry, known(), "hostB", "../x", (policy, false))), Code::BadInput);
+        let refused = restore(&state, &fleet, &entry, known(), "hostA", "vm2", (policy, false)).unwrap_err();
         assert!(refused.code == Code::Incapable && refused.hint.contains("hostB would do"), "{refused:?}");
-        assert_eq!(restore(&state, &fleet, &entry, known(), "", "vm2", policy).unwrap().task.new_host(), Some("hostB"));
+        assert_eq!(
+            restore(&state, &fleet, &entry, known(), "", "vm2", (policy, false)).unwrap().task.new_host(),
+            Some("hostB")
+        );
         // A manifest of a release before contracts: that of the model is checked and kept.
-        let old = restore(&state, &fleet, &entry, manifest(vec![]), "hostB", "vm2", policy).unwrap();
+        let old = restore(&state, &fleet, &entry, manifest(vec![]), "hostB", "vm2", (policy, false)).unwrap();
         let Task::Restore { capabilities, .. } = old.task else { panic!("a restore restores") };
         assert_eq!(CapabilitySet::from_bytes(&capabilities), Ok(contract()));
         assert_eq!(
-            code(restore(&state, &Fleet::default(), &entry, manifest(vec![]), "", "vm2", policy)),
+            code(restore(&state, &Fleet::default(), &entry, manifest(vec![]), "", "vm2", (policy, false))),
             Code::Incapable
         );
-        assert_eq!(code(restore(&state, &fleet, &entry, manifest(vec![9; 9]), "", "vm2", policy)), Code::Corrupt);
+        assert_eq!(
+            code(restore(&state, &fleet, &entry, manifest(vec![9; 9]), "", "vm2", (policy, false))),
+            Code::Corrupt
+        );
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! How what is true and what was observed are shown. Pure.
 
 use proto::capability::CapabilitySet;
-use proto::v1::{LedgerEvent, VmInfo, VmRecord, VmState};
+use proto::v1::{LazyInfo, LedgerEvent, VmInfo, VmRecord, VmState};
 
 use crate::agents::Agents;
 use crate::agents::lease::HostState;
@@ -44,10 +44,18 @@ pub fn vm_record(state: &State, vm: &Vm, host: HostState, observed: Option<VmInf
         on_isolation: vm.on_isolation,
         capabilities: vm.capabilities.clone(),
         policy: None,
+        lazy: info.lazy.or_else(|| unheard(vm)),
         checkpoint_age_ms: state
             .newest_checkpoint(&vm.id)
             .map_or(0, |entry| unix_ms().saturating_sub(entry.created_unix_ms)),
     }
+}
+
+/// What is known of a VM's missing pages if its host says nothing.
+fn unheard(vm: &Vm) -> Option<LazyInfo> {
+    let pages = vm.config.memory_bytes / 4096;
+    let known = LazyInfo { checkpoint: vm.pages_from.clone(), pages, pages_missing: pages, ..LazyInfo::default() };
+    (!vm.pages_from.is_empty()).then_some(known)
 }
 
 /// What a host says that a VM does, in a word.
@@ -104,6 +112,9 @@ pub fn event(record: &Record) -> LedgerEvent {
         }
         Event::GaveUp { operation, failure, .. } => {
             (format!("{task}.left"), operation.as_str(), failure.message.clone())
+        }
+        Event::PagesArrived { vm, generation } => {
+            ("vm.pages-arrived".into(), "", format!("all pages of {vm} (generation {generation}) have come"))
         }
         Event::PolicySet { policy, .. } => ("policy.set".into(), "", policy::words(policy)),
         Event::PolicyRemoved { vm } => ("policy.removed".into(), "", format!("no checkpoints of {vm} by the clock")),

@@ -159,6 +159,7 @@ async fn restore_one(client: &Client, name: &str, args: &RestoreArgs, format: Fo
         to: args.to.clone().unwrap_or_default(),
         as_name: args.as_name.clone().unwrap_or_default(),
         policy: Some(migration::policy(RESTORE_DOWNTIME, None, Verify::Stream)?),
+        lazy: args.lazy,
     };
     let mut calls = client.clone();
     let what = match &args.to {

@@ -394,6 +394,9 @@ pub struct RestoreArgs {
     /// Host that is to run it [default: of those that can, the one with the most memory free].
     #[arg(long, value_name = "HOST")]
     pub to: Option<String>,
+    /// Let the guest run at once; its pages come while it runs, those that it touches first.
+    #[arg(long)]
+    pub lazy: bool,
     /// Make a new VM of this name and leave the old one alone.
     #[arg(long = "as", value_name = "NAME")]
     pub as_name: Option<String>,

@@ -36,6 +36,8 @@ pub struct Outcome {
     pub done: OperationDone,
     /// What it said on the way.
     pub notes: Vec<String>,
+    /// From the call to the first word of the operation.
+    pub before: Duration,
 }
 
 /// Follows `call` to its end; `what` names it to people, for example `migrate vm1 to hostB`.
@@ -52,7 +54,8 @@ where
         match follower.until_break(&mut stream).await? {
             Ended::Done(done) => {
                 follower.progress.end();
-                return Ok(Outcome { operation: follower.operation, done: *done, notes: follower.notes });
+                let Follower { operation, notes, before, .. } = follower;
+                return Ok(Outcome { operation, done: *done, notes, before });
             }
             Ended::Broken(status) => stream = follower.watch_again(&status).await?,
         }
@@ -77,6 +80,8 @@ struct Follower {
     cancel_sent: bool,
     /// Streams that broke since the last event.
     breaks: u32,
+    began: Instant,
+    before: Duration,
 }
 
 impl Follower {
@@ -94,6 +99,8 @@ impl Follower {
             interrupted: 0,
             cancel_sent: false,
             breaks: 0,
+            began: Instant::now(),
+            before: Duration::ZERO,
         })
     }
 
@@ -136,6 +143,7 @@ impl Follower {
         self.breaks = 0;
         if self.operation.is_empty() {
             self.operation = event.operation;
+            self.before = self.began.elapsed();
             if self.interrupted > 0 {
                 self.cancel().await;
             }

@@ -158,6 +158,73 @@ pub struct Vm {
     on_isolation: &'static str,
     contract: Option<Contract>,
     config: Config,
+    /// Its pages still come; absent: it has all of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lazy: Option<Lazy>,
+    /// After a restore only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restore: Option<Restored>,
+}
+
+/// A guest that runs while its pages come.
+#[derive(Debug, Serialize)]
+struct Lazy {
+    checkpoint: String,
+    pages: u64,
+    pages_missing: u64,
+    faults: u64,
+    waiting_ms: u64,
+    trouble: String,
+}
+
+impl Lazy {
+    fn line(&self) -> String {
+        let Lazy { checkpoint, pages, pages_missing, waiting_ms, trouble, .. } = self;
+        let mut line = format!("{pages_missing} of {pages} still come from checkpoint {checkpoint}");
+        if *waiting_ms > 1000 {
+            line +=
+                &format!("\nthe guest has stood still for {} because it waits for one", show_ms(*waiting_ms as f64));
+        }
+        if !trouble.is_empty() {
+            line += &format!("\n{trouble}");
+        }
+        line
+    }
+}
+
+impl From<v1::LazyInfo> for Lazy {
+    fn from(info: v1::LazyInfo) -> Lazy {
+        let v1::LazyInfo { checkpoint, pages, pages_missing, faults, waiting_ms, trouble } = info;
+        Lazy { checkpoint, pages, pages_missing, faults, waiting_ms, trouble }
+    }
+}
+
+/// How a restore went.
+#[derive(Debug, Serialize)]
+pub struct Restored {
+    lazy: bool,
+    /// From the command to the guest's first instruction; 0: not known.
+    pub first_instruction_ms: f64,
+    /// What of it the controller measured.
+    phases: Vec<Phase>,
+}
+
+#[derive(Debug, Serialize)]
+struct Phase {
+    phase: String,
+    ms: f64,
+}
+
+impl Restored {
+    /// `before_ms`: from the command to the beginning of the operation.
+    pub fn new(report: v1::RestoreReport, before_ms: f64) -> Restored {
+        let first_instruction_ms = match report.first_instruction_ms {
+            0.0 => 0.0,
+            ms => ms + before_ms,
+        };
+        let phase = |phase: v1::PhaseReport| Phase { phase: phase.phase, ms: phase.ms };
+        Restored { lazy: report.lazy, first_instruction_ms, phases: report.phases.into_iter().map(phase).collect() }
+    }
 }
 
 /// What a VM was promised, and every host that runs it must have.
@@ -257,6 +324,8 @@ impl From<v1::VmRecord> for Vm {
             on_isolation,
             contract: Contract::decode(&record.capabilities),
             config: record.config.unwrap_or_default().into(),
+            lazy: record.lazy.map(Lazy::from),
+            restore: None,
         }
     }
 }
@@ -268,7 +337,10 @@ impl Row for Vm {
         vec![
             self.name.clone(),
             self.host.clone(),
-            self.observed.clone(),
+            match &self.lazy {
+                Some(lazy) => format!("{}, {} pages come", self.observed, lazy.pages_missing),
+                None => self.observed.clone(),
+            },
             self.generation.to_string(),
             show_bytes(self.config.memory_bytes),
             self.config.engine.clone(),
@@ -304,6 +376,7 @@ impl Report for Vm {
             ("policy", self.policy.as_ref().map(Policy::line).unwrap_or_default()),
             ("instructions", self.retired_instructions.to_string()),
             ("memory", format!("{} ({} in use)", show_bytes(c.memory_bytes), show_bytes(self.resident_bytes))),
+            ("pages", self.lazy.as_ref().map(Lazy::line).unwrap_or_default()),
             ("processors", format!("{} {} on engine {}", c.vcpus, c.cpu_model, c.engine)),
             (
                 "contract",

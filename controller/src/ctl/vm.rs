@@ -9,7 +9,8 @@ use super::failure::Failure;
 use super::grammar::{Isolation, VmCommand, VmCreateArgs};
 use super::operation::{self, Outcome};
 use super::output::{self, Format};
-use super::report::{Done, List, Vm};
+use super::report::{Done, List, Restored, Vm};
+use super::units::show_ms;
 use super::{config, report};
 
 /// Carries out a command.
@@ -75,17 +76,29 @@ async fn create(mut client: Client, args: VmCreateArgs, format: Format) -> Resul
 
 /// Prints what became of a VM: for people a line, for programs its record.
 pub fn changed(outcome: Outcome, how: &str, vm: &str, format: Format) -> Result<(), Failure> {
+    let before_ms = outcome.before.as_secs_f64() * 1e3;
+    let restored = outcome.done.restore.map(|report| Restored::new(report, before_ms));
+    let soon = match &restored {
+        Some(restored) if restored.first_instruction_ms > 0.0 => {
+            format!(", first instruction after {}", show_ms(restored.first_instruction_ms))
+        }
+        _ => String::new(),
+    };
     match (outcome.done.vm, format) {
         (Some(record), Format::Table) => {
             let message = format!(
-                "{vm} is {how}: {} on {}, generation {}",
+                "{vm} is {how}: {} on {}, generation {}{soon}",
                 report::dash(&record.observed),
                 report::dash(&record.host),
                 record.generation
             );
             output::print(format, &Done { message, operation: outcome.operation })
         }
-        (Some(record), _) => output::print(format, &Vm::from(record)),
+        (Some(record), _) => {
+            let mut vm = Vm::from(record);
+            vm.restore = restored;
+            output::print(format, &vm)
+        }
         (None, _) => output::print(format, &Done { message: format!("{vm} is {how}"), operation: outcome.operation }),
     }
 }

@@ -58,6 +58,8 @@ pub struct Load<'a> {
     pub bandwidth: u64,
     /// The target is to hash everything again from where it lies.
     pub verify_full: bool,
+    /// RAM is not sent: it follows while the guest runs (see [`super::supply`]).
+    pub lazy: bool,
 }
 
 struct Lane {
@@ -85,7 +87,8 @@ impl Load<'_> {
     /// # Errors
     /// [`Code::Corrupt`] naming what is damaged, the target's refusal, or [`Code::Unreachable`].
     pub async fn send(&self, progress: impl Fn(TransferProgress)) -> Result<MachineDigest, Failure> {
-        let packs: Vec<(PackAt, Vec<Extent>)> = by_pack(self.reader.extents(self.opened).await?).into_iter().collect();
+        let packs: Vec<(PackAt, Vec<Extent>)> =
+            by_pack(self.reader.extents_from(self.opened, self.lazy.into()).await?).into_iter().collect();
         let mut session = self.connect().await?;
         let mut left: u64 = packs.iter().flat_map(|(_, extents)| extents).map(|e| u64::from(e.pages)).sum();
         let mut ahead: VecDeque<Reading> = VecDeque::new();
@@ -240,6 +243,7 @@ impl Session<'_> {
             digest: opened.manifest.digest.clone(),
             verify_full: self.load.verify_full,
             stopped_us: 0,
+            ram_follows: self.load.lazy,
         };
         self.send(0, say(Said::StateEnd(end))).await?;
         match self.hear().await? {

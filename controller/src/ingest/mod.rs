@@ -4,6 +4,7 @@
 //! ```text
 //!   source agent --lanes--> receive  -> packs -> manifest      checkpoint
 //!   bucket       -> load    --lanes--> target agent            restore
+//!   bucket       -> supply  --pages asked for--> target agent  lazy restore, while the guest runs
 //!   source agent --lanes--> relay    --lanes--> target agent   migration --via controller
 //! ```
 //! The ticket secret in the first frame of a lane selects its [`Route`]; an operation opens a route and its drop closes
@@ -21,6 +22,7 @@ pub mod pack;
 pub mod read;
 pub mod receive;
 pub mod relay;
+pub mod supply;
 #[cfg(test)]
 mod tests;
 

@@ -49,7 +49,7 @@ pub fn damaged(what: &str, why: impl std::fmt::Display) -> Failure {
         .hint("restore another checkpoint of the VM; `ctl checkpoint verify --all` shows which are sound")
 }
 
-fn missing(what: &str, error: BucketError) -> Failure {
+pub(super) fn missing(what: &str, error: BucketError) -> Failure {
     match error {
         BucketError::Missing(_) => damaged(what, "it is missing in the bucket"),
         BucketError::Short { found, expected, .. } => damaged(what, format!("it has {found} of {expected} bytes")),
@@ -110,14 +110,24 @@ impl Reader {
     /// # Errors
     /// As [`Reader::region`].
     pub async fn extents(&self, opened: &Opened) -> Result<Vec<Extent>, Failure> {
+        self.extents_from(opened, 0).await
+    }
+
+    /// Those of this space and the later ones.
+    ///
+    /// # Errors
+    /// As [`Reader::region`].
+    pub async fn extents_from(&self, opened: &Opened, first_space: u32) -> Result<Vec<Extent>, Failure> {
         let manifest = &opened.manifest;
         if manifest.major == 1 {
-            return Ok(manifest::extents(manifest));
+            let mut extents = manifest::extents(manifest);
+            extents.retain(|extent| u32::from(extent.space) >= first_space);
+            return Ok(extents);
         }
         let spaces = manifest.config.as_ref().map(spaces).unwrap_or_default();
         let mut extents = Vec::new();
         for ((space, first_page, pages), stated) in regions(&spaces).zip(&manifest.regions) {
-            if !stated.layers.is_empty() {
+            if !stated.layers.is_empty() && space >= first_space {
                 let region = self.region(opened, stated, Region::zero(space, first_page, pages)).await?;
                 extents.extend(region.extents());
             }

@@ -159,6 +159,7 @@ fn script(rounds: &[Vec<(u16, u64, u32, u8)>]) -> (Vec<Vec<Bytes>>, MachineDiges
         digest: Some(digest.clone()),
         verify_full: false,
         stopped_us: 77,
+        ram_follows: false,
     };
     lanes[0].push(control(Said::StateEnd(end)));
     (lanes, digest)
@@ -301,7 +302,13 @@ async fn frames_out_of_their_round_are_found() {
 #[tokio::test]
 async fn a_wrong_digest_a_page_outside_and_a_section_twice_are_found() {
     let (mut lanes, _) = script(&rounds());
-    let end = StateEnd { sections: 3, digest: Some(MachineDigest::default()), verify_full: false, stopped_us: 77 };
+    let end = StateEnd {
+        sections: 3,
+        digest: Some(MachineDigest::default()),
+        verify_full: false,
+        stopped_us: 77,
+        ram_follows: false,
+    };
     *lanes[0].last_mut().unwrap() = control(Said::StateEnd(end));
     let failure = refused(lanes).await;
     assert!(failure.code == Code::Corrupt && failure.message.contains("RAM"), "{failure}");
@@ -419,6 +426,7 @@ impl Restore {
             lanes: 3,
             bandwidth: 0,
             verify_full: false,
+            lazy: false,
         };
         load.send(|_| ()).await
     }
@@ -485,7 +493,13 @@ async fn on_base(
     frames.extend(
         sections().iter().map(|section| Bytes::from(desk.sealer.seal(&frame::encode_message(Kind::Section, section)))),
     );
-    let end = StateEnd { sections: 3, digest: Some(digest(contents)), verify_full: false, stopped_us: 77 };
+    let end = StateEnd {
+        sections: 3,
+        digest: Some(digest(contents)),
+        verify_full: false,
+        stopped_us: 77,
+        ram_follows: false,
+    };
     frames.push(control(Said::StateEnd(end)));
     send_to(ingest, vec![frames, second]).await
 }

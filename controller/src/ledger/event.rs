@@ -117,6 +117,13 @@ pub enum Event {
         /// Why.
         failure: Failure,
     },
+    /// All pages of a lazily restored VM have come: it does not need its checkpoint any more.
+    PagesArrived {
+        /// The VM.
+        vm: String,
+        /// Its generation.
+        generation: u64,
+    },
     /// From here on checkpoints of a VM are made and kept by this policy.
     PolicySet {
         /// The VM.
@@ -290,6 +297,9 @@ pub enum Task {
         /// The operator's limits.
         #[serde(with = "super::saved::message")]
         policy: TransferPolicy,
+        /// The guest runs before its RAM has come.
+        #[serde(default)]
+        lazy: bool,
     },
     /// Read a checkpoint in full and check everything.
     Verify {

@@ -222,7 +222,7 @@ fn subject(state: &State, event: &Event) -> (String, String) {
     };
     match event {
         Event::LeaseSet { .. } | Event::HostSeen { .. } => (String::new(), String::new()),
-        Event::ContractFrozen { vm, .. } => (vm.clone(), String::new()),
+        Event::ContractFrozen { vm, .. } | Event::PagesArrived { vm, .. } => (vm.clone(), String::new()),
         Event::CheckpointFound { entry } => (entry.vm.clone(), String::new()),
         Event::OperationBegan { plan, .. } => (plan.vm.clone(), plan.task.label().to_owned()),
         Event::PolicySet { vm, .. }

@@ -43,6 +43,8 @@ pub struct Vm {
     pub creating: bool,
     /// Id of its newest checkpoint; may be empty.
     pub last_checkpoint: String,
+    /// Id of the checkpoint from which pages of its RAM still come; empty: it has all of them.
+    pub pages_from: String,
 }
 
 /// An operation.
@@ -144,6 +146,13 @@ impl State {
                 }
                 Arc::make_mut(vm).capabilities.clone_from(capabilities);
             }
+            Event::PagesArrived { vm, generation } => {
+                let vm = self.vms.get_mut(vm).ok_or(Refusal::Stale("the VM is gone"))?;
+                if vm.generation != *generation || vm.pages_from.is_empty() {
+                    return Err(Refusal::Stale("no pages of this generation are on their way"));
+                }
+                Arc::make_mut(vm).pages_from.clear();
+            }
             Event::CheckpointFound { entry } => self.find(record, entry)?,
             Event::OperationBegan { operation, plan } => self.begin(record, operation, plan)?,
             Event::StepDone { operation, step } => {
@@ -189,6 +198,11 @@ impl State {
     /// The operation that holds a VM.
     pub fn operation_of(&self, vm: &str) -> Option<&Arc<Operation>> {
         self.lock_holder(&vm_lock(vm))
+    }
+
+    /// The VM whose pages still come from this checkpoint.
+    pub fn fed_by(&self, checkpoint: &str) -> Option<&Arc<Vm>> {
+        self.vms.values().find(|vm| vm.pages_from == checkpoint)
     }
 
     /// Operations that are under way.
@@ -283,6 +297,7 @@ impl State {
                     created_unix_ms: record.unix_ms,
                     creating: true,
                     last_checkpoint: String::new(),
+                    pages_from: String::new(),
                 }),
             );
         }
@@ -310,9 +325,15 @@ impl State {
         match &plan.task {
             Task::Create { .. } if vm.is_some() => Err(Refusal::Stale("the VM exists")),
             Task::Restore { new: true, .. } if vm.is_some() => Err(Refusal::Stale("the VM exists")),
+            Task::RemoveCheckpoint { checkpoint, .. } if self.fed_by(checkpoint).is_some() => {
+                Err(Refusal::Stale("a VM still runs from the checkpoint"))
+            }
             Task::Create { .. } | Task::Verify { .. } | Task::RemoveCheckpoint { .. } => Ok(()),
             Task::Restore { new: true, .. } => Ok(()),
             _ if vm.is_none() => Err(Refusal::Stale("the VM is gone")),
+            Task::Migrate { .. } | Task::Checkpoint { .. } if vm.is_some_and(|vm| !vm.pages_from.is_empty()) => {
+                Err(Refusal::Stale("pages of the VM are still on their way"))
+            }
             _ if plan.holder != holder => Err(Refusal::Stale("the VM has another holder")),
             _ => Ok(()),
         }
@@ -363,7 +384,10 @@ impl State {
             (Task::Create { .. }, _) => self.edit(plan, |vm| vm.creating = false),
             (Task::Pause { .. }, _) => self.edit(plan, |vm| vm.intent = Intent::Paused),
             (Task::Resume { .. }, _) => self.edit(plan, |vm| vm.intent = Intent::Running),
-            (Task::Stop, _) => self.edit(plan, |vm| vm.intent = Intent::Stopped),
+            (Task::Stop, _) => self.edit(plan, |vm| {
+                vm.intent = Intent::Stopped;
+                vm.pages_from.clear();
+            }),
             (Task::Remove, _) => {
                 self.vms.remove(&plan.vm);
                 self.policies.remove(&plan.vm);
@@ -373,7 +397,8 @@ impl State {
                 vm.host.clone_from(target);
                 vm.generation = plan.generation;
             }),
-            (Task::Restore { new: false, target, .. }, _) => self.edit(plan, |vm| {
+            (Task::Restore { new: false, target, checkpoint, lazy, .. }, _) => self.edit(plan, |vm| {
+                vm.pages_from = if *lazy { checkpoint.clone() } else { String::new() };
                 vm.host.clone_from(target);
                 vm.generation = plan.generation;
                 vm.intent = Intent::Running;
@@ -412,7 +437,9 @@ impl State {
     }
 
     fn adopt(&mut self, record: &Record, plan: &Plan) {
-        let Task::Restore { target, config, capabilities, on_isolation, .. } = &plan.task else { return };
+        let Task::Restore { checkpoint, target, config, capabilities, on_isolation, lazy, .. } = &plan.task else {
+            return;
+        };
         let vm = Vm {
             name: plan.vm.clone(),
             id: plan.vm_id.clone(),
@@ -425,6 +452,7 @@ impl State {
             created_unix_ms: record.unix_ms,
             creating: false,
             last_checkpoint: self.newest_checkpoint(&plan.vm_id).map(|c| c.id.clone()).unwrap_or_default(),
+            pages_from: if *lazy { checkpoint.clone() } else { String::new() },
         };
         self.vms.insert(plan.vm.clone(), Arc::new(vm));
     }

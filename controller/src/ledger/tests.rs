@@ -79,6 +79,7 @@ pub(crate) fn restore_plan(state: &State, vm: &str, checkpoint: &str, target: &s
         capabilities: contract().to_bytes(),
         on_isolation: 0,
         policy: TransferPolicy::default(),
+        lazy: false,
     };
     let mut plan = plan(state, vm, state.fresh_generation(vm), task);
     plan.locks.push(checkpoint_lock(checkpoint));

@@ -234,6 +234,7 @@ impl World for Hosts {
             lanes: load.policy.lanes,
             bandwidth: load.policy.bandwidth_bytes_per_s,
             verify_full: load.policy.verify_full,
+            lazy: load.lazy,
         };
         load.send(|progress| voice.transfer(TransferEvent { event: Some(Said::Progress(progress)) })).await
     }

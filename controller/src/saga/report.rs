@@ -6,7 +6,9 @@ use proto::ids::Digest;
 use proto::status::Code;
 use proto::v1::operation_event::Event;
 use proto::v1::transfer_event::Event as Said;
-use proto::v1::{CheckpointRecord, MigrationReport, OperationDone, OperationFailed, TransferEvent, VmRecord};
+use proto::v1::{
+    CheckpointRecord, MigrationReport, OperationDone, OperationFailed, RestoreReport, TransferEvent, VmRecord,
+};
 
 use super::steps::Memory;
 use super::table::Status;
@@ -34,6 +36,7 @@ pub fn last_word(
             vm,
             checkpoint: checkpoint(state, operation),
             migration: migration(operation, memory, transfers),
+            restore: restore(operation, memory),
         }),
         (Status::Left(step), _) => {
             let step = operation.plan.task.shape().steps.get(step).copied().unwrap_or_default();
@@ -131,6 +134,12 @@ fn migration(operation: &Operation, memory: &Memory, transfers: &[TransferEvent]
         target_digest: digest(handed_over.target),
         generation: operation.plan.generation,
     })
+}
+
+fn restore(operation: &Operation, memory: &Memory) -> Option<RestoreReport> {
+    let Task::Restore { lazy, .. } = operation.plan.task else { return None };
+    let first_instruction_ms = memory.first_instruction_ms;
+    Some(RestoreReport { lazy, first_instruction_ms, phases: memory.phases.clone() })
 }
 
 /// Counts an operation that has ended.

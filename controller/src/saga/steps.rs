@@ -17,6 +17,7 @@
 //! controller that starts again undoes what is not committed; after it everything comes from the plan.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use proto::ids::Generation;
 use proto::status::Code;
@@ -39,6 +40,10 @@ use crate::retention::policy;
 /// How long a ticket is good for the first word of a lane.
 const TICKET_MS: u64 = 120_000;
 
+/// How long is waited for the first instruction of a lazily restored guest, for the report alone.
+const FIRST_INSTRUCTION_MAX: Duration = Duration::from_secs(3);
+const LOOK_PAUSE: Duration = Duration::from_millis(3);
+
 /// What an operation remembers between its steps; gone after a restart.
 #[derive(Default)]
 pub struct Memory {
@@ -57,6 +62,10 @@ pub struct Memory {
     pub running_unix_ms: Option<u64>,
     /// Phases that the controller measured itself.
     pub phases: Vec<PhaseReport>,
+    /// A restore: from its beginning to the guest's first instruction; 0: not known.
+    pub first_instruction_ms: f64,
+    /// How long the target took to let it go on.
+    resume_ms: f64,
 }
 
 /// One operation's hands: where its steps are done.
@@ -116,10 +125,14 @@ impl<W: World> Hands<'_, W> {
             (Task::Checkpoint { checkpoint, .. }, _) => self.stream(checkpoint, memory).await,
             (Task::Restore { .. }, "fence") => self.fence().await,
             (Task::Restore { target, .. }, "prepare") => self.prepare(target, memory).await,
-            (Task::Restore { checkpoint, target, policy, .. }, "load") => {
-                self.load(checkpoint, target, policy, memory).await
+            (Task::Restore { checkpoint, target, policy, lazy, .. }, "load") => {
+                self.load(checkpoint, target, policy, *lazy, memory).await
             }
-            (Task::Restore { target, .. }, "activate") => self.activate(target, false, memory).await,
+            (Task::Restore { target, lazy, .. }, "activate") => {
+                self.activate(target, false, memory).await?;
+                self.note_first_instruction(target, *lazy, memory).await;
+                Ok(())
+            }
             (Task::Restore { .. }, _) => self.release(memory).await,
             (Task::Verify { checkpoint }, _) => self.verify(checkpoint, memory).await,
             (Task::RemoveCheckpoint { checkpoint, generation }, _) => self.erase(checkpoint, *generation).await,
@@ -239,8 +252,17 @@ impl<W: World> Hands<'_, W> {
         let replaces_generation = replaced.map_or(0, |holder| holder.generation);
         let ticket = memory.ticket.get_or_insert_with(|| self.ticket(&source, target, self.plan().generation));
         let ticket = Some(ticket.clone());
-        let request = PrepareRequest { ticket, config: Some(config), capabilities, on_isolation, replaces_generation };
+        let pages_from = match &self.plan().task {
+            Task::Restore { checkpoint, lazy: true, .. } => checkpoint.clone(),
+            _ => String::new(),
+        };
+        let config = Some(config);
+        let request = PrepareRequest { ticket, config, capabilities, on_isolation, replaces_generation, pages_from };
+        let began = Instant::now();
         memory.address = self.world.prepare(target, request).await?.address;
+        if matches!(self.plan().task, Task::Restore { .. }) {
+            memory.phase("prepare", began);
+        }
         Ok(())
     }
 
@@ -309,7 +331,8 @@ impl<W: World> Hands<'_, W> {
             memory.downtime_ms = handed_over.stopped_us as f64 / 1e3 + at.elapsed().as_secs_f64() * 1e3;
         }
         memory.running_unix_ms.get_or_insert_with(unix_ms);
-        memory.phases.push(phase("resume", reply.resume_us as f64 / 1e3));
+        memory.resume_ms = reply.resume_us as f64 / 1e3;
+        memory.phases.push(phase("resume", memory.resume_ms));
         Ok(())
     }
 
@@ -419,14 +442,43 @@ impl<W: World> Hands<'_, W> {
         checkpoint: &str,
         target: &str,
         policy: &TransferPolicy,
+        lazy: bool,
         memory: &mut Memory,
     ) -> Result<(), Failure> {
+        let began = Instant::now();
         let state = self.ledger.state();
         let entry = state.checkpoints.get(checkpoint).ok_or_else(|| lost("the checkpoint"))?;
         let ticket = memory.ticket.as_ref().ok_or_else(|| lost("the ticket"))?;
-        let request =
-            LoadRequest { manifest_key: &entry.manifest_key, ticket, host: target, address: &memory.address, policy };
-        self.world.load(request, self.voice).await.map(drop)
+        let (manifest_key, address) = (&entry.manifest_key, &memory.address);
+        let request = LoadRequest { manifest_key, ticket, host: target, address, policy, lazy };
+        self.world.load(request, self.voice).await?;
+        memory.phase("load", began);
+        Ok(())
+    }
+
+    /// When the guest's first instruction was, for the report. A lazily restored guest may have to wait for its page.
+    async fn note_first_instruction(&self, target: &str, lazy: bool, memory: &mut Memory) {
+        let (now, deadline) = (unix_ms(), Instant::now() + FIRST_INSTRUCTION_MAX);
+        memory.first_instruction_ms = now.saturating_sub(self.operation.began_unix_ms) as f64;
+        if !lazy {
+            return;
+        }
+        let answered = Instant::now();
+        loop {
+            let looked = self.world.look(target, self.of(self.plan().generation, "")).await;
+            let first_us = looked.map_or(0, |info| info.first_instruction_us);
+            if first_us > 0 {
+                memory.first_instruction_ms += (first_us as f64 / 1e3 - memory.resume_ms).max(0.0);
+                return;
+            }
+            if Instant::now() > deadline {
+                let waited = answered.elapsed().as_secs_f64();
+                self.voice.note(format!("no instruction within {waited:.1} s: the guest waits for its pages"));
+                memory.first_instruction_ms = 0.0;
+                return;
+            }
+            tokio::time::sleep(LOOK_PAUSE).await;
+        }
     }
 
     async fn verify(&self, checkpoint: &str, memory: &mut Memory) -> Result<(), Failure> {

@@ -75,4 +75,6 @@ pub struct LoadRequest<'a> {
     pub address: &'a str,
     /// The operator's limits.
     pub policy: &'a TransferPolicy,
+    /// All but RAM, which follows while the guest runs.
+    pub lazy: bool,
 }

@@ -128,6 +128,9 @@ fn stands(state: &State, vm: &Vm, observe: &Observe) -> Stands {
     if let Some(operation) = holder {
         return Stands::Blocked(format!("{} is under way", operation.plan.task.label()));
     }
+    if !vm.pages_from.is_empty() {
+        return Stands::Blocked("its pages still come".into());
+    }
     let (host, info) = observe(vm);
     if host != HostState::Up {
         return Stands::Blocked(format!("{} is {}", vm.host, host.word()));

@@ -108,7 +108,7 @@ pub fn item(state: &State, entry: &CheckpointEntry) -> Item {
         id: entry.id.clone(),
         unix_ms: entry.created_unix_ms,
         pinned: !entry.by_policy,
-        held: state.lock_holder(&checkpoint_lock(&entry.id)).is_some(),
+        held: state.lock_holder(&checkpoint_lock(&entry.id)).is_some() || state.fed_by(&entry.id).is_some(),
         sound: !entry.verified.starts_with("damaged"),
     }
 }

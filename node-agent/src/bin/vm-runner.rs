@@ -17,15 +17,18 @@ struct Arguments {
     /// The state comes from outside: no kernel is opened.
     #[arg(long)]
     incoming: bool,
+    /// Pages of RAM come while the guest runs.
+    #[arg(long, requires = "incoming")]
+    lazy: bool,
     /// Drop privileges and filter system calls.
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
     sandbox: bool,
 }
 
 fn main() -> ExitCode {
-    let Arguments { dir: directory, incoming, sandbox } = Arguments::parse();
+    let Arguments { dir: directory, incoming, lazy, sandbox } = Arguments::parse();
     let options = Options { directory, incoming, sandbox };
-    match run(&options, |config, opened| machine::build(config, opened, incoming)) {
+    match run(&options, |config, opened| machine::build(config, opened, incoming, lazy)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("vm-runner: {}", chain(&error));

@@ -123,7 +123,13 @@ mod tests {
             Message::HelloReply(HelloReply { protocol: 1 }),
             Message::RoundEnd(RoundEnd { round: 2, frames: 7, last: true }),
             Message::RoundAck(RoundAck { round: 2 }),
-            Message::StateEnd(StateEnd { sections: 4, digest: None, verify_full: true, stopped_us: 5 }),
+            Message::StateEnd(StateEnd {
+                sections: 4,
+                digest: None,
+                verify_full: true,
+                stopped_us: 5,
+                ram_follows: false,
+            }),
             Message::Ready(Ready { digest: None }),
             Message::Abort(Abort { code: 9, reason: "x".into() }),
         ] {

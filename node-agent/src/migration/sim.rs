@@ -523,7 +523,13 @@ impl<'a> World<'a> {
                 self.soon(Event::SourceAnswer(source::Input::Digested(digest)));
             }
             Effect::SendState { sections, digest, verify_full, stopped_us } => {
-                let end = StateEnd { sections: sections.len() as u32, digest: Some(digest), verify_full, stopped_us };
+                let end = StateEnd {
+                    sections: sections.len() as u32,
+                    digest: Some(digest),
+                    verify_full,
+                    stopped_us,
+                    ram_follows: false,
+                };
                 sections.into_iter().for_each(|section| self.tell_target(0, Message::Section(section)));
                 self.tell_target(0, Message::StateEnd(end));
             }
@@ -629,7 +635,7 @@ impl<'a> World<'a> {
                 target::Effect::Refuse(failure) => self.tell_source(0, Message::Abort(failure.into())),
                 target::Effect::Ack { round } => self.tell_source(0, Message::RoundAck(RoundAck { round })),
                 target::Effect::Settle => (),
-                target::Effect::Apply { sections, verify_full } => self.apply(sections, verify_full),
+                target::Effect::Apply { sections, verify_full, .. } => self.apply(sections, verify_full),
                 target::Effect::SayReady(digest) => self.tell_source(0, Message::Ready(Ready { digest: Some(digest) })),
                 target::Effect::AbortSource(failure) => {
                     self.tell_source(0, Message::Abort(failure.into()));

@@ -105,6 +105,9 @@ pub enum Effect {
         sections: Vec<Section>,
         /// Hash all pages again from memory instead of trusting what was noted when they landed.
         verify_full: bool,
+        /// Pages of RAM follow while the guest runs: their root is believed to be this one. A target that was not prepared
+        /// for that must refuse it.
+        ram: Option<Digest>,
     },
     /// `Ready` on lane 0.
     SayReady(MachineDigest),
@@ -440,7 +443,12 @@ impl Sections {
         if state_digest(&sections).0.as_slice() != digest.state {
             return fail(Failure::new(Code::Corrupt, "the sections do not have the digest that the source says"));
         }
-        let effects = vec![Effect::Apply { sections: sections.clone(), verify_full: end.verify_full }];
+        let ram = match end.ram_follows.then(|| Digest::from_slice(&digest.ram)) {
+            Some(None) => return fail(protocol("StateEnd without a digest of RAM")),
+            Some(stated) => stated,
+            None => None,
+        };
+        let effects = vec![Effect::Apply { sections: sections.clone(), verify_full: end.verify_full, ram }];
         Step { state: Target::Applying(Applying { sections, digest }), effects }
     }
 }
@@ -597,7 +605,8 @@ mod tests {
     fn applying(sections: Vec<Section>, ram: Digest) -> Target {
         let digest = machine_digest(ram, state_digest(&sections), &[]);
         let count = sections.len() as u32;
-        let end_of_state = StateEnd { sections: count, digest: Some(digest), verify_full: false, stopped_us: 0 };
+        let end_of_state =
+            StateEnd { sections: count, digest: Some(digest), verify_full: false, stopped_us: 0, ram_follows: false };
         let inputs = open_two()
             .into_iter()
             .chain([end(0, 1, 0, true), end(1, 1, 0, true)])

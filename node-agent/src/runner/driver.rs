@@ -14,6 +14,7 @@ mod frozen;
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
+use std::sync::PoisonError;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::Duration;
 
@@ -21,14 +22,16 @@ use proto::status::Code;
 use proto::v1::runner_reply::Reply;
 use proto::v1::runner_request::Request;
 use proto::v1::{
-    MachineConfig, RunnerAttached, RunnerEpoch, RunnerFailure, RunnerReply, RunnerRequest, RunnerSections, RunnerState,
-    VmState, VmcbReply,
+    MachineConfig, RunnerAttached, RunnerEpoch, RunnerFailure, RunnerMapping, RunnerReply, RunnerRequest,
+    RunnerSections, RunnerState, VmState, VmcbReply,
 };
 use vmcb_engine::transfer::rounds::THROTTLE_PERCENT_MAX;
 
 use self::frozen::Frozen;
+use super::faults::Missing;
 use super::guest::{Guest, Outcome};
 use super::pace::{Idle, Pace, Start};
+use super::serve::StandingAnswer;
 use crate::clock::Clock;
 
 /// A reset that comes within this much guest time of the last start is a quick one; so many in a row end the guest.
@@ -120,6 +123,10 @@ pub struct Terms {
     pub state_digest: fn(&[proto::v1::Section]) -> [u8; 32],
     /// A cable per card that has a tap, with the card's MAC.
     pub cables: Vec<(Box<dyn Cable>, [u8; 6])>,
+    /// Pages of RAM that the agent brings while the guest runs.
+    pub missing: Option<Missing>,
+    /// Where the answer to `attach` is kept up to date, for an agent that comes while this thread sleeps.
+    pub standing_answer: Option<StandingAnswer>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -172,6 +179,17 @@ pub struct Driver<G, C, O> {
     running: bool,
     stopped_ns: u64,
     started_ns: u64,
+    first: First,
+}
+
+/// The first instruction after a state was applied: it is run by itself, so that its time is known.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum First {
+    /// Nothing was applied.
+    No,
+    Awaited,
+    /// `CLOCK_BOOTTIME` after it.
+    Ran(u64),
 }
 
 /// How a guest is held back.
@@ -189,7 +207,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
     /// A driver of a guest without state, paused, without a lease.
     pub fn new(guest: G, clock: C, outbox: O, terms: Terms, images: Option<Box<dyn BootImages>>) -> Self {
         let stopped_ns = clock.boottime_ns();
-        Driver {
+        let driver = Driver {
             guest,
             clock,
             outbox,
@@ -211,7 +229,10 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
             running: false,
             stopped_ns,
             started_ns: 0,
-        }
+            first: First::No,
+        };
+        driver.note_answer();
+        driver
     }
 
     /// Runs until a shutdown is asked for, or until nobody listens any more.
@@ -251,6 +272,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
     /// [`Closed`].
     pub fn step(&mut self) -> Result<Wait, Closed> {
         self.note_running(true)?;
+        self.note_answer();
         if !self.running {
             return Ok(Wait::Input);
         }
@@ -265,9 +287,13 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
                 return Ok(wait);
             }
         }
-        let before = self.clock.boottime_ns();
-        let outcome = self.guest.run(self.guest.retired().saturating_add(self.slice));
+        let (before, retired) = (self.clock.boottime_ns(), self.guest.retired());
+        let slice = if self.first == First::Awaited { 1 } else { self.slice };
+        let outcome = self.guest.run(retired.saturating_add(slice));
         let after = self.clock.boottime_ns();
+        if self.first == First::Awaited && self.guest.retired() > retired {
+            self.first = First::Ran(after);
+        }
         if let Some(throttle) = &mut self.throttle {
             let rest_ns = after.saturating_sub(before).saturating_mul(throttle.percent) / (100 - throttle.percent);
             throttle.rest_until_ns = after.saturating_add(rest_ns);
@@ -296,6 +322,11 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         if self.quick_resets >= QUICK_RESETS_MAX {
             let text = format!("reset {QUICK_RESETS_MAX} times in a row within a second of its start; at last: {why}");
             return self.end(VmState::Crashed, &text);
+        }
+        // Its RAM begins as zeros: what has not come yet is not needed any more.
+        let given_up = self.terms.missing.as_ref().map_or(Ok(()), Missing::give_up);
+        if let Err(errno) = given_up {
+            return self.end(VmState::Crashed, &format!("{why}, and it cannot start again: missing pages: {errno}"));
         }
         let booted = images.load().and_then(|(kernel, initrd)| self.guest.reset(&kernel, initrd.as_deref()));
         if let Err(text) = booted {
@@ -460,6 +491,10 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
             epoch: self.guest.epoch(),
             stopped_boottime_ns: self.stopped_ns,
             started_boottime_ns: self.started_ns,
+            first_instruction_boottime_ns: match self.first {
+                First::Ran(instant) => instant,
+                First::No | First::Awaited => 0,
+            },
         }
     }
 
@@ -507,11 +542,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
                 // Whoever held it back is gone, or will say so again; nobody reads what was kept.
                 self.throttle = None;
                 self.forget_frozen();
-                return Ok(Reply::Attached(RunnerAttached {
-                    config: Some(self.terms.config.clone()),
-                    state: Some(self.state()),
-                    descriptors: self.terms.descriptors.clone(),
-                }));
+                return Ok(Reply::Attached(self.attached()));
             }
             Request::Boot(_) => self.boot()?,
             Request::Pause(pause) => {
@@ -527,6 +558,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
                 self.must_be_fresh()?;
                 self.guest.apply(&apply.sections).map_err(|text| failure(Code::Corrupt, &text))?;
                 self.phase = Phase::Live;
+                self.first = First::Awaited;
                 self.pause = Some("incoming".to_owned());
                 self.sealed = true;
                 self.booted_tsc = self.guest.tsc();
@@ -569,6 +601,22 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         Ok(Reply::State(self.state()))
     }
 
+    fn attached(&self) -> RunnerAttached {
+        RunnerAttached {
+            config: Some(self.terms.config.clone()),
+            state: Some(self.state()),
+            descriptors: self.terms.descriptors.clone(),
+            ram: self.terms.missing.as_ref().map(mappings).unwrap_or_default(),
+        }
+    }
+
+    /// Before this thread may sleep on a missing page.
+    fn note_answer(&self) {
+        if let Some(answer) = &self.terms.standing_answer {
+            *answer.lock().unwrap_or_else(PoisonError::into_inner) = self.attached();
+        }
+    }
+
     fn must_be_fresh(&self) -> Result<(), RunnerFailure> {
         match self.phase {
             Phase::Fresh => Ok(()),
@@ -608,6 +656,15 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
             }
         }
     }
+}
+
+fn mappings(missing: &Missing) -> Vec<RunnerMapping> {
+    let message = |mapping: &vmcb_engine::memory::Mapping| RunnerMapping {
+        address: mapping.address as u64,
+        first_page: mapping.first_page,
+        pages: mapping.pages,
+    };
+    missing.mappings.iter().map(message).collect()
 }
 
 fn failure(code: Code, message: &str) -> RunnerFailure {

@@ -13,14 +13,15 @@ use vmcb_engine::snapshot;
 
 use super::Built;
 use super::driver::Cable;
+use super::faults::Missing;
 use super::guest::Guest;
 use super::open::{Opened, TapCable};
 
-/// Builds the machine of a runner process.
+/// Builds the machine of a runner process. `lazy`: pages of RAM come while it runs.
 ///
 /// # Errors
 /// What does not fit, in words; a disk's error names its file.
-pub fn build(config: &MachineConfig, opened: &Opened, incoming: bool) -> Result<Built<Machine>, String> {
+pub fn build(config: &MachineConfig, opened: &Opened, incoming: bool, lazy: bool) -> Result<Built<Machine>, String> {
     let memory = GuestMemory::create(config.memory_bytes).map_err(|error| text(&error))?;
     let mut descriptors = vec![
         ("ram".to_owned(), share(memory.ram_fd())?),
@@ -54,6 +55,10 @@ pub fn build(config: &MachineConfig, opened: &Opened, incoming: bool) -> Result<
         descriptors.push(("boot".to_owned(), share(boot.file.as_fd())?));
         descriptors.push(("boot-stamps".to_owned(), stamps));
     }
+    let missing = lazy.then(|| Missing::watch(memory.mappings())).transpose().map_err(|error| text(&error))?;
+    if let Some(missing) = &missing {
+        descriptors.push(("faults".to_owned(), missing.faults.share().map_err(|error| error.to_string())?));
+    }
     let plug = |card: usize| {
         let tap = opened.taps.iter().find(|(of, _)| *of == card)?;
         let link: NetLink = Box::new(TapCable(Arc::clone(&tap.1)));
@@ -62,7 +67,7 @@ pub fn build(config: &MachineConfig, opened: &Opened, incoming: bool) -> Result<
     let nets = (0..config.nets.len()).map(plug).collect();
     let guest = Machine::build(config, Parts { memory, disks, nets }).map_err(|error| text(&error))?;
     let macs = (0..config.nets.len()).map(|card| guest.mac(card)).collect();
-    Ok(Built { guest, descriptors, macs, state_digest: |sections| snapshot::state_digest(sections).0 })
+    Ok(Built { guest, descriptors, macs, state_digest: |sections| snapshot::state_digest(sections).0, missing })
 }
 
 fn share(descriptor: BorrowedFd<'_>) -> Result<OwnedFd, String> {

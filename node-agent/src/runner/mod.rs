@@ -11,6 +11,7 @@
 pub mod announce;
 pub mod console;
 pub mod driver;
+pub mod faults;
 pub mod guest;
 pub mod machine;
 pub mod open;
@@ -26,10 +27,11 @@ use std::path::PathBuf;
 use proto::v1::{MachineConfig, Section};
 
 use self::driver::{Cable, Driver, Terms};
+use self::faults::Missing;
 use self::guest::Guest;
 use self::open::{OpenError, Opened, TapCable};
 use self::sandbox::SandboxError;
-use self::serve::Ports;
+use self::serve::{Ports, StandingAnswer};
 use crate::clock::{Clock, HostClock};
 
 /// How the process was called.
@@ -78,6 +80,8 @@ pub struct Built<G> {
     pub macs: Vec<[u8; 6]>,
     /// State digest over sections.
     pub state_digest: fn(&[Section]) -> [u8; 32],
+    /// Pages of RAM that the agent brings while the guest runs; its descriptor is the last of `descriptors`, "faults".
+    pub missing: Option<Missing>,
 }
 
 /// Lives the life of the process. `build` makes the machine; it may open files.
@@ -107,8 +111,17 @@ pub fn run<G: Guest>(
             built.macs.get(*card).map(|mac| (cable, *mac))
         })
         .collect();
-    let terms = Terms { config: opened.config, descriptors: names, state_digest: built.state_digest, cables };
-    let ports = Ports { listener: opened.listener, log: opened.log, taps: opened.taps, descriptors };
+    let (config, missing) = (opened.config, built.missing);
+    let standing_answer = missing.is_some().then(StandingAnswer::default);
+    let ports = Ports {
+        listener: opened.listener,
+        log: opened.log,
+        taps: opened.taps,
+        descriptors,
+        standing_answer: standing_answer.clone(),
+    };
+    let state_digest = built.state_digest;
+    let terms = Terms { config, descriptors: names, state_digest, cables, missing, standing_answer };
     let system = |step| move |source| RunnerError::System { step, source };
     let (server, outlet) = serve::join(ports, inputs).map_err(|e| system("eventfd")(e.into()))?;
     let (started, running) = std::sync::mpsc::channel();

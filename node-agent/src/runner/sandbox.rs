@@ -5,6 +5,7 @@
 //! seccomp filter (seccomp(2)) that kills the process at anything but the calls listed here. Executable memory can
 //! neither be mapped nor made.
 
+use super::faults::UNREGISTER_REQUEST;
 use rustix::process::{DumpableBehavior, Gid, Uid};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
@@ -131,6 +132,8 @@ pub fn filter() -> Result<BpfProgram, SandboxError> {
         CALLS.iter().map(|call| (*call, Vec::new())).collect();
     rules.insert(libc::SYS_mmap, vec![without_exec()?]);
     rules.insert(libc::SYS_mprotect, vec![without_exec()?]);
+    let give_up = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, UNREGISTER_REQUEST.into())?;
+    rules.insert(libc::SYS_ioctl, vec![SeccompRule::new(vec![give_up])?]);
     rules.insert(libc::SYS_statx, vec![empty_path_statx]);
     let architecture = std::env::consts::ARCH.try_into()?;
     let filter = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, architecture)?;

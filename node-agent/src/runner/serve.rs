@@ -6,13 +6,13 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use proto::frame::{Kind, encode_message};
 use proto::v1::runner_reply::Reply;
 use proto::v1::runner_request::Request;
-use proto::v1::{RunnerConsoleOutput, RunnerReply, RunnerRequest};
+use proto::v1::{RunnerAttached, RunnerConsoleOutput, RunnerReply, RunnerRequest};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
@@ -30,6 +30,8 @@ const PACKETS_MAX: usize = 256;
 const PACKETS_AT_CAPTURE_MAX: usize = 512;
 /// Longest Ethernet frame that a tap delivers (a jumbo frame without offloads).
 const PACKET_BYTES_MAX: usize = 9216 + 18;
+/// Connections count from 1.
+const NOBODY: u64 = 0;
 const READ_BYTES: usize = 64 << 10;
 /// How long the last reply may take to leave after a shutdown.
 const FLUSH_POLLS: u32 = 20;
@@ -45,7 +47,12 @@ pub struct Ports {
     pub taps: Vec<(usize, Arc<OwnedFd>)>,
     /// Sent with the reply to `attach`.
     pub descriptors: Vec<OwnedFd>,
+    /// The answer to `attach`, kept up to date, of a guest whose thread may sleep until an agent has attached.
+    pub standing_answer: Option<StandingAnswer>,
 }
+
+/// What is answered to `attach` without the machine thread.
+pub type StandingAnswer = Arc<Mutex<RunnerAttached>>;
 
 /// The machine thread's end: a bounded channel and a bell.
 pub struct Outlet {
@@ -220,7 +227,10 @@ impl Server {
                 return;
             }
             match connection.inbox.take::<RunnerRequest>() {
+                Ok(Some(request))
+                    if matches!(request.request, Some(Request::Attach(_))) && self.answer_attach(&request) => {}
                 Ok(Some(request)) => {
+                    let Some(connection) = &mut self.connection else { return };
                     connection.under_way += 1;
                     let captures = matches!(request.request, Some(Request::Capture(_)));
                     let input = Input::Request { connection: connection.number, request };
@@ -235,6 +245,23 @@ impl Server {
                 Err(error) => return self.hang_up(&format!("broken protocol: {error}")),
             }
         }
+    }
+
+    /// Answers `attach`, if the machine thread is not needed for it.
+    fn answer_attach(&mut self, request: &RunnerRequest) -> bool {
+        let (Some(answer), Some(connection)) = (&self.ports.standing_answer, &mut self.connection) else {
+            return false;
+        };
+        let attached = answer.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if attached.config.is_none() {
+            // The machine thread has not begun; it will answer.
+            return false;
+        }
+        connection.attached = true;
+        self.enqueue(&RunnerReply { id: request.id, reply: Some(Reply::Attached(attached)) }, true);
+        // The machine thread does when it can what belongs to it; its answer is for nobody.
+        let heard = Input::Request { connection: NOBODY, request: request.clone() };
+        self.inputs.send(heard).is_ok()
     }
 
     /// What the host has queued for the guest becomes part of the state that is about to be captured.

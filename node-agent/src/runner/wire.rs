@@ -13,9 +13,9 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
 };
 
-/// Most descriptors that one reply brings: three for RAM and for each local disk, and two for what the guest boots from.
-/// Linux takes at most 253 in a message.
-pub const DESCRIPTORS_MAX: usize = 3 + 3 * 64 + 2;
+/// Most descriptors that one reply brings: three for RAM and for each local disk, two for what the guest boots from, and
+/// the one over missing pages. Linux takes at most 253 in a message.
+pub const DESCRIPTORS_MAX: usize = 3 + 3 * 64 + 2 + 1;
 
 /// Collects bytes until they are a frame.
 #[derive(Default, Debug)]

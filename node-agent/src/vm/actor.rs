@@ -11,9 +11,10 @@ use proto::v1::runner_request::Request;
 use proto::v1::{CreateVmRequest, RunnerBoot, RunnerState, StoredVm, VmInfo, VmState};
 use tokio::sync::{mpsc, watch};
 
+use super::lazy::Paging;
 use super::replace::Aside;
 use super::requests::{Answer, Ask, Consequence, Held, Verb, Word, admit, judge, state_words};
-use super::runner::{Event, Runner};
+use super::runner::{Arrival, Event, Runner};
 use super::store::StoreError;
 use super::transfer::{Reception, Transfer};
 use super::{Host, Message, Published};
@@ -38,6 +39,10 @@ pub struct Actor {
     pub(super) base: Option<Base>,
     /// What stood here before, and comes back if what is incoming does not stay.
     pub(super) aside: Option<Aside>,
+    /// Pages of the runner that are on their way.
+    pub(super) paging: Option<Paging>,
+    /// When `Activate` came, `CLOCK_BOOTTIME`; 0: not to this agent.
+    pub(super) activated_ns: u64,
 }
 
 /// A refusal of the policy, in the form that travels.
@@ -66,6 +71,8 @@ impl Actor {
             reception: None,
             base: None,
             aside: None,
+            paging: None,
+            activated_ns: 0,
         }
     }
 
@@ -110,6 +117,8 @@ impl Actor {
             Message::Sent(ended) => self.sent(ended).await,
             Message::Received(operation, outcome) => self.received(&operation, outcome).await,
             Message::Expired(operation) => self.expired(&operation).await,
+            Message::Paged(serial, over) if serial == self.runner_serial => self.paged(over).await,
+            Message::Paged(..) => {}
         }
     }
 
@@ -175,6 +184,11 @@ impl Actor {
             resident_bytes: runner.map_or(0, Runner::resident_bytes),
             operation: record.operation.clone(),
             uptime_ms: runner.map_or(0, |_| started.saturating_sub(record.created_unix_ms)),
+            lazy: self.lazy_info(),
+            first_instruction_us: match (self.activated_ns, self.runner_state.first_instruction_boottime_ns) {
+                (0, _) | (_, 0) => 0,
+                (from, to) => (to.saturating_sub(from) / 1000).max(1),
+            },
         })
     }
 
@@ -204,10 +218,10 @@ impl Actor {
         sender
     }
 
-    pub(super) async fn start_runner(&mut self, incoming: bool) -> Result<Arc<Runner>, Failure> {
+    pub(super) async fn start_runner(&mut self, arrival: Arrival) -> Result<Arc<Runner>, Failure> {
         let events = self.runner_events();
         let directory = self.host.store.directory(&self.name);
-        let runner = Arc::new(Runner::spawn(&self.host.launch, &directory, incoming, events).await?);
+        let runner = Arc::new(Runner::spawn(&self.host.launch, &directory, arrival, events).await?);
         self.runner_state = runner.state.clone();
         self.runner = Some(Arc::clone(&runner));
         Ok(runner)
@@ -220,6 +234,8 @@ impl Actor {
         } else if let Some(process) = super::runner::Process::of(&self.host.store.directory(&self.name)) {
             process.kill().await;
         }
+        // Not before: a guest that sleeps on a missing page hears no word.
+        self.paging = None;
     }
 
     async fn create(&mut self, request: CreateVmRequest) -> Result<VmInfo, Failure> {
@@ -266,7 +282,7 @@ impl Actor {
         })
         .await?;
         self.create_on_disk().await?;
-        let runner = self.start_runner(false).await?;
+        let runner = self.start_runner(Arrival::Boots).await?;
         let until = self.host.leases.initial(self.policy());
         runner.lease(until).await?;
         runner.call(Request::Boot(RunnerBoot {})).await?;
@@ -461,6 +477,9 @@ impl Actor {
                 tracing::warn!(vm = self.name, "the connection to the runner was made again");
                 self.absorb(&runner.state.clone());
                 self.runner = Some(Arc::new(runner));
+                if let Err(failure) = self.page_again() {
+                    tracing::error!(vm = self.name, %failure, "its missing pages cannot be asked for");
+                }
                 return;
             }
         }

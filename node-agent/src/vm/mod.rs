@@ -6,11 +6,12 @@
 //! ```
 //! - [`requests`]: what is accepted, ignored, refused: pure.
 //! - [`store`]: what is on disk; written before anything acts on it.
-//! - [`runner`]: the guest's process. [`lease`]: how long it may run.
+//! - [`lazy`]: pages that come while the guest runs. [`runner`]: the guest's process. [`lease`]: how long it may run.
 //!
 //! Refuses to know other hosts' VMs, who may call, and how bytes travel.
 
 pub mod actor;
+pub mod lazy;
 pub mod lease;
 mod recover;
 mod replace;
@@ -54,6 +55,8 @@ pub struct Host {
     pub name: String,
     /// Where lanes are opened.
     pub address: String,
+    /// Address of the controller; may be empty.
+    pub controller: String,
     /// What is on disk.
     pub store: Store,
     /// Clocks.
@@ -113,6 +116,8 @@ pub enum Message {
     Received(String, Result<(), Failure>),
     /// The ticket of this operation has ended.
     Expired(String),
+    /// All pages of the runner of this serial number have come, or it has ended.
+    Paged(u64, lazy::Over),
 }
 
 /// What is known of a VM without asking its actor.
@@ -266,6 +271,8 @@ impl Vms {
             engine_facts: self.host.facts.engines.clone(),
             hardware: Some(self.host.facts.hardware.clone()),
             withheld: self.host.facts.withheld.clone(),
+            lazy_refused: self.host.facts.lazy_refused.clone(),
+            lazy_known: true,
         }
     }
 

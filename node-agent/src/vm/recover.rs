@@ -30,6 +30,9 @@ impl Actor {
                 Ok(runner) => {
                     self.runner_state = runner.state.clone();
                     self.runner = Some(Arc::new(runner));
+                    if let Err(failure) = self.page_again() {
+                        tracing::error!(vm = self.name, %failure, "its missing pages cannot be asked for");
+                    }
                 }
                 Err(failure) => tracing::warn!(vm = self.name, %failure, "a runner lives but does not answer"),
             }
@@ -95,7 +98,8 @@ impl Actor {
             _ => {
                 // It was stopped for a hand-over of which nobody was told, or it is paused by the lease: either way it
                 // may go on as far as its lease lets it, unless an operator paused it.
-                if self.record.as_ref().is_some_and(|record| !record.paused) {
+                // One whose pages are missing was not stopped, and may be asleep now.
+                if self.record.as_ref().is_some_and(|record| !record.paused && record.pages_from.is_empty()) {
                     let state = runner.resume().await?;
                     self.absorb(&state);
                 }

@@ -51,6 +51,7 @@ impl Actor {
             runner_state: std::mem::take(&mut self.runner_state),
             base: self.base.take(),
         });
+        self.paging = None;
         self.record = None;
         self.next_serial();
         Ok(())
@@ -65,6 +66,11 @@ impl Actor {
         tracing::info!(vm = self.name, generation = record.generation, "what was set aside is back");
         (self.record, self.runner, self.runner_serial) = (Some(record), runner, runner_serial);
         (self.runner_state, self.base) = (runner_state, base);
+        if self.runner.is_some()
+            && let Err(failure) = self.page_again()
+        {
+            tracing::error!(vm = self.name, %failure, "its missing pages cannot be asked for");
+        }
         // What its process said meanwhile was not heard; whether it is still there is looked at next.
         let answer = match self.runner.clone() {
             Some(runner) => runner.status().await.ok(),

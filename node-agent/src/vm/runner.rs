@@ -21,17 +21,20 @@ use proto::v1::runner_reply::Reply;
 use proto::v1::runner_request::Request;
 use proto::v1::{
     MachineConfig, RunnerAdvanceEpoch, RunnerApply, RunnerAttach, RunnerCapture, RunnerConsoleOutput, RunnerFreeze,
-    RunnerFrozen, RunnerLease, RunnerPause, RunnerReply, RunnerRequest, RunnerResume, RunnerSections, RunnerShutdown,
-    RunnerState, RunnerStatus, RunnerStayFrozen, RunnerThaw, RunnerThrottle, VmState,
+    RunnerFrozen, RunnerLease, RunnerMapping, RunnerPause, RunnerReply, RunnerRequest, RunnerResume, RunnerSections,
+    RunnerShutdown, RunnerState, RunnerStatus, RunnerStayFrozen, RunnerThaw, RunnerThrottle, VmState,
 };
 use rustix::process::{Pid, Signal};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use vmcb_engine::memory::Mapping;
 use vmcb_engine::memory::shared::SharedPages;
 
+use super::lazy::standing::Standing;
 use crate::migration::source::Input;
 use crate::migration::{Failure, SourceVm, Spaces, TargetVm};
+use crate::runner::faults::Faults;
 use crate::runner::open::{short_path, start_time};
 use crate::runner::wire::{self, Inbox};
 
@@ -119,6 +122,17 @@ impl Process {
     }
 }
 
+/// Where the state of a guest comes from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Arrival {
+    /// From nowhere: it boots.
+    Boots,
+    /// From outside, before it runs.
+    Whole,
+    /// From outside, RAM while it runs.
+    Lazy,
+}
+
 /// How runners are started.
 #[derive(Clone, Debug)]
 pub struct Launch {
@@ -146,7 +160,10 @@ pub struct Runner {
     pub state: RunnerState,
     /// The process.
     pub process: Option<Process>,
+    /// Whether it may go on, if pages of it are missing.
+    pub standing: Arc<Standing>,
     descriptors: Vec<(String, OwnedFd)>,
+    ram: Vec<Mapping>,
 }
 
 fn internal(text: impl std::fmt::Display) -> Failure {
@@ -161,7 +178,7 @@ impl Runner {
     pub async fn spawn(
         launch: &Launch,
         directory: &Path,
-        incoming: bool,
+        arrival: Arrival,
         events: mpsc::UnboundedSender<Event>,
     ) -> Result<Runner, Failure> {
         let program = launch.program.display();
@@ -173,8 +190,14 @@ impl Runner {
         }
         let mut command = tokio::process::Command::new(&launch.program);
         command.arg("--dir").arg(directory).arg("--sandbox").arg(launch.sandbox.to_string());
-        if incoming {
-            command.arg("--incoming");
+        match arrival {
+            Arrival::Boots => {}
+            Arrival::Whole => {
+                command.arg("--incoming");
+            }
+            Arrival::Lazy => {
+                command.arg("--incoming").arg("--lazy");
+            }
         }
         command.current_dir("/").stdin(Stdio::null()).stdout(out).stderr(err).kill_on_drop(false);
         let mut child = command.spawn().map_err(|error| internal(format!("{program}: {error}")))?;
@@ -216,9 +239,10 @@ impl Runner {
         let listeners = console.downgrade();
         let conversation = Conversation { stream, inbox, pending: HashMap::new(), next_id: 2, console, events };
         tokio::spawn(conversation.run(mailbox));
-        let (config, state, descriptors) = attached;
-        let process = Process::of(directory);
-        Ok(Runner { calls, console: listeners, directory: directory.to_owned(), config, state, process, descriptors })
+        let Attached { config, state, descriptors, ram } = attached;
+        let (process, standing) = (Process::of(directory), Arc::default());
+        let directory = directory.to_owned();
+        Ok(Runner { calls, console: listeners, directory, config, state, process, standing, descriptors, ram })
     }
 
     /// Asks and waits for the answer.
@@ -231,9 +255,19 @@ impl Runner {
             _ => CALL_DEADLINE,
         };
         let gone = || Failure::new(Code::Unreachable, "the guest's process is gone");
+        let stalled = |page| Failure::new(Code::Unreachable, format!("the guest waits for page {page} of its RAM"));
+        if let Some(page) = self.standing.stalled() {
+            // Its thread sleeps: it would answer after that page has come.
+            return Err(stalled(page));
+        }
         let (reply, answer) = oneshot::channel();
         self.calls.send(Call { request, reply }).await.map_err(|_| gone())?;
-        match tokio::time::timeout(limit, answer).await {
+        let answered = tokio::select! {
+            biased;
+            answered = tokio::time::timeout(limit, answer) => answered,
+            page = self.standing.until_stalled() => return Err(stalled(page)),
+        };
+        match answered {
             Ok(Ok(Reply::Failure(failure))) => Err(Failure::new(Code::from_number(failure.code), failure.message)),
             Ok(Ok(reply)) => Ok(reply),
             Ok(Err(_)) => Err(gone()),
@@ -255,6 +289,11 @@ impl Runner {
     /// # Errors
     /// As [`Runner::call`].
     pub async fn pause(&self, reason: &str) -> Result<RunnerState, Failure> {
+        if self.standing.hold() {
+            // It stands still, and nothing that it waits for comes before it is resumed.
+            let reason = format!("{reason}, while it waited for a page");
+            return Ok(RunnerState { state: VmState::Paused.into(), reason, ..self.state.clone() });
+        }
         self.state_after(Request::Pause(RunnerPause { reason: reason.to_owned() })).await
     }
 
@@ -263,6 +302,10 @@ impl Runner {
     /// # Errors
     /// As [`Runner::call`].
     pub async fn resume(&self) -> Result<RunnerState, Failure> {
+        self.standing.release();
+        if self.standing.stalled().is_some() {
+            return Ok(RunnerState { state: VmState::Running.into(), reason: String::new(), ..self.state.clone() });
+        }
         self.state_after(Request::Resume(RunnerResume {})).await
     }
 
@@ -271,7 +314,17 @@ impl Runner {
     /// # Errors
     /// As [`Runner::call`].
     pub async fn lease(&self, until_boottime_ns: u64) -> Result<RunnerState, Failure> {
+        // A guest that sleeps on a missing page hears it afterwards; until then this is what its pages come by.
+        self.standing.lease(until_boottime_ns);
         self.state_after(Request::Lease(RunnerLease { until_boottime_ns })).await
+    }
+
+    /// What it sleeps on: the faults, and where its RAM lies.
+    ///
+    /// # Errors
+    /// It has no missing pages.
+    pub fn missing(&self) -> Result<(Faults, Vec<Mapping>), Failure> {
+        Ok((Faults::from_descriptor(self.descriptor("faults")?), self.ram.clone()))
     }
 
     /// How it is.
@@ -341,7 +394,12 @@ fn last_words(log: &Path) -> String {
     tail.lines().last().unwrap_or("it said nothing").to_owned()
 }
 
-type Attached = (MachineConfig, RunnerState, Vec<(String, OwnedFd)>);
+struct Attached {
+    config: MachineConfig,
+    state: RunnerState,
+    descriptors: Vec<(String, OwnedFd)>,
+    ram: Vec<Mapping>,
+}
 
 async fn attach(stream: &mut UnixStream) -> Result<(Attached, Inbox), Failure> {
     let request = RunnerRequest { id: 1, request: Some(Request::Attach(RunnerAttach {})) };
@@ -363,9 +421,18 @@ async fn attach(stream: &mut UnixStream) -> Result<(Attached, Inbox), Failure> {
                 if attached.descriptors.len() != descriptors.len() {
                     return Err(Failure::new(Code::Protocol, "descriptors are missing"));
                 }
-                let named = attached.descriptors.into_iter().zip(descriptors).collect();
-                let whole = (attached.config.unwrap_or_default(), attached.state.unwrap_or_default(), named);
-                return Ok((whole, inbox));
+                let mapping = |m: &RunnerMapping| Mapping {
+                    address: m.address as usize,
+                    first_page: m.first_page,
+                    pages: m.pages,
+                };
+                let attached = Attached {
+                    config: attached.config.unwrap_or_default(),
+                    state: attached.state.unwrap_or_default(),
+                    ram: attached.ram.iter().map(mapping).collect(),
+                    descriptors: attached.descriptors.into_iter().zip(descriptors).collect(),
+                };
+                return Ok((attached, inbox));
             }
             Some(other) => return Err(Failure::new(Code::Protocol, format!("{other:?} before the attach"))),
         }

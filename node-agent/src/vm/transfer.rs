@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::actor::{Actor, refusal};
 use super::requests::{Answer, Ask, Verb};
-use super::runner::{Arriving, Leaving};
+use super::runner::{Arrival, Arriving, Leaving};
 use super::{Message, Reply};
 use crate::host;
 use crate::migration::{self, Failure, Phase, Receiver, Sent, Spaces};
@@ -112,6 +112,7 @@ impl Actor {
             ticket_until_boottime_ns: now_ns.saturating_add(ticket.expires_in_ms.saturating_mul(1_000_000)),
             ticket: Some(ticket),
             boot_id: self.host.boot_id.clone(),
+            pages_from: request.pages_from.clone(),
             created_unix_ms: self.host.clock.realtime_ns() / 1_000_000,
             ..StoredVm::default()
         });
@@ -140,7 +141,11 @@ impl Actor {
             record.config = Some(config);
         }
         self.create_on_disk().await?;
-        self.start_runner(true).await?;
+        let lazy = self.record.as_ref().is_some_and(|record| !record.pages_from.is_empty());
+        self.start_runner(if lazy { Arrival::Lazy } else { Arrival::Whole }).await?;
+        if lazy {
+            self.page()?;
+        }
         self.receive()
     }
 
@@ -150,7 +155,8 @@ impl Actor {
         let record = self.record.clone().unwrap_or_default();
         let ticket = record.ticket.unwrap_or_default();
         let operation = ticket.operation.clone();
-        let receiver = Receiver::new(ticket, runner.spaces()?, Arriving { runner })?;
+        let lazy = !record.pages_from.is_empty();
+        let receiver = Receiver::new(ticket, runner.spaces()?, Arriving { runner }, lazy)?;
         let (watched, mailbox, waited) = (receiver.clone(), self.mailbox.clone(), operation.clone());
         tokio::spawn(async move {
             let outcome = watched.finished().await.map(drop);
@@ -222,6 +228,7 @@ impl Actor {
             return Ok(ActivateReply { vm: self.info(), resume_us: 0 });
         }
         let runner = self.the_runner()?;
+        self.activated_ns = self.host.clock.boottime_ns();
         // The generation is on disk since `prepare`; what is written after the guest runs is only that it does, which the
         // runner itself knows: `recover` asks it. So no disk is waited for while nobody runs the guest.
         let until = self.host.leases.initial(self.policy());
@@ -261,6 +268,11 @@ impl Actor {
         let operation = ticket.operation.clone();
         let ask = Ask { verb: Verb::Send, generation: request.generation, operation: operation.clone() };
         self.admit(&ask)?;
+        if let Some(lazy) = self.lazy_info() {
+            let text =
+                format!("{} pages of its RAM still come from checkpoint {}", lazy.pages_missing, lazy.checkpoint);
+            return Err(refusal(&self.name, Code::Conflict, &text));
+        }
         let identity = Identity::parse(&request.peer_identity).ok_or_else(|| {
             refusal(&self.name, Code::BadInput, &format!("{:?} is not an identity", request.peer_identity))
         })?;

@@ -156,7 +156,13 @@ fn build(config: &MachineConfig, opened: &Opened) -> Result<Built<Counter>, Stri
         descriptors.push(("boot-stamps".into(), stamps));
     }
     let guest = Counter { memory, count: 0, idle: false, said: Vec::new(), power_off: false };
-    Ok(Built { guest, descriptors, macs: Vec::new(), state_digest: |s| vmcb_engine::snapshot::state_digest(s).0 })
+    Ok(Built {
+        guest,
+        descriptors,
+        macs: Vec::new(),
+        state_digest: |s| vmcb_engine::snapshot::state_digest(s).0,
+        missing: None,
+    })
 }
 
 /// Does nothing in an ordinary run of the tests.

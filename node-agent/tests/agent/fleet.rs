@@ -13,7 +13,8 @@ use proto::v1::agent_client::AgentClient;
 use proto::v1::fleet_server::{Fleet, FleetServer};
 use proto::v1::vm_verdict::Verdict;
 use proto::v1::{
-    BootSource, CreateVmRequest, HeartbeatReply, HeartbeatRequest, MachineConfig, VmInfo, VmRef, VmState, VmVerdict,
+    BootSource, CreateVmRequest, HeartbeatReply, HeartbeatRequest, MachineConfig, PagesPart, PagesWanted, VmInfo,
+    VmRef, VmState, VmVerdict,
 };
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
 use tokio::sync::mpsc;
@@ -21,7 +22,7 @@ use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Server};
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 pub const LEASE_MS: u32 = 1000;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -50,6 +51,12 @@ impl Fleet for FleetService {
             VmVerdict { vm: vm.name.clone(), verdict, generation: vm.generation }
         });
         Ok(Response::new(HeartbeatReply { lease_ms: LEASE_MS, vms: vms.collect() }))
+    }
+
+    type PagesStream = tokio_stream::Empty<Result<PagesPart, Status>>;
+
+    async fn pages(&self, _: Request<Streaming<PagesWanted>>) -> Result<Response<Self::PagesStream>, Status> {
+        Err(Status::unimplemented("this fleet restores nothing lazily"))
     }
 }
 

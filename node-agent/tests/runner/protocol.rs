@@ -38,7 +38,8 @@ fn start(script: impl IntoIterator<Item = Act>) -> Process {
     let ram = vmcb_engine::memory::GuestMemory::create(16 << 20).unwrap();
     let descriptors: Vec<OwnedFd> =
         vec![ram.ram_fd().try_clone_to_owned().unwrap(), ram.stamps_fd().try_clone_to_owned().unwrap()];
-    let ports = Ports { listener: listener.into(), log: Log::new(log).unwrap(), taps: Vec::new(), descriptors };
+    let log = Log::new(log).unwrap();
+    let ports = Ports { listener: listener.into(), log, taps: Vec::new(), descriptors, standing_answer: None };
     let (inputs, taken) = std::sync::mpsc::channel();
     let (server, outlet) = join(ports, inputs).unwrap();
     let (guest, seen) = Scripted::new(script);

@@ -256,5 +256,7 @@ pub fn terms(paced: bool, descriptors: &[&str]) -> Terms {
         descriptors: descriptors.iter().map(|name| (*name).to_owned()).collect(),
         state_digest: |sections| *blake3::hash(&sections[0].body).as_bytes(),
         cables: Vec::new(),
+        missing: None,
+        standing_answer: None,
     }
 }

@@ -66,6 +66,17 @@ pub struct OutOfRange {
     pub bytes: usize,
 }
 
+/// Pages of RAM that lie side by side in this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mapping {
+    /// Where the first lies.
+    pub address: usize,
+    /// Its number.
+    pub first_page: u64,
+    /// How many.
+    pub pages: u64,
+}
+
 /// The guest's RAM and its page stamps. Owned by the machine; other processes hold the descriptors.
 #[derive(Debug)]
 pub struct GuestMemory {
@@ -175,6 +186,18 @@ impl GuestMemory {
         }
         let pages = gpa / PAGE_BYTES..=gpa.saturating_add(bytes - 1) / PAGE_BYTES;
         pages.filter_map(|page| self.page_of(page * PAGE_BYTES)).for_each(|page| self.keep_now(page));
+    }
+
+    /// Where RAM lies in this process, in order of page number.
+    pub fn mappings(&self) -> Vec<Mapping> {
+        use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+        let mut first_page = 0;
+        let mapping = |region: &GuestRegionMmap<StampSlice>| {
+            let pages = region.len() / PAGE_BYTES;
+            first_page += pages;
+            Mapping { address: region.as_ptr() as usize, first_page: first_page - pages, pages }
+        };
+        self.vm.iter().map(mapping).collect()
     }
 
     /// Copies RAM out.
@@ -296,6 +319,15 @@ mod tests {
         assert_eq!(memory.page_of(HOLE_END), Some((3 << 30) / PAGE_BYTES));
         assert_eq!(memory.page_of(HOLE_END + (4 << 20)), None);
         assert_eq!(memory.stamps().stamp((3 << 30) / PAGE_BYTES), memory.epoch());
+    }
+
+    #[test]
+    fn mappings_name_every_page_once() {
+        let memory = GuestMemory::create((3 << 30) + (4 << 20)).unwrap();
+        let pages: Vec<(u64, u64)> = memory.mappings().iter().map(|m| (m.first_page, m.pages)).collect();
+        assert_eq!(pages, [(0, (3 << 30) / PAGE_BYTES), ((3 << 30) / PAGE_BYTES, (4 << 20) / PAGE_BYTES)]);
+        let (above, _) = memory.host_page(HOLE_END + 0x1000).unwrap();
+        assert_eq!(memory.mappings()[1].address + 0x1000, above as usize);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use proto::frame::FrameError;
+use proto::ids::Digest;
 use proto::status::Code;
 use proto::v1::{self, Chunk, Hello, HelloReply, MachineDigest, RoundAck, Section, Ticket};
 use tokio::sync::{mpsc, watch};
@@ -54,6 +55,7 @@ struct Shared {
     /// `None` only during a step.
     target: Mutex<Option<Target>>,
     spaces: Spaces,
+    lazy: bool,
     digests: Mutex<Vec<PageDigests>>,
     replies: Mutex<BTreeMap<u32, ReplyQueue>>,
     apply: mpsc::UnboundedSender<Apply>,
@@ -64,15 +66,16 @@ struct Shared {
 struct Apply {
     sections: Vec<Section>,
     verify_full: bool,
+    ram: Option<Digest>,
 }
 
 impl Receiver {
     /// Waits for the holder of the ticket. The spaces must be zero. Must be called inside the runtime; reads the spaces if
-    /// they are not holes.
+    /// they are not holes. `lazy`: RAM follows while the guest runs.
     ///
     /// # Errors
     /// Spaces that hold something already.
-    pub fn new(ticket: Ticket, spaces: Spaces, vm: impl TargetVm) -> Result<Receiver, Failure> {
+    pub fn new(ticket: Ticket, spaces: Spaces, vm: impl TargetVm, lazy: bool) -> Result<Receiver, Failure> {
         for (number, space) in spaces.iter().enumerate() {
             if !space.is_zero().map_err(|e| Failure::new(Code::Internal, words(&e)))? {
                 return Err(Failure::new(
@@ -86,6 +89,7 @@ impl Receiver {
             target: Mutex::new(Some(Target::new(ticket, 0))),
             digests: Mutex::new(spaces.iter().map(|space| PageDigests::new(space.pages())).collect()),
             spaces,
+            lazy,
             replies: Mutex::default(),
             apply,
             phase: watch::Sender::new(Phase::Waiting),
@@ -231,8 +235,8 @@ impl Shared {
                 Effect::Ack { round } => self.reply(Message::RoundAck(RoundAck { round })),
                 Effect::SayReady(digest) => self.reply(Message::Ready(v1::Ready { digest: Some(digest) })),
                 Effect::Settle => settle = true,
-                Effect::Apply { sections, verify_full } => {
-                    let _ = self.apply.send(Apply { sections, verify_full });
+                Effect::Apply { sections, verify_full, ram } => {
+                    let _ = self.apply.send(Apply { sections, verify_full, ram });
                 }
                 Effect::AbortSource(failure) => {
                     // Dropping the queues ends the streams after the farewell.
@@ -321,7 +325,7 @@ impl Shared {
         }
     }
 
-    fn roots(&self, verify_full: bool) -> Result<Vec<proto::ids::Digest>, Failure> {
+    fn roots(&self, verify_full: bool) -> Result<Vec<Digest>, Failure> {
         if verify_full {
             let fresh: Result<Vec<PageDigests>, _> = self.spaces.iter().map(SharedPages::digests).collect();
             *lock(&self.digests) = fresh.map_err(|e| Failure::new(Code::Internal, words(&e)))?;
@@ -361,8 +365,13 @@ fn input(lane: u32, message: Result<Message, FrameError>) -> Input {
 
 /// Owns the VM; applies the sections when they are complete.
 async fn obey(mut vm: impl TargetVm, mut orders: mpsc::UnboundedReceiver<Apply>, shared: Weak<Shared>) {
-    while let Some(Apply { sections, verify_full }) = orders.recv().await {
+    while let Some(Apply { sections, verify_full, ram }) = orders.recv().await {
         let Some(strong) = shared.upgrade() else { return };
+        if ram.is_some() != strong.lazy {
+            let text = "one side wants RAM to follow while the guest runs, the other does not";
+            strong.step(Input::Broken(Failure::new(Code::Protocol, text)));
+            continue;
+        }
         let hashing = {
             let shared = Arc::clone(&strong);
             blocking(move || shared.roots(verify_full))
@@ -378,8 +387,8 @@ async fn obey(mut vm: impl TargetVm, mut orders: mpsc::UnboundedReceiver<Apply>,
         };
         let input = match (roots.and_then(|roots| roots), captured) {
             (Ok(roots), Ok(sections)) => {
-                let (ram, disks) = roots.split_first().expect("there is always RAM");
-                Input::Applied { sections, ram: *ram, disks: disks.to_vec() }
+                let (arrived, disks) = roots.split_first().expect("there is always RAM");
+                Input::Applied { sections, ram: ram.unwrap_or(*arrived), disks: disks.to_vec() }
             }
             (Err(failure), _) | (_, Err(failure)) => Input::Broken(failure),
         };

@@ -262,7 +262,13 @@ impl<V: SourceVm> Driver<V> {
                 Some(self.digest(sections, verify_full).await.map_or_else(Input::Lost, Input::Digested))
             }
             Effect::SendState { sections, digest, verify_full, stopped_us } => {
-                let end = StateEnd { sections: sections.len() as u32, digest: Some(digest), verify_full, stopped_us };
+                let end = StateEnd {
+                    sections: sections.len() as u32,
+                    digest: Some(digest),
+                    verify_full,
+                    stopped_us,
+                    ram_follows: false,
+                };
                 self.send_state(sections, end).await;
                 None
             }

@@ -277,7 +277,7 @@ async fn attempt(guest: &Guest, setting: Setting) -> Attempt {
     let (ram, disk) = (Bank::new(guest.ram.pages), Bank::new(64));
     let spaces = Spaces::new(ram.shared(), vec![disk.shared()]);
     let ticket = setting.request.ticket.clone().unwrap();
-    let receiver = Receiver::new(ticket, spaces, setting.shell.clone()).unwrap();
+    let receiver = Receiver::new(ticket, spaces, setting.shell.clone(), false).unwrap();
     let address = serve(Service { receiver: receiver.clone(), trouble: setting.trouble }).await;
     let (result, events) =
         run_send(guest, channels(&address, setting.lanes).await, setting.request, None, setting.cancel).await;
@@ -453,7 +453,7 @@ async fn a_full_comparison_passes_and_sees_a_write_without_a_stamp() {
     let guest = Guest::new(1000);
     let bank = (Bank::new(1000), Bank::new(64));
     let spaces = Spaces::new(bank.0.shared(), vec![bank.1.shared()]);
-    let receiver = Receiver::new(full().ticket.unwrap(), spaces, Shell::default()).unwrap();
+    let receiver = Receiver::new(full().ticket.unwrap(), spaces, Shell::default(), false).unwrap();
     let address = serve(Service { receiver, trouble: Trouble::None }).await;
     let (events, _kept) = mpsc::channel(100);
     let lanes = channels(&address, 1).await;
@@ -470,7 +470,7 @@ async fn strangers_are_denied_and_a_target_that_holds_data_is_refused() {
     let bank = Bank::new(300);
     let spaces = || Spaces::new(bank.shared(), vec![]);
     let receiver =
-        Receiver::new(request(TransferPolicy::default()).ticket.unwrap(), spaces(), Shell::default()).unwrap();
+        Receiver::new(request(TransferPolicy::default()).ticket.unwrap(), spaces(), Shell::default(), false).unwrap();
     let address = serve(Service { receiver: receiver.clone(), trouble: Trouble::None }).await;
     let mut stranger = request(TransferPolicy::default());
     stranger.ticket.as_mut().unwrap().secret = vec![6; 32];
@@ -481,7 +481,7 @@ async fn strangers_are_denied_and_a_target_that_holds_data_is_refused() {
     receiver.abandon("no longer wanted");
     assert_eq!(receiver.finished().await.unwrap_err().code, Code::Cancelled);
     bank.write(3, &noise(1), 0);
-    let refused = Receiver::new(Ticket::default(), spaces(), Shell::default());
+    let refused = Receiver::new(Ticket::default(), spaces(), Shell::default(), false);
     assert_eq!(refused.err().unwrap().code, Code::Conflict);
 }
 
