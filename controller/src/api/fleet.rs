@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use proto::status::Code;
 use proto::v1::fleet_server::Fleet;
+use proto::v1::pages_part::Part;
 use proto::v1::vm_verdict::Verdict;
 use proto::v1::{HeartbeatReply, HeartbeatRequest, HostInfo, PagesPart, PagesWanted, VmInfo, VmState};
 use tokio::sync::mpsc;
@@ -125,6 +126,10 @@ impl Fleet for Api {
                 let Ok(Some(Ok(first))) = first else { return Ok(()) };
                 let manifest_key = api.source_of_pages(&identity.name, &first)?;
                 let supply = api.supplies.of(&api.reader, &manifest_key).await?;
+                if first.working_set {
+                    let part = Some(Part::WorkingSet(supply.working_set().await));
+                    let _gone = out.send(Ok(PagesPart { part })).await;
+                }
                 supply.serve(wanted, out.clone()).await
             };
             if let Err(failure) = served.await {

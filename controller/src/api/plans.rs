@@ -357,6 +357,36 @@ mod tests {
     }
 
     #[test]
+    fn a_vm_whose_pages_still_come_is_neither_moved_nor_read_and_keeps_its_checkpoint() {
+        let mut state = cluster();
+        state.checkpoints.insert("c1".into(), std::sync::Arc::new(entry("c1", "vm1", 1)));
+        std::sync::Arc::make_mut(state.vms.get_mut("vm1").unwrap()).pages_from = "c1".into();
+        let fleet = Fleet { hosts: vec![up("hostA", &[]), up("hostB", &[])] };
+        let refused = migrate(&state, &fleet, "vm1", "hostB", false, TransferPolicy::default()).unwrap_err();
+        assert!(refused.code == Code::Conflict && refused.message.contains("c1"), "{refused}");
+        assert_eq!(code(checkpoint(&state, "vm1", true)), Code::Conflict);
+        let remove = |entry: &CheckpointEntry| Task::RemoveCheckpoint { checkpoint: entry.id.clone(), generation: 1 };
+        assert_eq!(code(on_checkpoint(&state, "c1", remove)), Code::Conflict);
+        on_checkpoint(&state, "c1", |entry| Task::Verify { checkpoint: entry.id.clone() }).unwrap();
+        power(&state, "vm1", |was| Task::Pause { was }).unwrap();
+        // A host that cannot do it is refused with what its operator can do; nothing has moved then.
+        let manifest =
+            || Manifest { config: Some(config()), capabilities: contract().to_bytes(), ..Manifest::default() };
+        let lazily = |hosts: Vec<Candidate>| {
+            let how = (TransferPolicy::default(), true);
+            restore(&state, &Fleet { hosts }, &entry("c1", "vm1", 1), manifest(), "hostB", "vm2", how)
+        };
+        let mut able = up("hostB", &[]);
+        assert!(lazily(vec![able.clone()]).unwrap_err().message.contains("older release"));
+        let info = able.info.as_mut().unwrap();
+        (info.lazy_known, info.lazy_refused) = (true, "userfaultfd is not permitted here".into());
+        let refused = lazily(vec![able.clone()]).unwrap_err();
+        assert!(refused.code == Code::Incapable && refused.message.contains("not permitted"), "{refused}");
+        able.info.as_mut().unwrap().lazy_refused.clear();
+        assert!(matches!(lazily(vec![able]).unwrap().task, Task::Restore { lazy: true, .. }));
+    }
+
+    #[test]
     fn a_vm_whose_contract_is_not_known_stays_where_it_is() {
         let mut state = cluster();
         let vm = std::sync::Arc::make_mut(state.vms.get_mut("vm1").unwrap());

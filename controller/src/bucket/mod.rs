@@ -510,6 +510,11 @@ pub fn key_object(vm_id: &str) -> String {
     format!("vms/{vm_id}/key")
 }
 
+/// Where it is kept which pages guests of a VM touch first.
+pub fn working_set_key(vm_id: &str) -> String {
+    format!("vms/{vm_id}/working-set")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

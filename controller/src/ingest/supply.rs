@@ -5,15 +5,17 @@
 //! ```
 //! A frame is sent with all of its pages that are current, asked for or not: reading them is what costs, and who wants
 //! one page wants its neighbours soon. A stream is sent no frame twice. Whatever fails ends the stream; who asks
-//! asks again, for ever. It knows no VM: who may ask is decided by who opens it.
+//! asks again, for ever. The pages that guests of a VM waited for are kept for its next lazy restore, as advice. It knows no VM: who may ask is decided by who opens it.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use proto::frame::PAGE_BYTES;
+use proto::frame::{self, Kind, PAGE_BYTES};
+use proto::ids::VmId;
+use proto::seal::Sealer;
 use proto::status::Code;
 use proto::v1::pages_part::Part;
-use proto::v1::{MapRegion, PagesAnswered, PagesPart, PagesWanted};
+use proto::v1::{MapRegion, PagesAnswered, PagesPart, PagesWanted, WorkingSet};
 use tokio::sync::{OnceCell, mpsc};
 use tokio::task::JoinSet;
 use tokio_stream::{Stream, StreamExt};
@@ -23,12 +25,15 @@ use super::assembly::spaces;
 use super::manifest::{self, pack_key, regions};
 use super::map::{Extent, Place, Region};
 use super::read::{Opened, Pieces, Reader, beside, missing, pages};
+use crate::bucket::{BucketError, working_set_key};
 use crate::failure::Failure;
 
 /// Most pages of one request.
 const WANTED_MAX: u32 = 4096;
 /// Most requests of a stream that are worked on at a time.
 const WORK_MAX: usize = 32;
+/// Most pages of a working set that is kept.
+const WORKING_SET_MAX: usize = 16_384;
 /// Parts that wait for the host to take them.
 pub const PARTS_DEPTH: usize = 4;
 
@@ -152,7 +157,7 @@ impl Supply {
                 next = wanted.next(), if !over && work.len() < WORK_MAX => match next {
                     Some(Ok(wanted)) => {
                         let (supply, sent, out) = (self.clone(), sent.clone(), out.clone());
-                        work.spawn(async move { supply.answer(&wanted, &sent, &out).await });
+                        work.spawn(async move { supply.answer(wanted, &sent, &out).await });
                     }
                     // The host has gone, or will ask by another stream.
                     Some(Err(_)) => return Ok(()),
@@ -166,7 +171,50 @@ impl Supply {
         }
     }
 
-    async fn answer(&self, wanted: &PagesWanted, sent: &Sent, out: &Parts) -> Result<(), Failure> {
+    /// The pages that a guest of this VM touched soon after an earlier lazy restore, in order. No more than advice: what
+    /// cannot be read is none.
+    pub async fn working_set(&self) -> WorkingSet {
+        let key = working_set_key(&self.opened.manifest.vm_id);
+        let read = async {
+            let sealed = match self.reader.bucket.get(&key).await {
+                Err(BucketError::Missing(_)) => return Ok(WorkingSet::default()),
+                other => other.map_err(|error| error.to_string())?,
+            };
+            let opener = self.opened.opener.as_ref().ok_or("the checkpoint is not sealed")?;
+            let plain = opener.open(&sealed).map_err(|error| error.to_string())?;
+            frame::decode_message::<WorkingSet>(Kind::Control, &plain).map_err(|error| error.to_string())
+        };
+        let read: Result<WorkingSet, String> = read.await;
+        read.unwrap_or_else(|why| {
+            tracing::warn!(key, why, "a working set cannot be read");
+            WorkingSet::default()
+        })
+    }
+
+    async fn keep_working_set(&self, touched: WorkingSet) {
+        let key = working_set_key(&self.opened.manifest.vm_id);
+        let kept = async {
+            let vm = self.opened.manifest.vm_id.parse::<VmId>().map_err(|error| error.to_string())?;
+            let Reader { bucket, keys } = &self.reader;
+            let data_key = keys.data_key(bucket, vm).await.map_err(|failure| failure.to_string())?;
+            let sealer = Sealer::new(&data_key, vm, proto::seal::salt());
+            let sealed = sealer.seal(&frame::encode_message(Kind::Control, &touched));
+            bucket.put(&key, sealed.into()).await.map_err(|error| error.to_string())
+        };
+        let kept: Result<(), String> = kept.await;
+        if let Err(why) = kept {
+            tracing::warn!(key, why, "a working set cannot be kept");
+        }
+    }
+
+    async fn answer(&self, mut wanted: PagesWanted, sent: &Sent, out: &Parts) -> Result<(), Failure> {
+        if let Some(mut touched) = wanted.touched.take() {
+            touched.pages.truncate(WORKING_SET_MAX);
+            self.keep_working_set(touched).await;
+            let answer = PagesAnswered { id: wanted.id, ..PagesAnswered::default() };
+            let _gone = out.send(Ok(PagesPart { part: Some(Part::Answered(answer)) })).await;
+            return Ok(());
+        }
         let first = wanted.first_page;
         let end = first.checked_add(wanted.pages.into()).filter(|_| (1..=WANTED_MAX).contains(&wanted.pages));
         let pages: u64 = self.areas.iter().map(|area| area.pages).sum();

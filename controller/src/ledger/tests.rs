@@ -322,3 +322,37 @@ async fn a_cancel_and_a_commit_cannot_both_happen() {
     let refused = committed.err().or(cancelled.err());
     assert!(matches!(refused, Some(LedgerError::Refused(Refusal::Illegal(Illegal::Ended | Illegal::Order { .. })))));
 }
+
+#[test]
+fn a_lazily_restored_vm_keeps_its_checkpoint_until_its_pages_have_arrived() {
+    let mut state = running_vm("hostA");
+    state.checkpoints.insert("c1".into(), std::sync::Arc::new(entry("c1", "vm1", 1)));
+    let mut plan = restore_plan(&state, "vm1", "c1", "hostB");
+    let Task::Restore { lazy, .. } = &mut plan.task else { panic!("a restore restores") };
+    *lazy = true;
+    begin(&mut state, "op2", plan);
+    for step in 0..3 {
+        append(&mut state, Event::StepDone { operation: "op2".into(), step }).unwrap();
+    }
+    assert!(state.fed_by("c1").is_none(), "nothing is true before the commit");
+    append(&mut state, Event::Committed { operation: "op2".into(), result: Box::new(Outcome::AsPlanned) }).unwrap();
+    for step in 4..6 {
+        append(&mut state, Event::StepDone { operation: "op2".into(), step }).unwrap();
+    }
+    assert_eq!(state.fed_by("c1").map(|vm| vm.name.as_str()), Some("vm1"));
+    let began = |id: &str, plan: Plan| Event::OperationBegan { operation: id.into(), plan: Box::new(plan) };
+    let remove = Task::RemoveCheckpoint { checkpoint: "c1".into(), generation: 1 };
+    for (id, plan) in [
+        ("op3", simple_plan(&state, "vm1", remove.clone())),
+        ("op4", migrate_plan(&state, "hostA")),
+        ("op5", checkpoint_plan(&state, "vm1", "c2")),
+    ] {
+        assert!(matches!(append(&mut state, began(id, plan)), Err(Refusal::Stale(_))), "{id}");
+    }
+    let arrived = |generation| Event::PagesArrived { vm: "vm1".into(), generation };
+    assert!(matches!(append(&mut state, arrived(1)), Err(Refusal::Stale(_))), "of an older generation");
+    append(&mut state, arrived(2)).unwrap();
+    assert!(matches!(append(&mut state, arrived(2)), Err(Refusal::Stale(_))), "once");
+    let plan = simple_plan(&state, "vm1", remove);
+    append(&mut state, began("op6", plan)).unwrap();
+}

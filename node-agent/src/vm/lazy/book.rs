@@ -3,7 +3,7 @@
 //! ```text
 //! missing --a frame brings it--> here          missing --answered without a frame--> zero (a hole until it is touched)
 //! ```
-//! What is asked for ahead goes upwards from where the guest last waited, and round: memory that is used is used
+//! What is asked for ahead are the pages that an earlier guest touched first, then it goes upwards from where the guest last waited, and round: memory that is used is used
 //! in neighbourhoods. Nothing here is kept on disk: what is here is seen in RAM itself, zero pages are asked for again.
 
 use vmcb_engine::memory::shared::Run;
@@ -42,13 +42,16 @@ pub struct Book {
     /// Asked for ahead and not answered.
     asked: Bits,
     cursor: u64,
+    /// Pages that a guest was seen to touch early, the next one last.
+    advice: Vec<u64>,
 }
 
 impl Book {
     /// So many pages, of which these are here.
     pub fn new(pages: u64, here: &[Run]) -> Book {
         let bits = || Bits::new(pages);
-        let mut book = Book { pages, missing: pages, known: bits(), zero: bits(), asked: bits(), cursor: 0 };
+        let mut book =
+            Book { pages, missing: pages, known: bits(), zero: bits(), asked: bits(), cursor: 0, advice: Vec::new() };
         here.iter().for_each(|run| book.arrived(*run));
         book
     }
@@ -98,6 +101,11 @@ impl Book {
         }
     }
 
+    /// These pages are likely to be touched soon, in this order: they are asked for first.
+    pub fn advise(&mut self, pages: &[u64]) {
+        self.advice = pages.iter().rev().copied().filter(|page| *page < self.pages).collect();
+    }
+
     /// The guest waits for this page: what lies behind it is likely to be next.
     pub fn touched(&mut self, page: u64) {
         self.cursor = page.min(self.pages.saturating_sub(1));
@@ -120,6 +128,12 @@ impl Book {
             }
             None
         };
+        while let Some(page) = self.advice.pop() {
+            if wanted(self, page) {
+                self.asked.set(page, true);
+                return Some(Run { first: page, pages: 1 });
+            }
+        }
         let first = from(self, self.cursor, self.pages).or_else(|| from(self, 0, self.cursor))?;
         let end = (first / AHEAD_PAGES + 1).saturating_mul(AHEAD_PAGES).min(self.pages);
         let mut next = first;
@@ -159,6 +173,14 @@ mod tests {
         assert_eq!(book.ahead(), None);
         book.forget_asked();
         assert!(book.ahead().is_some());
+    }
+
+    #[test]
+    fn advice_comes_first_and_once() {
+        let mut book = Book::new(1000, &[run(7, 1)]);
+        book.advise(&[500, 7, 3, 5000, 500]);
+        let asked: Vec<_> = (0..3).filter_map(|_| book.ahead()).collect();
+        assert_eq!(asked, [run(500, 1), run(3, 1), run(0, 3)]);
     }
 
     #[test]

@@ -23,7 +23,7 @@ use proto::frame::{self, Encoding, PAGE_BYTES};
 use proto::status::Code;
 use proto::v1::fleet_client::FleetClient;
 use proto::v1::pages_part::Part;
-use proto::v1::{LazyInfo, PagesWanted};
+use proto::v1::{LazyInfo, PagesWanted, WorkingSet};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
@@ -41,6 +41,8 @@ use crate::tls::Identity;
 
 /// Requests ahead that are under way: 8 MiB.
 const AHEAD: usize = 8;
+/// Most pages that are remembered as touched.
+const TOUCHED_MAX: usize = 16_384;
 /// Pauses before a link is made again.
 const RETRY: std::ops::RangeInclusive<Duration> = Duration::from_millis(50)..=Duration::from_secs(3);
 /// How often is looked whether the guest is stalled, or may go on again.
@@ -82,6 +84,8 @@ struct Shared {
     standing: Arc<Standing>,
     urgent: Notify,
     faulted: AtomicU64,
+    /// Pages that the guest waited for and that were not known, in order.
+    touched: Mutex<Vec<u64>>,
     trouble: Mutex<String>,
 }
 
@@ -136,6 +140,7 @@ impl Paging {
             standing: Arc::clone(&runner.standing),
             urgent: Notify::new(),
             faulted: AtomicU64::new(0),
+            touched: Mutex::default(),
             trouble: Mutex::default(),
         });
         let mut task = JoinSet::new();
@@ -244,6 +249,12 @@ impl Shared {
             let _gone = self.faults.get_ref().wake(&there);
             return Ok(());
         }
+        {
+            let mut touched = self.touched.lock().unwrap_or_else(PoisonError::into_inner);
+            if touched.len() < TOUCHED_MAX {
+                touched.push(page);
+            }
+        }
         self.standing.waits(page);
         self.urgent.notify_one();
         Ok(())
@@ -331,27 +342,35 @@ impl Shared {
         let mut client = FleetClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
         let (ask, asked) = mpsc::channel(64);
         let Wanted { vm, generation, checkpoint } = self.wanted.clone();
-        let first = PagesWanted { vm, generation, checkpoint, ..PagesWanted::default() };
+        let working_set = link == Link::Bulk;
+        let first = PagesWanted { vm, generation, checkpoint, working_set, ..PagesWanted::default() };
         // There is room: the channel is new.
         let _ = ask.send(first).await;
         let parts = client.pages(ReceiverStream::new(asked)).await;
         let mut parts = parts.map_err(|status| broken(status.message().to_owned()))?.into_inner();
         let mut under_way: HashMap<u64, Run> = HashMap::new();
         let mut asked_for = HashSet::new();
-        let mut number = 0;
+        let (mut number, mut told, mut advised, mut advice) = (0, false, link == Link::Urgent, Vec::new());
         if link == Link::Bulk {
             self.book().forget_asked();
         }
         loop {
-            for run in self.next(link, under_way.len(), &mut asked_for) {
+            // Ahead is asked for when it is known in which order.
+            let room = if advised { AHEAD.saturating_sub(under_way.len()) } else { 0 };
+            for run in self.next(link, room, &mut asked_for) {
                 number += 1;
                 under_way.insert(number, run);
                 let pages = run.pages as u32;
                 let wanted = PagesWanted { id: number, first_page: run.first, pages, ..PagesWanted::default() };
                 ask.send(wanted).await.map_err(|_| broken("the controller closed the link".to_owned()))?;
             }
-            if link == Link::Bulk && under_way.is_empty() {
-                return Ok(Over::Complete);
+            if link == Link::Bulk && advised && under_way.is_empty() {
+                let touched = (!std::mem::replace(&mut told, true)).then(|| self.working_set(&advice)).flatten();
+                let Some(touched) = touched else { return Ok(Over::Complete) };
+                number += 1;
+                under_way.insert(number, Run { first: 0, pages: 0 });
+                let wanted = PagesWanted { id: number, touched: Some(touched), ..PagesWanted::default() };
+                ask.send(wanted).await.map_err(|_| broken("the controller closed the link".to_owned()))?;
             }
             let part = tokio::select! {
                 part = parts.message() => part.map_err(|status| broken(status.message().to_owned()))?,
@@ -368,13 +387,25 @@ impl Shared {
                     answers.fetch_add(1, Ordering::Relaxed);
                     self.trouble().clear();
                 }
+                Some(Part::WorkingSet(set)) => {
+                    self.book().advise(&set.pages);
+                    (advised, advice) = (true, set.pages);
+                }
                 None => return Err(broken("the controller closed the link".to_owned()).into()),
             }
         }
     }
 
+    /// What the guest waited for, then what was asked for early because it had waited for it before; none if it is as it was.
+    fn working_set(&self, advice: &[u64]) -> Option<WorkingSet> {
+        let touched = self.touched.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seen = HashSet::new();
+        let pages = touched.iter().chain(advice).copied().filter(|page| seen.insert(*page)).take(TOUCHED_MAX);
+        (!touched.is_empty()).then(|| WorkingSet { pages: pages.collect() })
+    }
+
     /// What is to be asked for now.
-    fn next(&self, link: Link, under_way: usize, asked_for: &mut HashSet<u64>) -> Vec<Run> {
+    fn next(&self, link: Link, room: usize, asked_for: &mut HashSet<u64>) -> Vec<Run> {
         match link {
             Link::Urgent => {
                 let waiting = self.standing.waiting();
@@ -384,7 +415,7 @@ impl Shared {
             }
             Link::Bulk => {
                 let mut book = self.book();
-                std::iter::from_fn(|| book.ahead()).take(AHEAD.saturating_sub(under_way)).collect()
+                std::iter::from_fn(|| book.ahead()).take(room).collect()
             }
         }
     }
