@@ -151,15 +151,22 @@ pub fn seal() -> Result<(), SandboxError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::runner::faults::Missing;
     use std::os::unix::process::ExitStatusExt;
     use std::process::Command;
+    use vmcb_engine::memory::GuestMemory;
 
     /// What the child of the tests below does, by `GODWIT_SANDBOX_CHILD`; in an ordinary run it does nothing.
     #[test]
     fn child() {
         let Ok(deed) = std::env::var("GODWIT_SANDBOX_CHILD") else { return };
+        let memory = GuestMemory::create(16 << 20).unwrap();
+        let missing = Missing::watch(memory.mappings());
         seal().unwrap();
         match deed.as_str() {
+            // Where the host permits no userfaultfd there is nothing to give up.
+            "give-up" => missing.iter().for_each(|missing| missing.give_up().unwrap()),
+            "ioctl" => drop(rustix::termios::tcgetwinsize(rustix::stdio::stdin())),
             "allowed" => drop(vec![1u8; 8 << 20]),
             "socket" => drop(std::net::UdpSocket::bind("127.0.0.1:0")),
             "open" => drop(std::fs::File::open("/etc/passwd")),
@@ -182,14 +189,16 @@ mod tests {
 
     #[test]
     fn a_forbidden_call_kills_the_process() {
-        for deed in ["socket", "open", "exec"] {
+        for deed in ["socket", "open", "exec", "ioctl"] {
             assert_eq!(run(deed), (Some(libc::SIGSYS), false), "{deed}");
         }
     }
 
     #[test]
     fn ordinary_work_goes_on() {
-        assert_eq!(run("allowed"), (None, true));
+        for deed in ["allowed", "give-up"] {
+            assert_eq!(run(deed), (None, true), "{deed}");
+        }
     }
 
     #[test]

@@ -373,6 +373,28 @@ fn state_is_loaded_once_and_waits_for_a_resume() {
     assert_eq!(bench.runs(), 1);
 }
 
+#[test]
+fn the_first_instruction_after_a_restore_is_run_by_itself_and_its_time_is_told() {
+    let mut bench = bench(false, [Act::IdleUntil(Some(5)), Act::Busy, Act::Busy]);
+    let sections = vec![Section { name: "clock".into(), ..Section::default() }];
+    bench.ask(Request::Apply(RunnerApply { sections }));
+    bench.ask(Request::Lease(RunnerLease { until_boottime_ns: 0 }));
+    bench.ask(Request::Resume(RunnerResume {}));
+    let first = |bench: &mut Bench| match bench.ask(Request::Status(RunnerStatus {})) {
+        Reply::State(state) => state.first_instruction_boottime_ns,
+        other => panic!("{other:?}"),
+    };
+    bench.driver.step().unwrap();
+    assert_eq!(first(&mut bench), 0, "a guest that halts has run none");
+    bench.clock.advance(7 * MS);
+    bench.driver.step().unwrap();
+    assert_eq!((first(&mut bench), bench.seen.lock().unwrap().retired), (1_000_007 * MS, 1));
+    bench.clock.advance(MS);
+    bench.driver.step().unwrap();
+    assert_eq!(first(&mut bench), 1_000_007 * MS);
+    assert!(bench.seen.lock().unwrap().retired > 1000, "from then on slices are whole");
+}
+
 #[derive(Clone, Debug)]
 enum Deed {
     Step,
