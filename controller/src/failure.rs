@@ -21,17 +21,26 @@ pub struct Failure {
     pub message: String,
     /// What to do about it; may be empty.
     pub hint: String,
+    /// Key of the object in the bucket that is missing or damaged; empty if that is not the trouble.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub object: String,
 }
 
 impl Failure {
     /// A failure without advice.
     pub fn new(code: Code, message: impl Into<String>) -> Failure {
-        Failure { code, message: message.into(), hint: String::new() }
+        Failure { code, message: message.into(), hint: String::new(), object: String::new() }
     }
 
     /// The same with advice.
     pub fn hint(mut self, hint: impl Into<String>) -> Failure {
         self.hint = hint.into();
+        self
+    }
+
+    /// The same, known to be the fault of this object in the bucket.
+    pub fn object(mut self, key: impl Into<String>) -> Failure {
+        self.object = key.into();
         self
     }
 

@@ -6,6 +6,7 @@
 //! | `godwit_vms`                        | gauge     | intent       | VMs by what was asked for                        |
 //! | `godwit_checkpoints`                | gauge     |              | checkpoints in the ledger                        |
 //! | `godwit_checkpoint_stored_bytes`    | gauge     |              | bytes of those checkpoints in the bucket         |
+//! | `godwit_checkpoints_damaged`        | gauge     |              | checkpoints that are known to be damaged         |
 //! | `godwit_heartbeats_total`           | counter   | host         | heartbeats taken                                 |
 //! | `godwit_verdicts_total`             | counter   | verdict      | verdicts given: hold, wait, discard              |
 //! | `godwit_operations_total`           | counter   | task, result | operations ended: done, undone, left             |
@@ -41,6 +42,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::agents::Agents;
+use crate::ledger::damage::is_damaged;
 use crate::ledger::event::LABELS;
 use crate::ledger::{Ledger, unix_ms};
 use crate::tls::Tls;
@@ -88,6 +90,8 @@ pub const CHECKPOINTS: &str = "godwit_checkpoints";
 /// See the table above.
 pub const CHECKPOINT_STORED: &str = "godwit_checkpoint_stored_bytes";
 /// See the table above.
+pub const CHECKPOINTS_DAMAGED: &str = "godwit_checkpoints_damaged";
+/// See the table above.
 pub const BUCKET_FAILURES: &str = "godwit_bucket_failures_total";
 /// See the table above.
 pub const CERTIFICATE_EXPIRY: &str = "godwit_certificate_expiry_timestamp_seconds";
@@ -102,11 +106,12 @@ enum Kind {
 }
 
 /// Every metric: name, kind, what it says.
-const METRICS: [(&str, Kind, &str); 24] = [
+const METRICS: [(&str, Kind, &str); 25] = [
     (HOSTS, Kind::Gauge, "hosts that are up, silent or lost"),
     (VMS, Kind::Gauge, "VMs by what was asked for"),
     (CHECKPOINTS, Kind::Gauge, "checkpoints in the ledger"),
     (CHECKPOINT_STORED, Kind::Gauge, "bytes of those checkpoints in the bucket"),
+    (CHECKPOINTS_DAMAGED, Kind::Gauge, "checkpoints that are known to be damaged"),
     (HEARTBEATS, Kind::Counter, "heartbeats taken"),
     (VERDICTS, Kind::Counter, "verdicts given: hold, wait, discard"),
     (OPERATIONS, Kind::Counter, "operations ended: done, undone, left"),
@@ -249,6 +254,8 @@ fn measure(sources: &Sources) {
     metrics::gauge!(CHECKPOINTS).set(state.checkpoints.len() as f64);
     let stored: u64 = state.checkpoints.values().map(|entry| entry.stored_bytes).sum();
     metrics::gauge!(CHECKPOINT_STORED).set(stored as f64);
+    let damaged = state.checkpoints.values().filter(|entry| is_damaged(entry)).count();
+    metrics::gauge!(CHECKPOINTS_DAMAGED).set(damaged as f64);
     metrics::gauge!(CERTIFICATE_EXPIRY).set(sources.tls.expires_unix_s() as f64);
     let (now, newest) = (unix_ms(), state.newest_checkpoints());
     for vm in state.vms.values() {

@@ -44,7 +44,12 @@ pub(super) fn checkpoint(state: &State, id: &str) -> Option<CheckpointRecord> {
     let entry = state.checkpoints.get(id)?;
     let vm = state.vms.values().find(|there| there.id == entry.vm_id).map_or("", |there| there.name.as_str());
     let mut decisions = decide(state, vm, &entry.vm_id).into_iter();
-    decisions.find(|(found, _)| found.id == id).map(|(found, decision)| decided(&found, &decision))
+    let (found, decision) = decisions.find(|(found, _)| found.id == id)?;
+    let told = |(key, why): (&String, &String)| {
+        let others: Vec<&str> = state.hurt_by(key).iter().map(|c| c.id.as_str()).filter(|other| *other != id).collect();
+        if others.is_empty() { why.clone() } else { format!("{why}; {} too", others.join(", ")) }
+    };
+    Some(CheckpointRecord { damaged: state.damage_of(entry).map(told).collect(), ..decided(&found, &decision) })
 }
 
 fn policy_record(state: &State, vm: &str, scheduled: &Scheduled, standing: Standing) -> PolicyRecord {

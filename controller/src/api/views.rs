@@ -85,6 +85,12 @@ pub fn event(record: &Record) -> LedgerEvent {
         Event::CheckpointFound { entry } => {
             ("checkpoint.found".into(), "", format!("checkpoint {} of {} lies in the bucket", entry.id, entry.vm))
         }
+        Event::ObjectsDamaged { objects, checkpoints, .. } => {
+            let whys: Vec<&str> = objects.values().map(String::as_str).take(3).collect();
+            let more = if objects.len() > 3 { format!("; {} more", objects.len() - 3) } else { String::new() };
+            let text = format!("{}{more}; this damages {}", whys.join("; "), checkpoints.join(", "));
+            ("checkpoint.damaged".into(), "", text)
+        }
         Event::OperationBegan { operation, plan } => {
             let to = plan.task.new_host().map(|host| format!(" to {host}")).unwrap_or_default();
             (format!("{task}.began"), operation.as_str(), format!("{task} {}{to}", plan.vm))

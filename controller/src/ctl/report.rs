@@ -414,6 +414,7 @@ pub struct Checkpoint {
     verified: String,
     pinned: bool,
     kept_by: Vec<String>,
+    damaged: Vec<String>,
 }
 
 /// What two sides compare, in hex.
@@ -454,6 +455,7 @@ impl From<v1::CheckpointRecord> for Checkpoint {
             verified: record.verified,
             pinned: record.pinned,
             kept_by: record.kept_by,
+            damaged: record.damaged,
         }
     }
 }
@@ -499,6 +501,7 @@ impl Report for Checkpoint {
             ("manifest", self.manifest_key.clone()),
             ("digest", self.digest.machine.clone()),
             ("verified", self.verified.clone()),
+            ("damaged", self.damaged.join("\n")),
         ])
     }
 }

@@ -163,9 +163,22 @@ impl<S: Sink> Layers<'_, S> {
             bytes: at.bytes,
         });
         let sections = sections.collect();
+        self.trusted(&table)?;
         let computed = machine_digest(&roots(&laid, spaces.len()), state_digest(&state));
         compare(&digest, &computed)?;
         Ok(Laid { regions: laid, sections, packs: table.packs, digest: computed, stopped_us: received.stopped_us })
+    }
+
+    /// What a base has lost is in no checkpoint that builds on it.
+    fn trusted(&self, table: &Table) -> Result<(), Failure> {
+        let Some(base) = self.base else { return Ok(()) };
+        match table.packs.iter().find(|pack| base.lost.contains(pack)) {
+            None => Ok(()),
+            Some(pack) => {
+                let text = format!("the source did not send again what pack {} held, which is lost", pack.id);
+                Err(Failure::new(Code::Corrupt, text).hint("ask again: the next checkpoint is written in full"))
+            }
+        }
     }
 
     /// A region without layers.

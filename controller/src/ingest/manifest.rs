@@ -251,9 +251,19 @@ pub fn packs(manifest: &Manifest) -> Vec<PackAt> {
     manifest.packs.iter().map(|pack| at(manifest, pack)).collect()
 }
 
+/// Its packs that hold page maps.
+pub fn layer_packs(manifest: &Manifest) -> BTreeSet<PackAt> {
+    manifest.regions.iter().flat_map(|region| &region.layers).map(|layer| pack(manifest, layer.pack)).collect()
+}
+
 /// Where a pack of this VM lies.
 pub fn pack_key(manifest: &Manifest, pack: &PackAt) -> String {
     crate::bucket::pack_key(&manifest.vm_id, pack.generation, pack.id)
+}
+
+/// Where it lies itself.
+pub fn key(manifest: &Manifest) -> String {
+    format!("{}{}.manifest", crate::bucket::checkpoints_prefix(&manifest.vm_id), manifest.checkpoint)
 }
 
 /// Where its packs lie, in order.

@@ -39,6 +39,9 @@ pub struct Reader {
     pub keys: Keys,
 }
 
+/// Objects that are missing or damaged, by key, and what is said of each.
+pub type Damaged = BTreeMap<String, String>;
+
 /// The live part of a pack: pieces of it by offset.
 pub type Pieces = BTreeMap<u64, Bytes>;
 
@@ -49,12 +52,29 @@ pub fn damaged(what: &str, why: impl std::fmt::Display) -> Failure {
         .hint("restore another checkpoint of the VM; `ctl checkpoint verify --all` shows which are sound")
 }
 
-pub(super) fn missing(what: &str, error: BucketError) -> Failure {
+/// What is said of a pack that is not there.
+const MISSING: &str = "it is missing in the bucket";
+
+/// What is said of a pack of the wrong length.
+fn cut(found: u64, expected: u64) -> String {
+    format!("it has {found} of {expected} bytes")
+}
+
+/// Damage of a pack, or of a place in it (`, frame at byte 5`).
+fn hurt(key: &str, place: &str, why: impl std::fmt::Display) -> Failure {
+    damaged(&format!("pack {key}{place}"), why).object(key)
+}
+
+fn missing(what: &str, key: &str, error: BucketError) -> Failure {
     match error {
-        BucketError::Missing(_) => damaged(what, "it is missing in the bucket"),
-        BucketError::Short { found, expected, .. } => damaged(what, format!("it has {found} of {expected} bytes")),
+        BucketError::Missing(_) => damaged(what, MISSING).object(key),
+        BucketError::Short { found, expected, .. } => damaged(what, cut(found, expected)).object(key),
         other => other.into(),
     }
+}
+
+pub(super) fn missing_pack(key: &str, error: BucketError) -> Failure {
+    missing(&format!("pack {key}"), key, error)
 }
 
 /// Pieces of a pack closer than this are read in one go.
@@ -69,16 +89,17 @@ impl Reader {
     /// [`Code::Corrupt`] naming the object, [`Code::Denied`] naming the key that is missing, or the bucket's.
     pub async fn manifest(&self, key: &str) -> Result<Opened, Failure> {
         let what = format!("manifest {key}");
-        let bytes = self.bucket.get(key).await.map_err(|error| missing(&what, error))?;
-        let opened = match manifest::parse(&bytes).map_err(|error| damaged(&what, error))? {
+        let damaged = |what: &str, error: &dyn std::fmt::Display| damaged(what, error).object(key);
+        let bytes = self.bucket.get(key).await.map_err(|error| missing(&what, key, error))?;
+        let opened = match manifest::parse(&bytes).map_err(|error| damaged(&what, &error))? {
             Object::Plain(manifest) => Opened { manifest: *manifest, opener: None },
             Object::Sealed { vm, envelope } => {
                 let opener = self.keys.opener(&self.bucket, vm, &envelope.keys).await.map_err(|f| f.at(&what))?;
-                let manifest = manifest::open(&envelope, &opener).map_err(|error| damaged(&what, error))?;
+                let manifest = manifest::open(&envelope, &opener).map_err(|error| damaged(&what, &error))?;
                 Opened { manifest, opener: Some(opener) }
             }
         };
-        manifest::check(&opened.manifest).map_err(|error| damaged(&what, error))?;
+        manifest::check(&opened.manifest).map_err(|error| damaged(&what, &error))?;
         Ok(opened)
     }
 
@@ -90,17 +111,18 @@ impl Reader {
         let mut region = zero;
         for layer in &stated.layers {
             let key = pack_key(&opened.manifest, &manifest::pack(&opened.manifest, layer.pack));
-            let what = format!("pack {key}, page map at byte {}", layer.offset);
+            let place = format!(", page map at byte {}", layer.offset);
             let read = self.bucket.get_range(&key, layer.offset, layer.bytes as usize).await;
-            let sealed = read.map_err(|error| missing(&format!("pack {key}"), error))?;
+            let sealed = read.map_err(|error| missing_pack(&key, error))?;
             let (opener, below) = (opened.opener.clone(), region);
-            let work = move || lay(opener.as_ref(), &sealed, below).map_err(|why| damaged(&what, why));
+            let work = move || lay(opener.as_ref(), &sealed, below).map_err(|why| hurt(&key, &place, why));
             region = beside(work).await??;
         }
         if region.groups() != stated.groups {
             let what = format!("checkpoint {}", opened.manifest.checkpoint);
             let (page, space) = (stated.first_page, stated.space);
-            return Err(damaged(&what, format!("its page maps at page {page} of space {space} do not add up")));
+            let why = format!("its page maps at page {page} of space {space} do not add up");
+            return Err(damaged(&what, why).object(manifest::key(&opened.manifest)));
         }
         Ok(region)
     }
@@ -140,13 +162,12 @@ impl Reader {
     /// # Errors
     /// [`Code::Corrupt`] naming the pack, or the bucket's.
     pub async fn pack(&self, key: &str, pack: &PackAt) -> Result<Bytes, Failure> {
-        let what = format!("pack {key}");
-        let bytes = self.bucket.get(key).await.map_err(|error| missing(&what, error))?;
+        let bytes = self.bucket.get(key).await.map_err(|error| missing_pack(key, error))?;
         if bytes.len() as u64 != pack.bytes {
-            return Err(damaged(&what, format!("it has {} of {} bytes", bytes.len(), pack.bytes)));
+            return Err(hurt(key, "", cut(bytes.len() as u64, pack.bytes)));
         }
         let (id, checked) = (pack.id, bytes.clone());
-        beside(move || pack::check_name(&checked, id)).await?.map_err(|error| damaged(&what, error))?;
+        beside(move || pack::check_name(&checked, id)).await?.map_err(|error| hurt(key, "", error))?;
         Ok(bytes)
     }
 
@@ -171,7 +192,7 @@ impl Reader {
         let mut pieces = Pieces::new();
         for (start, end) in spans {
             let read = self.bucket.get_range(key, start, (end - start) as usize).await;
-            pieces.insert(start, read.map_err(|error| missing(&format!("pack {key}"), error))?);
+            pieces.insert(start, read.map_err(|error| missing_pack(key, error))?);
         }
         Ok(pieces)
     }
@@ -185,24 +206,35 @@ impl Reader {
         for place in &opened.manifest.sections {
             let key = pack_key(&opened.manifest, &manifest::pack(&opened.manifest, place.pack));
             let read = self.bucket.get_range(&key, place.offset, place.bytes as usize).await;
-            let stored = read.map_err(|error| missing(&format!("pack {key}"), error))?;
+            let stored = read.map_err(|error| missing_pack(&key, error))?;
             sections.push(section(opened.opener.as_ref(), &key, stored, place)?);
         }
         Ok(sections)
     }
 
-    /// The packs of a checkpoint that the bucket does not name.
+    /// The packs of a checkpoint that are not in the bucket, or not as long as they were written, by key, and why. Only lists.
     ///
     /// # Errors
     /// The bucket's.
-    pub async fn lost(&self, opened: &Opened) -> Result<BTreeSet<PackAt>, Failure> {
+    pub async fn lost(&self, opened: &Opened) -> Result<Damaged, Failure> {
         let packs = packs(&opened.manifest);
         let generations: BTreeSet<_> = packs.iter().map(|pack| pack.generation).collect();
-        let mut there = BTreeSet::new();
+        let mut there = BTreeMap::new();
         for generation in generations {
-            there.extend(self.bucket.list(&packs_prefix(&opened.manifest.vm_id, generation)).await?);
+            let objects = self.bucket.list_objects(&packs_prefix(&opened.manifest.vm_id, generation)).await?;
+            there.extend(objects.into_iter().map(|object| (object.key, object.bytes)));
         }
-        Ok(packs.into_iter().filter(|pack| !there.contains(&pack_key(&opened.manifest, pack))).collect())
+        let mut lost = Damaged::new();
+        for pack in packs {
+            let key = pack_key(&opened.manifest, &pack);
+            let why = match there.get(&key) {
+                Some(bytes) if *bytes == pack.bytes => continue,
+                Some(bytes) => hurt(&key, "", cut(*bytes, pack.bytes)),
+                None => hurt(&key, "", MISSING),
+            };
+            lost.insert(key, why.message);
+        }
+        Ok(lost)
     }
 
     /// Reads all of a checkpoint and compares its digest with the manifest's. `progress` hears (packs read, packs).
@@ -210,29 +242,63 @@ impl Reader {
     /// # Errors
     /// [`Code::Corrupt`] naming the first thing that is damaged, or the bucket's.
     pub async fn verify(&self, opened: &Opened, progress: impl Fn(usize, usize)) -> Result<(), Failure> {
+        match self.examine(opened, progress).await?.into_iter().next() {
+            None => Ok(()),
+            Some((key, why)) => Err(damaged(&format!("checkpoint {}", opened.manifest.checkpoint), why).object(key)),
+        }
+    }
+
+    /// The same to its end, whatever is damaged: all objects that are, by key, and why.
+    ///
+    /// # Errors
+    /// The bucket's.
+    pub async fn examine(&self, opened: &Opened, progress: impl Fn(usize, usize)) -> Result<Damaged, Failure> {
         let manifest = &opened.manifest;
         let spaces = manifest.config.as_ref().map(spaces).unwrap_or_default();
         // Version 1 states no digests of pages: they are made from what lies there.
         let mut digests: Option<Vec<PageDigests>> =
             (manifest.major == 1).then(|| spaces.iter().map(|pages| PageDigests::new(*pages)).collect());
-        let mut by_pack = by_pack(self.extents(opened).await?);
+        let mut found = Damaged::new();
+        let extents = note(self.extents(opened).await, &mut found)?.unwrap_or_default();
+        let mut by_pack = by_pack(extents);
         let all = packs(manifest);
         for (number, pack) in all.iter().enumerate() {
             let (key, extents) = (pack_key(manifest, pack), by_pack.remove(pack).unwrap_or_default());
-            let bytes = self.pack(&key, pack).await?;
-            let (opener, taken) = (opened.opener.clone(), digests.take());
-            let work = move || check_pack(opener.as_ref(), &key, &bytes, &extents, taken);
-            digests = beside(work).await??;
+            if let Some(bytes) = note(self.pack(&key, pack).await, &mut found)? {
+                let (opener, mut taken) = (opened.opener.clone(), digests.take());
+                let work = move || (check_pack(opener.as_ref(), &key, &bytes, &extents, &mut taken), taken);
+                let (checked, back) = beside(work).await?;
+                digests = back;
+                note(checked, &mut found)?;
+            }
             progress(number + 1, all.len());
         }
-        let state: Vec<Section> = self.sections(opened).await?.into_iter().map(|(section, _)| section).collect();
-        let roots = match digests {
-            Some(digests) => digests.iter().map(PageDigests::root).collect(),
-            None => roots(&manifest.regions, spaces.len()),
-        };
-        let computed = machine_digest(&roots, state_digest(&state));
-        compare(&manifest.digest.clone().unwrap_or_default(), &computed)
-            .map_err(|error| damaged(&format!("checkpoint {}", manifest.checkpoint), error))
+        let sections = note(self.sections(opened).await, &mut found)?;
+        // What is missing in parts cannot add up.
+        if let (Some(sections), true) = (sections, found.is_empty()) {
+            let state: Vec<Section> = sections.into_iter().map(|(section, _)| section).collect();
+            let roots = match digests {
+                Some(digests) => digests.iter().map(PageDigests::root).collect(),
+                None => roots(&manifest.regions, spaces.len()),
+            };
+            let computed = machine_digest(&roots, state_digest(&state));
+            if let Err(error) = compare(&manifest.digest.clone().unwrap_or_default(), &computed) {
+                found.insert(manifest::key(manifest), error.to_string());
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// Puts damage of an object among what was found; other failures stay failures.
+fn note<T>(result: Result<T, Failure>, found: &mut Damaged) -> Result<Option<T>, Failure> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(failure) if failure.code == Code::Corrupt && !failure.object.is_empty() => {
+            found.entry(failure.object).or_insert(failure.message);
+            Ok(None)
+        }
+        Err(failure) => Err(failure),
     }
 }
 
@@ -271,16 +337,16 @@ pub fn pages(
     extents: &[Extent],
 ) -> Result<Vec<(PageRun, Bytes)>, Failure> {
     let Some(place) = extents.first().map(|extent| extent.place) else { return Ok(Vec::new()) };
-    let what = format!("pack {key}, frame at byte {}", place.offset);
+    let hurt = |why: &dyn std::fmt::Display| hurt(key, &format!(", frame at byte {}", place.offset), why);
     let stored = pieces.range(..=place.offset).next_back().and_then(|(start, piece)| {
         let from = usize::try_from(place.offset - start).ok()?;
         let to = from.checked_add(place.bytes as usize)?;
         (to <= piece.len()).then(|| piece.slice(from..to))
     });
-    let stored = stored.ok_or_else(|| damaged(&what, "it lies outside of the pack"))?;
-    let plain = open(opener, &stored).map_err(|error| damaged(&what, error))?;
-    let held = frame::decode_pages(&plain).map_err(|error| damaged(&what, error))?;
-    extents.iter().map(|extent| current(&plain, &held, extent).map_err(|why| damaged(&what, why))).collect()
+    let stored = stored.ok_or_else(|| hurt(&"it lies outside of the pack"))?;
+    let plain = open(opener, &stored).map_err(|error| hurt(&error))?;
+    let held = frame::decode_pages(&plain).map_err(|error| hurt(&error))?;
+    extents.iter().map(|extent| current(&plain, &held, extent).map_err(|why| hurt(&why))).collect()
 }
 
 fn current(plain: &Bytes, held: &frame::Pages<'_>, extent: &Extent) -> Result<(PageRun, Bytes), String> {
@@ -312,11 +378,11 @@ pub fn frames(extents: &[Extent]) -> impl Iterator<Item = &[Extent]> {
 }
 
 fn section(opener: Option<&Opener>, key: &str, stored: Bytes, place: &SectionRef) -> Result<(Section, Bytes), Failure> {
-    let what = || format!("pack {key}, section {:?}", place.name);
-    let plain = open(opener, &stored).map_err(|error| damaged(&what(), error))?;
-    let section: Section = frame::decode_message(Kind::Section, &plain).map_err(|error| damaged(&what(), error))?;
+    let hurt = |why: &dyn std::fmt::Display| hurt(key, &format!(", section {:?}", place.name), why);
+    let plain = open(opener, &stored).map_err(|error| hurt(&error))?;
+    let section: Section = frame::decode_message(Kind::Section, &plain).map_err(|error| hurt(&error))?;
     if section.name != place.name {
-        return Err(damaged(&what(), format!("section {:?} lies there", section.name)));
+        return Err(hurt(&format!("section {:?} lies there", section.name)));
     }
     Ok((section, plain))
 }
@@ -326,25 +392,25 @@ fn check_pack(
     key: &str,
     bytes: &Bytes,
     extents: &[Extent],
-    mut digests: Option<Vec<PageDigests>>,
-) -> Result<Option<Vec<PageDigests>>, Failure> {
-    let index = pack::index(bytes, opener).map_err(|error| damaged(&format!("pack {key}"), error))?;
+    digests: &mut Option<Vec<PageDigests>>,
+) -> Result<(), Failure> {
+    let index = pack::index(bytes, opener).map_err(|error| hurt(key, "", error))?;
     for entry in &index.entries {
         let start = entry.offset as usize;
         let frame = &bytes[start..start + entry.frame_bytes as usize];
-        frame::decode(frame).map_err(|error| damaged(&format!("pack {key}, frame at byte {start}"), error))?;
+        frame::decode(frame).map_err(|error| hurt(key, &format!(", frame at byte {start}"), error))?;
     }
     let pieces = Pieces::from([(0, bytes.clone())]);
     for extents in frames(extents) {
         for (run, frame) in pages(opener, key, &pieces, extents)? {
-            let Some(digests) = &mut digests else { continue };
-            let held = frame::decode_pages(&frame).map_err(|error: FrameError| damaged(key, error))?;
+            let Some(digests) = digests else { continue };
+            let held = frame::decode_pages(&frame).map_err(|error: FrameError| hurt(key, "", error))?;
             for (page, leaf) in (run.first_page..).zip(held.leaves) {
                 digests[usize::from(run.space)].set(page, leaf);
             }
         }
     }
-    Ok(digests)
+    Ok(())
 }
 
 /// Runs slow, pure work beside the runtime.

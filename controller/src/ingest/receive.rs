@@ -4,6 +4,7 @@
 //! at a time, which is what slows a source that is faster than the bucket). The last round is acknowledged when it has
 //! arrived, so that the guest can go on; `Ready` follows only when packs and manifest are durable, in this order.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use proto::ids::{CheckpointId, Generation, VmId};
@@ -52,8 +53,10 @@ pub struct Expected {
     pub on_isolation: i32,
     /// The VM's checkpoint policy, encoded; may be empty.
     pub policy: Vec<u8>,
-    /// Manifest of the checkpoint that it may build on; empty: none.
-    pub base: String,
+    /// Manifests of the checkpoints that it may build on, the best first.
+    pub bases: Vec<String>,
+    /// Keys of packs that are known to be missing or damaged.
+    pub damaged: BTreeSet<String>,
 }
 
 enum Stage {

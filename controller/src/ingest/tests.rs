@@ -3,7 +3,7 @@
 //!
 //! A small machine is sent by hand, lane by lane; the target of a restore is another ingest behind a plain gRPC server.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -28,6 +28,7 @@ use super::assembly::{Assembly, Desk, Effect, spaces};
 use super::digest::{PageDigests, machine_digest, state_digest};
 use super::layers::{Base, Layers, Sink};
 use super::load::Load;
+use super::manifest;
 use super::pack::Pack;
 use super::read::Reader;
 use super::receive::{Expected, Ingest};
@@ -84,7 +85,8 @@ fn expected(checkpoint: u8) -> Expected {
         capabilities: vec![1, 2],
         on_isolation: 0,
         policy: Vec::new(),
-        base: String::new(),
+        bases: Vec::new(),
+        damaged: BTreeSet::new(),
     }
 }
 
@@ -488,7 +490,9 @@ async fn on_base(
 ) -> (Vec<Said>, Result<CheckpointEntry, Failure>) {
     let reader = reader(&scratch.bucket);
     let opened = reader.manifest(&base.manifest_key).await.unwrap();
-    let lost = reader.lost(&opened).await.unwrap();
+    let damaged = reader.lost(&opened).await.unwrap();
+    let lost = manifest::packs(&opened.manifest).into_iter();
+    let lost = lost.filter(|pack| damaged.contains_key(&manifest::pack_key(&opened.manifest, pack))).collect();
     let ingest = Ingest::new(expected(number), reader, key(), Some(Base { opened, lost }));
     let desk = desk();
     let mut frames = vec![hello_on(0, &base.id, wants_leaves), hello_on(1, &base.id, wants_leaves)];
@@ -559,13 +563,28 @@ async fn pages_that_do_not_add_up_with_the_base_make_no_checkpoint() {
 }
 
 #[tokio::test]
-async fn a_lost_pack_is_asked_for_again_and_healed() {
+async fn a_pack_that_is_lost_or_cut_short_is_asked_for_again_and_healed() {
+    for cut in [false, true] {
+        heals(cut).await;
+    }
+}
+
+async fn heals(cut: bool) {
     let scratch = Scratch::new();
     let first = send(&scratch.bucket, script(&rounds()).0).await.1.unwrap();
     let contents = contents_of(&rounds());
     // The pack of pages goes; that of the page maps stays.
     let pages = first.pack_keys.iter().max_by_key(|key| std::fs::metadata(scratch.folder.join(key)).unwrap().len());
-    std::fs::remove_file(scratch.folder.join(pages.unwrap())).unwrap();
+    let path = scratch.folder.join(pages.unwrap());
+    if cut {
+        let bytes = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
+    } else {
+        std::fs::remove_file(path).unwrap();
+    }
+    let opened = reader(&scratch.bucket).manifest(&first.manifest_key).await.unwrap();
+    let lost = reader(&scratch.bucket).lost(&opened).await.unwrap();
+    assert_eq!(lost.keys().collect::<Vec<_>>(), [pages.unwrap()]);
     assert_eq!(verify(&scratch.bucket, &first).await.unwrap_err().code, Code::Corrupt);
     let (words, _) = on_base(&scratch, 2, &first, &[], &contents, true).await;
     let told: Vec<_> =
@@ -573,10 +592,32 @@ async fn a_lost_pack_is_asked_for_again_and_healed() {
     assert_eq!((told.len(), told.last().unwrap().last), (3, true));
     let unknown = told[0].leaves.chunks(32).filter(|leaf| leaf.iter().all(|byte| *byte == 0)).count();
     assert_eq!(unknown, 256 + 246 + 100 + 1, "every page of the lost pack");
+    // A source that sends nothing again makes no checkpoint: it would need what is lost.
+    let (_, trusting) = on_base(&scratch, 4, &first, &[], &contents, true).await;
+    assert!(trusting.unwrap_err().message.contains("did not send again"));
     // The source sends them again, as they are.
     let again: Vec<_> = contents.iter().map(|((space, page), fill)| (*space, *page, 1, *fill)).collect();
     let healed = on_base(&scratch, 3, &first, &again, &contents, true).await.1.unwrap();
     verify(&scratch.bucket, &healed).await.unwrap();
+}
+
+#[tokio::test]
+async fn everything_that_is_damaged_is_found_in_one_reading() {
+    let scratch = Scratch::new();
+    let entry = send(&scratch.bucket, script(&rounds()).0).await.1.unwrap();
+    let reader = reader(&scratch.bucket);
+    let opened = reader.manifest(&entry.manifest_key).await.unwrap();
+    assert_eq!(reader.examine(&opened, |_, _| ()).await.unwrap(), BTreeMap::new());
+    for key in &entry.pack_keys {
+        let path = scratch.folder.join(key);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[100] ^= 1;
+        std::fs::write(path, bytes).unwrap();
+    }
+    let found = reader.examine(&opened, |_, _| ()).await.unwrap();
+    assert_eq!(found.keys().collect::<BTreeSet<_>>(), entry.pack_keys.iter().collect());
+    assert!(found.iter().all(|(key, why)| why.contains(key)), "{found:?}");
+    assert!(entry.pack_keys.len() == 2, "pages, and page maps");
 }
 
 #[tokio::test]

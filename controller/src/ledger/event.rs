@@ -61,6 +61,15 @@ pub enum Event {
         /// What its manifest says.
         entry: Box<CheckpointEntry>,
     },
+    /// Objects in the bucket are missing or damaged.
+    ObjectsDamaged {
+        /// Hex of the id of the VM whose they are.
+        vm_id: String,
+        /// What is said of each, by key.
+        objects: std::collections::BTreeMap<String, String>,
+        /// The checkpoints that need one of them.
+        checkpoints: Vec<String>,
+    },
     /// An operation began: its locks are held and its generation is reserved from here on.
     OperationBegan {
         /// Hex of an operation id.

@@ -7,6 +7,7 @@
 //!
 //! This room knows no network, no agent and no bucket; it does not decide, it only refuses what cannot follow.
 
+pub mod damage;
 pub mod event;
 pub mod policy;
 pub mod saved;
@@ -224,6 +225,7 @@ fn subject(state: &State, event: &Event) -> (String, String) {
         Event::LeaseSet { .. } | Event::HostSeen { .. } => (String::new(), String::new()),
         Event::ContractFrozen { vm, .. } | Event::PagesArrived { vm, .. } => (vm.clone(), String::new()),
         Event::CheckpointFound { entry } => (entry.vm.clone(), String::new()),
+        Event::ObjectsDamaged { vm_id, .. } => (state.name_of(vm_id).to_owned(), String::new()),
         Event::OperationBegan { plan, .. } => (plan.vm.clone(), plan.task.label().to_owned()),
         Event::PolicySet { vm, .. }
         | Event::PolicyRemoved { vm }

@@ -90,6 +90,8 @@ pub struct State {
     pub operations: BTreeMap<String, Arc<Operation>>,
     /// Checkpoints by id.
     pub checkpoints: BTreeMap<String, Arc<CheckpointEntry>>,
+    /// Objects in the bucket that are missing or damaged and that some checkpoint needs, with what is said of each.
+    pub damaged: BTreeMap<String, String>,
     /// Policies by name of the VM.
     pub policies: BTreeMap<String, Arc<Scheduled>>,
     ended: VecDeque<String>,
@@ -154,6 +156,7 @@ impl State {
                 Arc::make_mut(vm).pages_from.clear();
             }
             Event::CheckpointFound { entry } => self.find(record, entry)?,
+            Event::ObjectsDamaged { objects, .. } => self.find_damage(objects),
             Event::OperationBegan { operation, plan } => self.begin(record, operation, plan)?,
             Event::StepDone { operation, step } => {
                 let op = self.operation(operation)?;
@@ -188,6 +191,13 @@ impl State {
         }
         self.sequence = record.sequence;
         Ok(())
+    }
+
+    /// The name of the VM with this id, also of one that has nothing but checkpoints; empty if there is none.
+    pub fn name_of(&self, vm_id: &str) -> &str {
+        let there = self.vms.values().find(|vm| vm.id == vm_id).map(|vm| vm.name.as_str());
+        let kept = || self.checkpoints.values().find(|entry| entry.vm_id == vm_id).map(|entry| entry.vm.as_str());
+        there.or_else(kept).unwrap_or_default()
     }
 
     /// The operation that holds a lock.
@@ -240,12 +250,6 @@ impl State {
         if let Some(operation) = self.operations.get(operation).cloned() {
             self.note_attempt(&operation.id, &operation.plan.task, &operation.plan.vm, attempt);
         }
-    }
-
-    /// The newest checkpoint of a VM's id in which no damage was found.
-    pub fn newest_sound(&self, vm_id: &str) -> Option<&Arc<CheckpointEntry>> {
-        let sound = self.checkpoints.values().filter(|c| c.vm_id == vm_id && !c.verified.starts_with("damaged"));
-        sound.max_by_key(|c| (c.created_unix_ms, c.id.clone()))
     }
 
     /// A generation that was never offered for this name.
@@ -419,11 +423,15 @@ impl State {
                 if let Some(entry) = self.checkpoints.get_mut(checkpoint) {
                     Arc::make_mut(entry).verified.clone_from(verdict);
                 }
+                if verdict == "ok" {
+                    self.found_sound(checkpoint);
+                }
                 Ok(())
             }
             (Task::Verify { .. }, _) => Err(Refusal::Stale("a verification's commit has no verdict")),
             (Task::RemoveCheckpoint { checkpoint, .. }, _) => {
                 self.checkpoints.remove(checkpoint);
+                self.forget_damage();
                 self.forget_checkpoint(checkpoint);
                 Ok(())
             }

@@ -19,6 +19,7 @@ use super::voice::Voice;
 use super::world::{LoadRequest, World};
 use crate::bucket::{manifest_key, packs_prefix, vm_prefix};
 use crate::failure::Failure;
+use crate::ingest::read::Damaged;
 use crate::ingest::receive::Expected;
 use crate::ledger::event::CheckpointEntry;
 
@@ -99,6 +100,12 @@ impl Field {
             self.hosts.get_mut(host).map(|vms| vms.remove(vm));
             self.aside.insert((host.into(), vm.into()), held);
         }
+    }
+
+    /// Which of these objects the bucket does not have.
+    fn missing(&self, keys: impl IntoIterator<Item = String>) -> Damaged {
+        let gone = keys.into_iter().filter(|key| !self.bucket.contains(key));
+        gone.map(|key| (key.clone(), format!("pack {key}: gone"))).collect()
     }
 
     pub fn held(&mut self, host: &str, vm: &str) -> Option<&mut Held> {
@@ -403,11 +410,13 @@ impl World for FakeWorld {
         }
     }
 
-    async fn verify(&self, entry: &CheckpointEntry, _: &Voice) -> Result<String, Failure> {
-        self.call("bucket", "verify", &|field: &mut Field| {
-            Ok(if field.bucket.contains(&entry.manifest_key) { "ok" } else { "damaged: gone" }.to_owned())
-        })
-        .await
+    async fn lost(&self, manifest_key: &str) -> Result<Damaged, Failure> {
+        self.call("bucket", "lost", &|field: &mut Field| Ok(field.missing([manifest_key.to_owned()]))).await
+    }
+
+    async fn verify(&self, entry: &CheckpointEntry, _: &Voice) -> Result<Damaged, Failure> {
+        let keys = || entry.pack_keys.iter().chain([&entry.manifest_key]).cloned();
+        self.call("bucket", "verify", &|field: &mut Field| Ok(field.missing(keys()))).await
     }
 
     async fn erase(&self, manifest: &str, packs: &[String]) -> Result<(), Failure> {

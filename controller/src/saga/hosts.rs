@@ -4,6 +4,7 @@
 //! alive by HTTP/2 pings), with the operator's cancel, or by themselves. What an agent answers about a VM is remembered
 //! as observed.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,7 +24,9 @@ use crate::failure::Failure;
 use crate::ingest::assembly::spaces;
 use crate::ingest::layers::Base;
 use crate::ingest::load::Load;
-use crate::ingest::read::Reader;
+use crate::ingest::manifest;
+use crate::ingest::map::PackAt;
+use crate::ingest::read::{Damaged, Reader};
 use crate::ingest::receive::{Expected, Ingest};
 use crate::ingest::relay::Relay;
 use crate::ingest::{Road, Routes};
@@ -67,35 +70,37 @@ impl Hosts {
         Err(Failure::new(Code::Unreachable, format!("{host} ended the transfer without a word")))
     }
 
-    /// The checkpoint that a new one builds on. One that cannot be read is no reason to have none at all: then the new
-    /// one is full.
+    /// The checkpoint that a new one builds on: the best of those that can be read and whose page maps are not damaged. None
+    /// is no reason to make no checkpoint: then it is full.
     async fn base(&self, expected: &Expected, voice: &Voice) -> Option<Base> {
-        if expected.base.is_empty() {
-            return None;
-        }
-        let read = async {
-            let opened = self.reader.manifest(&expected.base).await?;
-            let lost = self.reader.lost(&opened).await?;
-            Ok::<_, Failure>(Base { opened, lost })
-        };
-        match read.await {
-            Ok(base) => {
-                if !base.lost.is_empty() {
-                    voice.note(format!(
-                        "{} packs of {} are lost: their pages are sent again",
-                        base.lost.len(),
-                        expected.base
-                    ));
+        for key in &expected.bases {
+            let opened = match self.reader.manifest(key).await {
+                Ok(opened) => opened,
+                Err(failure) => {
+                    voice.note(format!("{failure}: nothing is built on it"));
+                    continue;
                 }
-                let config = base.opened.manifest.config.as_ref();
-                let fits = base.opened.manifest.major == 2 && config.map(spaces) == Some(spaces(&expected.config));
-                fits.then_some(base)
+            };
+            let manifest = &opened.manifest;
+            if manifest.major != 2 || manifest.config.as_ref().map(spaces) != Some(spaces(&expected.config)) {
+                continue;
             }
-            Err(failure) => {
-                voice.note(format!("{failure}: the checkpoint is written in full"));
-                None
+            let is_lost = |pack: &PackAt| expected.damaged.contains(&manifest::pack_key(manifest, pack));
+            if manifest::layer_packs(manifest).iter().any(is_lost) {
+                voice.note(format!(
+                    "page maps of checkpoint {} are damaged: nothing is built on it",
+                    manifest.checkpoint
+                ));
+                continue;
             }
+            let lost: BTreeSet<PackAt> = manifest::packs(manifest).into_iter().filter(is_lost).collect();
+            if !lost.is_empty() {
+                let (count, id) = (lost.len(), &manifest.checkpoint);
+                voice.note(format!("{count} packs of checkpoint {id} are lost: their pages are sent again"));
+            }
+            return Some(Base { opened, lost });
         }
+        None
     }
 
     /// Has a source send a checkpoint, until it is durable or has failed.
@@ -126,6 +131,14 @@ impl Hosts {
     fn to_this_controller(&self, request: SendRequest) -> SendRequest {
         SendRequest { address: self.address.clone(), peer_identity: self.tls.identity().to_string(), ..request }
     }
+}
+
+/// A damaged object as what was found, and no failure.
+fn damage_alone(failure: Failure) -> Result<Damaged, Failure> {
+    if failure.code == Code::Corrupt && !failure.object.is_empty() {
+        return Ok([(failure.object, failure.message)].into());
+    }
+    Err(failure)
 }
 
 impl World for Hosts {
@@ -250,16 +263,20 @@ impl World for Hosts {
         voice.note(format!("the lease of {vm} on {host} has ended"));
     }
 
-    async fn verify(&self, entry: &CheckpointEntry, voice: &Voice) -> Result<String, Failure> {
-        let read = async {
-            let opened = self.reader.manifest(&entry.manifest_key).await?;
-            let progress = |done, all| voice.note(format!("{done} of {all} packs are sound"));
-            self.reader.verify(&opened, progress).await
-        };
-        match read.await {
-            Ok(()) => Ok("ok".into()),
-            Err(failure) if failure.code == Code::Corrupt => Ok(format!("damaged: {failure}")),
-            Err(failure) => Err(failure),
+    async fn lost(&self, manifest_key: &str) -> Result<Damaged, Failure> {
+        match self.reader.manifest(manifest_key).await {
+            Ok(opened) => self.reader.lost(&opened).await,
+            Err(failure) => damage_alone(failure),
+        }
+    }
+
+    async fn verify(&self, entry: &CheckpointEntry, voice: &Voice) -> Result<Damaged, Failure> {
+        match self.reader.manifest(&entry.manifest_key).await {
+            Ok(opened) => {
+                let progress = |done, all| voice.note(format!("{done} of {all} packs are read"));
+                self.reader.examine(&opened, progress).await
+            }
+            Err(failure) => damage_alone(failure),
         }
     }
 

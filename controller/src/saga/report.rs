@@ -99,6 +99,7 @@ pub fn record(entry: &CheckpointEntry) -> CheckpointRecord {
         own_bytes: entry.own_bytes,
         kept_by: Vec::new(),
         pinned: !entry.by_policy,
+        damaged: Vec::new(),
         age_ms: unix_ms().saturating_sub(entry.created_unix_ms),
     }
 }

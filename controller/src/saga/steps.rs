@@ -31,8 +31,9 @@ use super::gate::Gate;
 use super::voice::Voice;
 use super::world::{LoadRequest, World};
 use crate::failure::Failure;
+use crate::ingest::read::Damaged;
 use crate::ingest::receive::Expected;
-use crate::ledger::event::{CheckpointEntry, Holder, Intent, Outcome, Plan, Task};
+use crate::ledger::event::{CheckpointEntry, Event, Holder, Intent, Outcome, Plan, Task};
 use crate::ledger::state::Operation;
 use crate::ledger::{Ledger, unix_ms};
 use crate::retention::policy;
@@ -103,11 +104,42 @@ impl<W: World> Hands<'_, W> {
         OperationRef { operation: self.operation.id.clone(), vm: self.plan().vm.clone(), reason: reason.into() }
     }
 
-    /// Does a step that is not the commit.
+    /// Does a step that is not the commit. What it finds damaged in the bucket is in the ledger afterwards.
     ///
     /// # Errors
     /// The world's.
     pub async fn perform(&self, step: &str, memory: &mut Memory) -> Result<(), Failure> {
+        let done = self.act(step, memory).await;
+        if let Err(failure) = &done
+            && failure.code == Code::Corrupt
+            && !failure.object.is_empty()
+        {
+            self.damaged([(failure.object.clone(), failure.message.clone())].into()).await?;
+        }
+        done
+    }
+
+    /// Puts damage into the ledger that it does not know, and says which checkpoints that hurts.
+    async fn damaged(&self, mut objects: Damaged) -> Result<(), Failure> {
+        let state = self.ledger.state();
+        objects.retain(|key, _| !state.damaged.contains_key(key));
+        let hurt: BTreeSet<&String> =
+            objects.keys().flat_map(|key| state.hurt_by(key)).map(|entry| &entry.id).collect();
+        let checkpoints: Vec<String> = hurt.into_iter().cloned().collect();
+        if checkpoints.is_empty() {
+            return Ok(());
+        }
+        for why in objects.values() {
+            self.voice.note(format!("{why}; this damages {}", checkpoints.join(", ")));
+        }
+        let vm_id = self.plan().vm_id.clone();
+        let vm_id = checkpoints.first().and_then(|id| state.checkpoints.get(id)).map_or(vm_id, |c| c.vm_id.clone());
+        let event = Event::ObjectsDamaged { vm_id, objects, checkpoints };
+        self.ledger.append(&self.operation.actor, event).await?;
+        Ok(())
+    }
+
+    async fn act(&self, step: &str, memory: &mut Memory) -> Result<(), Failure> {
         match (&self.plan().task, step) {
             (Task::Create { host, config, on_isolation, capabilities }, _) => {
                 self.create(host, config, *on_isolation, capabilities).await
@@ -360,15 +392,24 @@ impl<W: World> Hands<'_, W> {
             capabilities,
             on_isolation,
             policy: self.policy(),
-            base: self
-                .ledger
-                .state()
-                .newest_sound(&self.plan().vm_id)
-                .map(|c| c.manifest_key.clone())
-                .unwrap_or_default(),
+            bases: self.bases().await?,
+            damaged: self.ledger.state().damaged.keys().cloned().collect(),
         };
         memory.checkpoint = Some(self.world.checkpoint(&holder.host, request, expected, self.voice).await?);
         Ok(())
+    }
+
+    /// Manifests of what the new checkpoint may build on. What has become of the first one's packs is looked up before.
+    async fn bases(&self) -> Result<Vec<String>, Failure> {
+        let keys = || -> Vec<String> {
+            let state = self.ledger.state();
+            state.bases(&self.plan().vm_id).into_iter().map(|entry| entry.manifest_key.clone()).collect()
+        };
+        let before = keys();
+        if let Some(first) = before.first() {
+            self.damaged(self.world.lost(first).await?).await?;
+        }
+        Ok(keys())
     }
 
     /// The VM's checkpoint policy as its manifests carry it.
@@ -484,8 +525,11 @@ impl<W: World> Hands<'_, W> {
     async fn verify(&self, checkpoint: &str, memory: &mut Memory) -> Result<(), Failure> {
         let state = self.ledger.state();
         let entry = state.checkpoints.get(checkpoint).ok_or_else(|| lost("the checkpoint"))?;
-        memory.verdict = Some(self.world.verify(entry, self.voice).await?);
-        Ok(())
+        let found = self.world.verify(entry, self.voice).await?;
+        let more = if found.len() > 1 { format!(" ({} more)", found.len() - 1) } else { String::new() };
+        let verdict = found.values().next().map_or("ok".into(), |why| format!("damaged: {why}{more}"));
+        memory.verdict = Some(verdict);
+        self.damaged(found).await
     }
 
     /// Removes a manifest and every pack of the VM that no checkpoint of the ledger has, up to this generation: newer ones

@@ -12,6 +12,7 @@ use proto::v1::{
 
 use super::voice::Voice;
 use crate::failure::Failure;
+use crate::ingest::read::Damaged;
 use crate::ingest::receive::Expected;
 use crate::ledger::event::CheckpointEntry;
 
@@ -54,8 +55,10 @@ pub trait World: Send + Sync + 'static {
     fn load(&self, load: LoadRequest<'_>, voice: &Voice) -> impl Answer<MachineDigest>;
     /// Waits until this host surely does not run this VM any more.
     fn lease_end(&self, host: &str, vm: &str, voice: &Voice) -> impl Future<Output = ()> + Send;
-    /// Reads a checkpoint in full; `ok` or `damaged: ...`.
-    fn verify(&self, entry: &CheckpointEntry, voice: &Voice) -> impl Answer<String>;
+    /// Which packs of a checkpoint are missing or cut short; only lists. A manifest that is damaged is the one thing that is named then.
+    fn lost(&self, manifest_key: &str) -> impl Answer<Damaged>;
+    /// Reads a checkpoint in full; what of it is missing or damaged.
+    fn verify(&self, entry: &CheckpointEntry, voice: &Voice) -> impl Answer<Damaged>;
     /// Removes a manifest, then these packs.
     fn erase(&self, manifest_key: &str, pack_keys: &[String]) -> impl Answer<()>;
     /// Keys of all packs of a VM.

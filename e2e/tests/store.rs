@@ -1,0 +1,110 @@
+//! What the store does for checkpoints that lie there, on whole clusters of real binaries: damage is found, named, marked and
+//! never built on.
+
+use std::path::{Path, PathBuf};
+
+use e2e::cluster::Cluster;
+use e2e::guest::{Program, REGION};
+use proto::status::Code;
+use serde_json::Value;
+
+/// A small guest, so that a checkpoint takes a moment.
+const GUEST: Program =
+    Program { start: REGION, region_bytes: 4 << 20, pages_per_s: 500, tick_ms: 20, tsc_hz: 1_000_000_000 };
+
+/// All files below a folder, with their lengths.
+fn files(dir: &Path) -> Vec<(PathBuf, u64)> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let inside = |path: PathBuf| {
+        let length = std::fs::metadata(&path).map_or(0, |metadata| metadata.len());
+        if path.is_dir() { files(&path) } else { vec![(path, length)] }
+    };
+    entries.flat_map(inside).collect()
+}
+
+/// The packs in a cluster's bucket, the largest first.
+fn packs(cluster: &Cluster) -> Vec<PathBuf> {
+    let mut found = files(&cluster.dir().join("bucket/vms"));
+    found.retain(|(path, _)| path.parent().is_some_and(|parent| parent.ends_with("packs")));
+    found.sort_by_key(|(path, bytes)| (std::cmp::Reverse(*bytes), path.clone()));
+    found.into_iter().map(|(path, _)| path).collect()
+}
+
+fn name(path: &Path) -> String {
+    path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned()
+}
+
+fn checkpoint(cluster: &Cluster) -> String {
+    cluster.json(["checkpoint", "create", "vm1"])["id"].as_str().unwrap_or_default().to_owned()
+}
+
+fn verified(cluster: &Cluster, id: &str) -> String {
+    cluster.json(["checkpoint", "show", id])["verified"].as_str().unwrap_or_default().to_owned()
+}
+
+/// Changes a byte in the middle, or cuts the last one off.
+fn harm(pack: &Path, cut: bool) {
+    let mut bytes = std::fs::read(pack).expect("a pack can be read");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    bytes.truncate(bytes.len() - usize::from(cut));
+    std::fs::write(pack, bytes).expect("a pack can be written");
+}
+
+#[test]
+fn what_is_damaged_is_named_marked_and_whole_again_in_the_next_checkpoint() {
+    let cluster = Cluster::up(1);
+    cluster.create("vm1", "hostA", GUEST);
+    cluster.goes_on("vm1", 3);
+    let (first, second) = (checkpoint(&cluster), checkpoint(&cluster));
+    // The pack of most pages, which both need.
+    let pack = packs(&cluster).remove(0);
+    harm(&pack, false);
+    let said = cluster.fails(Code::Corrupt, ["checkpoint", "verify", &second]);
+    assert!(said.contains(&name(&pack)), "{said}");
+    for id in [&first, &second] {
+        assert!(verified(&cluster, id).contains(&name(&pack)), "{id}: {}", verified(&cluster, id));
+    }
+    let shown = cluster.json(["checkpoint", "show", &first]);
+    let damaged = shown["damaged"][0].as_str().unwrap_or_default();
+    assert!(damaged.contains(&name(&pack)) && damaged.contains(&format!("{second} too")), "{shown:#}");
+    let events = cluster.json(["events"]);
+    let told = |event: &&Value| event["kind"] == "checkpoint.damaged" && event["vm"] == "vm1";
+    assert_eq!(events.as_array().into_iter().flatten().filter(told).count(), 1, "{events:#}");
+    // The live guest has all of it: the next one is whole, and needs nothing of what is damaged.
+    let third = checkpoint(&cluster);
+    cluster.ok(["checkpoint", "verify", &third]);
+    // What is cut short is noticed by its length, without anybody's reading it.
+    let pack = packs(&cluster).into_iter().find(|there| *there != pack).expect("a pack of the third");
+    harm(&pack, true);
+    let fourth = checkpoint(&cluster);
+    assert!(verified(&cluster, &third).contains("bytes"), "{}", verified(&cluster, &third));
+    cluster.ok(["checkpoint", "verify", &fourth]);
+    let before = cluster.goes_on("vm1", 3);
+    cluster.ok(["restore", &fourth]);
+    assert!(cluster.goes_on("vm1", 3).tick < before.tick + 1000);
+    let page = cluster.metrics("controller");
+    assert!(page.contains("godwit_checkpoints_damaged 3"), "{page}");
+    for id in [&first, &second, &third] {
+        cluster.ok(["checkpoint", "rm", id]);
+    }
+    cluster.ok(["checkpoint", "verify", "--all"]);
+}
+
+#[test]
+fn damaged_page_maps_are_not_built_on() {
+    let cluster = Cluster::up(1);
+    cluster.create("vm1", "hostA", GUEST);
+    cluster.goes_on("vm1", 3);
+    let first = checkpoint(&cluster);
+    // Whatever is damaged, the page maps are among it.
+    for pack in packs(&cluster) {
+        harm(&pack, false);
+    }
+    cluster.fails(Code::Corrupt, ["checkpoint", "verify", &first]);
+    let second = checkpoint(&cluster);
+    cluster.ok(["checkpoint", "verify", &second]);
+    cluster.ok(["checkpoint", "rm", &first]);
+    cluster.ok(["restore", &second]);
+    cluster.goes_on("vm1", 3);
+}
