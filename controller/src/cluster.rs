@@ -18,12 +18,14 @@ use crate::agents::{Agents, link};
 use crate::api::{Api, views};
 use crate::bucket::{Bucket, BucketError};
 use crate::config::Config;
+use crate::entropy;
 use crate::failure::Failure;
 use crate::ingest::Routes;
 use crate::ingest::read::Reader;
 use crate::ingest::supply::Supplies;
 use crate::keys::Keys;
 use crate::ledger::event::Event;
+use crate::ledger::saved::to_hex;
 use crate::ledger::{Ledger, LedgerError};
 use crate::metrics::{self, MetricsError, Sources};
 use crate::reconcile::Reconcile;
@@ -32,6 +34,7 @@ use crate::saga::hosts::Hosts;
 use crate::saga::{Patience, Sagas, ShowVm};
 use crate::schedule::facts::Observe;
 use crate::schedule::{Schedule, SystemClock};
+use crate::sweep::Sweeper;
 use crate::tls::{Tls, TlsError};
 
 /// How long operations may take to end at shutdown.
@@ -99,6 +102,10 @@ impl Controller {
         let agents = Agents::new(ledger.clone(), tls.clone(), Duration::from_millis(config.lease_ms), lease);
         let agents = Arc::new(agents);
         ledger.append(&actor, Event::LeaseSet { lease_ms: config.lease_ms }).await?;
+        if ledger.state().cluster.is_empty() {
+            let cluster = to_hex(&entropy::bytes::<16>());
+            ledger.append(&actor, Event::ClusterNamed { cluster }).await?;
+        }
         let routes = Routes::default();
         let reached = if config.address.is_empty() { address.to_string() } else { config.address.clone() };
         let world = Hosts {
@@ -107,6 +114,7 @@ impl Controller {
             routes: routes.clone(),
             tls: tls.clone(),
             address: reached,
+            sweeper: Sweeper::default(),
         };
         let shown = (ledger.clone(), agents.clone());
         let show: ShowVm = Arc::new(move |name| views::show(&shown.0, &shown.1, name));
@@ -151,6 +159,10 @@ impl Controller {
         tokio::spawn(link::accept(listener, tls.clone(), accepted));
         api.sagas.recover().await?;
         tokio::spawn(api.schedule.clone().run(shutdown.clone()));
+        if config.sweep_every_ms > 0 {
+            let every = Duration::from_millis(config.sweep_every_ms);
+            tokio::spawn(api.schedule.clone().sweep_by_clock(every, shutdown.clone()));
+        }
         tracing::info!(%address, identity = %tls.identity(), bucket = config.bucket.url, "ready");
         let server = Server::builder()
             .initial_stream_window_size(link::STREAM_WINDOW)

@@ -9,6 +9,7 @@
 //! lease_ms = 10000
 //! checkpoints_at_once          = 4     # in the cluster; more of them wait in line
 //! checkpoints_at_once_per_host = 2
+//! sweep_every_ms = 21600000             # packs that no checkpoint needs are removed so often; 0: only when asked
 //! metrics  = "127.0.0.1:9400"          # Prometheus over HTTP; left out: none
 //! log      = "text"                    # or "json"
 //! filter   = "info"                    # which log lines: a level, or directives such as "info,controller=debug"
@@ -61,6 +62,9 @@ pub struct Config {
     /// Checkpoints that are taken at once of guests of one host.
     #[serde(default = "at_once_per_host_default")]
     pub checkpoints_at_once_per_host: usize,
+    /// How often packs that no checkpoint needs are looked for and removed, milliseconds; 0: only when an operator asks.
+    #[serde(default = "sweep_every_ms_default")]
+    pub sweep_every_ms: u64,
     /// Where metrics are served over HTTP.
     #[serde(default)]
     pub metrics: Option<SocketAddr>,
@@ -123,6 +127,10 @@ pub enum ConfigError {
     /// The bucket.
     #[error(transparent)]
     Bucket(#[from] BucketError),
+}
+
+fn sweep_every_ms_default() -> u64 {
+    6 * 3_600_000
 }
 
 fn at_once_default() -> usize {

@@ -25,4 +25,5 @@ pub mod reconcile;
 pub mod retention;
 pub mod saga;
 pub mod schedule;
+pub mod sweep;
 pub mod tls;

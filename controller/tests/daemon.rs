@@ -64,6 +64,7 @@ impl Cluster {
             tls: self.certificate("controller/main"),
             lease_ms: 10_000,
             checkpoints_at_once: 4,
+            sweep_every_ms: 0,
             checkpoints_at_once_per_host: 2,
             metrics: None,
             log: LogFormat::Text,

@@ -1,12 +1,11 @@
 //! What the store does for checkpoints that lie there, on whole clusters of real binaries: damage is found, named, marked and
-//! never built on.
+//! never built on; what nobody needs goes, and nothing else.
 
 use std::path::{Path, PathBuf};
 
 use e2e::cluster::Cluster;
 use e2e::guest::{Program, REGION};
 use proto::status::Code;
-use serde_json::Value;
 
 /// A small guest, so that a checkpoint takes a moment.
 const GUEST: Program =
@@ -68,9 +67,8 @@ fn what_is_damaged_is_named_marked_and_whole_again_in_the_next_checkpoint() {
     let shown = cluster.json(["checkpoint", "show", &first]);
     let damaged = shown["damaged"][0].as_str().unwrap_or_default();
     assert!(damaged.contains(&name(&pack)) && damaged.contains(&format!("{second} too")), "{shown:#}");
-    let events = cluster.json(["events"]);
-    let told = |event: &&Value| event["kind"] == "checkpoint.damaged" && event["vm"] == "vm1";
-    assert_eq!(events.as_array().into_iter().flatten().filter(told).count(), 1, "{events:#}");
+    let events = cluster.ok(["events", "--vm", "vm1"]);
+    assert_eq!(events.matches("checkpoint.damaged").count(), 1, "{events}");
     // The live guest has all of it: the next one is whole, and needs nothing of what is damaged.
     let third = checkpoint(&cluster);
     cluster.ok(["checkpoint", "verify", &third]);
@@ -107,4 +105,35 @@ fn damaged_page_maps_are_not_built_on() {
     cluster.ok(["checkpoint", "rm", &first]);
     cluster.ok(["restore", &second]);
     cluster.goes_on("vm1", 3);
+}
+
+#[test]
+fn a_sweep_removes_what_is_dead_rewrites_what_mostly_is_and_the_guest_comes_back() {
+    let cluster = Cluster::up(1);
+    cluster.create("vm1", "hostA", GUEST);
+    cluster.goes_on("vm1", 3);
+    let first = checkpoint(&cluster);
+    // The guest rewrites its memory: the first checkpoint's packs die bit by bit.
+    for _ in 0..4 {
+        cluster.goes_on("vm1", 60);
+        checkpoint(&cluster);
+    }
+    cluster.ok(["checkpoint", "rm", &first]);
+    let orphan = packs(&cluster).remove(0).with_file_name("ab".repeat(32));
+    std::fs::write(&orphan, b"what a killed checkpoint left").expect("the bucket can be written");
+    let rehearsed = cluster.json(["checkpoint", "sweep", "--dry-run"]);
+    assert_eq!(rehearsed["vms"][0]["removed"], 1, "{rehearsed:#}");
+    assert!(orphan.exists());
+    let swept = cluster.json(["checkpoint", "sweep", "vm1"]);
+    assert!(swept["vms"][0]["removed"].as_u64() >= Some(1), "{swept:#}");
+    assert!(swept["vms"][0]["repacked"].as_u64() >= Some(1), "{swept:#}");
+    assert!(!orphan.exists());
+    cluster.ok(["checkpoint", "verify", "--all"]);
+    let last = checkpoint(&cluster);
+    cluster.ok(["checkpoint", "verify", &last]);
+    cluster.ok(["restore", &last]);
+    cluster.goes_on("vm1", 5);
+    let again = cluster.json(["checkpoint", "sweep"]);
+    assert_eq!(again["vms"][0]["left"], 0, "{again:#}");
+    cluster.fails(Code::NotFound, ["checkpoint", "sweep", "nobody"]);
 }

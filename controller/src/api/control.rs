@@ -12,9 +12,7 @@ use proto::v1::control_server::Control;
 use proto::v1::operation_event::Event as Said;
 use proto::v1::{
     AdoptReply, AdoptRequest, Blob, CheckpointName, CheckpointRecord, ConsoleInput, ConsoleOutput,
-    CreateCheckpointRequest, CreateVmRecordRequest, Empty, EventsRequest, ExportRequest, KeysReply, LedgerEvent,
-    ListCheckpointsReply, ListHostsReply, ListPoliciesReply, ListVmsReply, MigrateRequest, OperationDone,
-    OperationEvent, OperationRef, PolicyRecord, PruneReply, PruneRequest, RestoreRequest, SetPolicyRequest, VmName,
+    CreateCheckpointRequest, CreateVmRecordRequest, Empty, EventsRequest, ExportRequest, KeysReply, LedgerEvent, ListCheckpointsReply, ListHostsReply, ListPoliciesReply, ListVmsReply, MigrateRequest, OperationDone, OperationEvent, OperationRef, PolicyRecord, PruneReply, PruneRequest, RestoreRequest, SetPolicyRequest, SweepReply, SweepRequest, VmName,
     VmOrCheckpoint, VmRecord, VmRef, VmcbReply,
 };
 use tokio_stream::Stream;
@@ -322,6 +320,11 @@ impl Control for Api {
     async fn list_policies(&self, request: Request<VmName>) -> Result<Response<ListPoliciesReply>, Status> {
         require(&request, Role::Operator)?;
         Ok(Response::new(ListPoliciesReply { policies: self.policies(&request.into_inner().vm)? }))
+    }
+
+    async fn sweep_checkpoints(&self, request: Request<SweepRequest>) -> Result<Response<SweepReply>, Status> {
+        let operator = require(&request, Role::Operator)?;
+        Ok(Response::new(self.sweep(&operator, request.into_inner()).await?))
     }
 
     async fn prune_checkpoints(&self, request: Request<PruneRequest>) -> Result<Response<PruneReply>, Status> {

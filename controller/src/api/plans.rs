@@ -312,6 +312,17 @@ pub fn on_checkpoint(state: &State, id: &str, task: impl FnOnce(&CheckpointEntry
     Ok(Plan { vm: entry.vm.clone(), vm_id: entry.vm_id.clone(), locks, holder: None, generation: 0, task })
 }
 
+/// Sweep a VM's packs. To rewrite some, nobody may be reading a checkpoint of it.
+pub fn sweep(state: &State, vm_id: &str, live_percent_min: u32) -> Plan {
+    let mut locks = vec![packs_lock(vm_id)];
+    if live_percent_min > 0 {
+        let ids = state.checkpoints.values().filter(|entry| entry.vm_id == vm_id).map(|entry| &entry.id);
+        locks.extend(ids.map(|id| checkpoint_lock(id)));
+    }
+    let (vm, task) = (state.name_of(vm_id).to_owned(), Task::Sweep { live_percent_min });
+    Plan { vm, vm_id: vm_id.into(), locks, holder: None, generation: 0, task }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

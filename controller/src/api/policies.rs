@@ -1,7 +1,9 @@
 //! Policies and what they keep: how they are set, shown and executed for operators.
 
 use proto::status::Code;
-use proto::v1::{CheckpointRecord, PolicyRecord, PruneReply, PruneRequest, SetPolicyRequest};
+use proto::v1::{
+    self, CheckpointRecord, PolicyRecord, PruneReply, PruneRequest, SetPolicyRequest, SweepReply, SweepRequest,
+};
 
 use super::Api;
 use super::plans::unknown_vm;
@@ -13,6 +15,8 @@ use crate::retention::{Decision, policy};
 use crate::saga::report::record;
 use crate::schedule::book::Standing;
 use crate::schedule::decide;
+use crate::schedule::sweeping::{SweptVm, swept_ids};
+use crate::sweep::Swept;
 use crate::tls::Identity;
 
 fn no_policy(vm: &str) -> Failure {
@@ -50,6 +54,16 @@ pub(super) fn checkpoint(state: &State, id: &str) -> Option<CheckpointRecord> {
         if others.is_empty() { why.clone() } else { format!("{why}; {} too", others.join(", ")) }
     };
     Some(CheckpointRecord { damaged: state.damage_of(entry).map(told).collect(), ..decided(&found, &decision) })
+}
+
+fn swept_vm(swept: SweptVm) -> v1::SweptVm {
+    let named = v1::SweptVm { vm: swept.vm, vm_id: swept.vm_id, ..v1::SweptVm::default() };
+    match swept.result {
+        Ok(Swept { packs, bytes, removed, removed_bytes, left, repacked, written_bytes, note, .. }) => {
+            v1::SweptVm { packs, bytes, removed, removed_bytes, left, repacked, written_bytes, note, ..named }
+        }
+        Err(failure) => v1::SweptVm { note: failure.message, code: failure.code as u32, ..named },
+    }
 }
 
 fn policy_record(state: &State, vm: &str, scheduled: &Scheduled, standing: Standing) -> PolicyRecord {
@@ -119,6 +133,14 @@ impl Api {
             return Err(no_policy(&vm));
         }
         Ok(self.ledger.append(&operator.to_string(), Event::PolicyRemoved { vm }).await.map(drop)?)
+    }
+
+    pub(super) async fn sweep(&self, operator: &Identity, asked: SweepRequest) -> Result<SweepReply, Failure> {
+        if !asked.vm.is_empty() && swept_ids(&self.ledger.state(), &asked.vm).is_empty() {
+            return Err(unknown_vm(&asked.vm));
+        }
+        let swept = self.schedule.sweep(&operator.to_string(), &asked.vm, asked.dry_run).await;
+        Ok(SweepReply { vms: swept.into_iter().map(swept_vm).collect() })
     }
 
     pub(super) async fn prune(&self, operator: &Identity, asked: PruneRequest) -> Result<PruneReply, Failure> {

@@ -77,6 +77,7 @@ pub fn event(record: &Record) -> LedgerEvent {
     let task = &record.task;
     let (kind, operation, text) = match &record.event {
         Event::LeaseSet { lease_ms } => ("controller.started".into(), "", format!("leases of {lease_ms} ms")),
+        Event::ClusterNamed { cluster } => ("cluster.named".into(), "", format!("cluster {cluster}")),
         Event::HostSeen { host, address } => ("host.seen".into(), "", format!("{host} at {address}")),
         Event::ContractFrozen { capabilities, .. } => {
             let contract = CapabilitySet::from_bytes(capabilities).unwrap_or_default();
@@ -106,6 +107,7 @@ pub fn event(record: &Record) -> LedgerEvent {
                 Outcome::AsPlanned => format!("{task} of {} is committed", record.vm),
                 Outcome::Checkpoint(entry) => format!("checkpoint {} of {} bytes", entry.id, entry.stored_bytes),
                 Outcome::Verified(verdict) => verdict.clone(),
+                Outcome::Swept(swept) => swept.words(),
             };
             (committed(task).into(), operation.as_str(), text)
         }
@@ -163,6 +165,7 @@ fn committed(task: &str) -> &'static str {
         "restore" => "restore.committed",
         "verify" => "checkpoint.verified",
         "remove-checkpoint" => "checkpoint.removed",
+        "sweep" => "checkpoint.swept",
         _ => "operation.committed",
     }
 }

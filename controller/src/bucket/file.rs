@@ -22,12 +22,19 @@ const UNFINISHED: &str = ".tmp";
 #[derive(Clone, Debug)]
 pub struct FileBucket {
     root: Arc<PathBuf>,
+    /// Changes until it fails for good.
+    #[cfg(test)]
+    budget: Arc<std::sync::atomic::AtomicI64>,
 }
 
 impl FileBucket {
     /// Opens it. Only a `fresh` bucket, in which nothing is expected yet, is made where there is none.
     pub(super) fn open(root: &Path, fresh: bool) -> Result<FileBucket, BucketError> {
-        let bucket = FileBucket { root: Arc::new(root.into()) };
+        let bucket = FileBucket {
+            root: Arc::new(root.into()),
+            #[cfg(test)]
+            budget: Arc::new(i64::MAX.into()),
+        };
         let io = |source| BucketError::Io { bucket: bucket.name(), key: UNFINISHED.into(), source };
         if !fresh && !bucket.is_there() {
             tracing::error!(
@@ -44,6 +51,21 @@ impl FileBucket {
         }
         fs::create_dir_all(&unfinished).map_err(io)?;
         Ok(bucket)
+    }
+
+    /// A change costs; one of a write before it is made, one after.
+    #[cfg(test)]
+    fn spend(&self, key: &str) -> Result<(), BucketError> {
+        match self.budget.fetch_sub(1, std::sync::atomic::Ordering::SeqCst) > 0 {
+            true => Ok(()),
+            false => Err(self.failed(key, io::Error::other("the controller is dead"))),
+        }
+    }
+
+    #[cfg(not(test))]
+    #[allow(clippy::unused_self, clippy::unnecessary_wraps, reason = "only tests let it fail")]
+    fn spend(&self, _: &str) -> Result<(), BucketError> {
+        Ok(())
     }
 
     fn is_there(&self) -> bool {
@@ -67,10 +89,13 @@ impl FileBucket {
     }
 
     pub(super) fn put(&self, key: &str, bytes: &[u8]) -> Result<(), BucketError> {
-        self.write(key, bytes, |unfinished, path| fs::rename(unfinished, path))
+        self.spend(key)?;
+        self.write(key, bytes, |unfinished, path| fs::rename(unfinished, path))?;
+        self.spend(key)
     }
 
     pub(super) fn put_new(&self, key: &str, bytes: &[u8]) -> Result<PutNew, BucketError> {
+        self.spend(key)?;
         let mut outcome = PutNew::Created;
         self.write(key, bytes, |unfinished, path| {
             match fs::hard_link(unfinished, path) {
@@ -213,6 +238,7 @@ impl FileBucket {
     }
 
     pub(super) fn delete(&self, key: &str) -> Result<(), BucketError> {
+        self.spend(key)?;
         match fs::remove_file(self.root.join(key)) {
             Err(error) if error.kind() != ErrorKind::NotFound || !self.is_there() => Err(self.failed(key, error)),
             _ => Ok(()),
@@ -245,6 +271,12 @@ pub(crate) mod tests {
             let folder = std::env::temp_dir().join(format!("godwit-{}", to_hex(&crate::entropy::bytes::<8>())));
             let bucket = Bucket::open(&format!("file:{}", folder.display()), true).unwrap();
             Scratch { bucket, folder }
+        }
+
+        /// The bucket as a controller sees it that dies after so many changes: each write costs two.
+        pub(crate) fn dying(&self, changes: i64) -> Bucket {
+            let bucket = FileBucket { root: Arc::new(self.folder.clone()), budget: Arc::new(changes.into()) };
+            Bucket::File(bucket)
         }
     }
 

@@ -1,6 +1,7 @@
 //! The bucket: where checkpoints lie. Whole objects under keys, written once, seen complete or not at all.
 //!
-//! Keys: `vms/<vm id>/g<generation, 8 digits>/packs/<pack id>` and `vms/<vm id>/checkpoints/<checkpoint id>.manifest`.
+//! Keys: `vms/<vm id>/g<generation, 8 digits>/packs/<pack id>`, `.../owner` beside `packs`, `vms/<vm id>/key`, and
+//! `vms/<vm id>/checkpoints/<checkpoint id>.manifest`.
 //! What has no manifest does not exist. Two kinds of bucket: a directory ([`file`]) and an S3 server ([`s3`]); how one is
 //! named is in [`settings`]. This room does not know what the objects mean and checks no hash of theirs; who reads does.
 
@@ -488,11 +489,20 @@ pub fn pack_key(vm_id: &str, generation: Generation, pack: PackId) -> String {
     format!("{}{pack}", packs_prefix(vm_id, generation))
 }
 
+/// Where it is said whose a generation of a VM is.
+pub fn owner_key(vm_id: &str, generation: Generation) -> String {
+    format!("vms/{vm_id}/g{:08}/owner", generation.0)
+}
+
+/// The generation that a folder of a VM is of.
+pub fn generation_folder(name: &str) -> Option<Generation> {
+    name.strip_prefix('g')?.parse().ok().map(Generation)
+}
+
 /// The generation in the key of a pack.
 pub fn generation_of(key: &str) -> Option<Generation> {
     let (before, _) = key.split_once("/packs/")?;
-    let number = before.rsplit('/').next()?.strip_prefix('g')?;
-    number.parse().ok().map(Generation)
+    generation_folder(before.rsplit('/').next()?)
 }
 
 /// Where a manifest lies.

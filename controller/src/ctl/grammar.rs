@@ -315,6 +315,14 @@ pub enum CheckpointCommand {
     },
     /// Write a checkpoint into files that other tools read.
     Export(ExportArgs),
+    /// Remove packs that no checkpoint needs, and rewrite those that are mostly dead. The controller does it by itself, too.
+    Sweep {
+        /// Name of the VM [default: all].
+        vm: Option<String>,
+        /// Say what would be done; change nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Remove what a VM's policy does not keep, now.
     Prune {
         /// Name of the VM.
@@ -539,6 +547,8 @@ mod tests {
             "ctl checkpoint rm 00",
             "ctl checkpoint create vm1 --policy",
             "ctl checkpoint prune vm1 --dry-run",
+            "ctl checkpoint sweep",
+            "ctl checkpoint sweep vm1 --dry-run",
             "ctl policy set vm1 --every 5m --keep-last 12 --keep-hourly 24 --keep-daily 14 --keep-weekly 8 --keep-monthly 12",
             "ctl policy set vm1 --every 1h --jitter 5m --window 22:00-06:00 --window 12:00-13:00 --zone Europe/Berlin",
             "ctl policy ls",

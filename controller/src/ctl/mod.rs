@@ -29,6 +29,7 @@ mod rehearsal;
 mod report;
 mod schema;
 mod settings;
+mod sweeping;
 mod top;
 mod units;
 mod vm;

@@ -134,6 +134,7 @@ impl Control for Script {
         remove_policy(VmName) -> Empty;
         list_policies(VmName) -> ListPoliciesReply;
         prune_checkpoints(PruneRequest) -> PruneReply;
+        sweep_checkpoints(SweepRequest) -> SweepReply;
         adopt_checkpoints(AdoptRequest) -> AdoptReply;
         export_keys(Empty) -> Blob;
         import_keys(Blob) -> KeysReply;

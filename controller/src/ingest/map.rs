@@ -160,6 +160,15 @@ impl Region {
         self.frames.len() as u32 - 1
     }
 
+    /// The same with a layer laid over it.
+    ///
+    /// # Errors
+    /// [`MapError`].
+    pub fn laid(mut self, layer: &MapLayer) -> Result<Region, MapError> {
+        self.lay(layer)?;
+        Ok(self)
+    }
+
     /// Lays a layer over what is there.
     ///
     /// # Errors
@@ -285,6 +294,18 @@ impl Region {
             *uses.entry(self.frames[*at as usize].pack).or_insert(0) += 1;
         }
         uses
+    }
+
+    /// The frame in which a page lies, counted from the region's first; none for zeros.
+    pub fn place(&self, page: usize) -> Option<Place> {
+        (self.at[page] != NOWHERE).then(|| self.frames[self.at[page] as usize])
+    }
+
+    /// Pages that are not zero, counted from the region's first: digest, and the frame in which each lies.
+    pub fn placed(&self) -> impl Iterator<Item = (usize, Leaf, Place)> {
+        let frames = &self.frames;
+        let there = self.at.iter().enumerate().filter(|(_, at)| **at != NOWHERE);
+        there.map(|(page, at)| (page, self.leaves[page], frames[*at as usize]))
     }
 
     /// The pack in which a page lies, counted from the region's first; none for zeros.

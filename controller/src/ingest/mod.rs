@@ -18,13 +18,14 @@ pub mod layers;
 pub mod load;
 pub mod manifest;
 pub mod map;
+pub mod owner;
 pub mod pack;
 pub mod read;
 pub mod receive;
 pub mod relay;
 pub mod supply;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -125,13 +125,31 @@ pub fn check_name(bytes: &[u8], id: PackId) -> Result<(), PackError> {
 /// # Errors
 /// [`PackError::Footer`], [`PackError::Index`], [`PackError::Sealed`], [`PackError::Entry`].
 pub fn index(bytes: &[u8], opener: Option<&Opener>) -> Result<PackIndex, PackError> {
-    let (before, footer) = bytes.split_last_chunk::<FOOTER_BYTES>().ok_or(PackError::Footer)?;
+    let offset = index_at(bytes, bytes.len() as u64)?;
+    index_of(&bytes[offset as usize..], offset, opener)
+}
+
+/// Where the index of a pack of so many bytes begins, by the end of it.
+///
+/// # Errors
+/// [`PackError::Footer`].
+pub fn index_at(end: &[u8], pack_bytes: u64) -> Result<u64, PackError> {
+    let (_, footer) = end.split_last_chunk::<FOOTER_BYTES>().ok_or(PackError::Footer)?;
     let number = |at: usize| footer[at..at + 8].iter().rev().fold(0u64, |value, byte| value << 8 | u64::from(*byte));
     let (offset, length) = (number(8), number(16));
-    if &footer[..8] != MAGIC || offset.checked_add(length) != Some(before.len() as u64) {
+    let before = pack_bytes.checked_sub(FOOTER_BYTES as u64);
+    if &footer[..8] != MAGIC || offset.checked_add(length).is_none_or(|end| Some(end) != before) {
         return Err(PackError::Footer);
     }
-    let frame = &before[offset as usize..];
+    Ok(offset)
+}
+
+/// The index out of a pack's end, which begins where the index does: at this offset of the pack.
+///
+/// # Errors
+/// As [`index`].
+pub fn index_of(end: &[u8], offset: u64, opener: Option<&Opener>) -> Result<PackIndex, PackError> {
+    let frame = end.split_last_chunk::<FOOTER_BYTES>().ok_or(PackError::Footer)?.0;
     let index: PackIndex = match opener {
         Some(opener) => frame::decode_message(Kind::PackIndex, &opener.open(frame)?),
         None => frame::decode_message(Kind::PackIndex, frame),

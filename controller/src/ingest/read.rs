@@ -10,7 +10,7 @@ use bytes::Bytes;
 use proto::frame::{self, Encoding, FrameError, Kind, PAGE_BYTES, PageRun};
 use proto::seal::{Opener, SealError};
 use proto::status::Code;
-use proto::v1::{Manifest, MapLayer, MapRegion, Section, SectionRef};
+use proto::v1::{Manifest, MapLayer, MapRegion, PackIndex, Section, SectionRef};
 
 use super::assembly::{compare, spaces};
 use super::digest::{PageDigests, machine_digest, state_digest};
@@ -125,6 +125,41 @@ impl Reader {
             return Err(damaged(&what, why).object(manifest::key(&opened.manifest)));
         }
         Ok(region)
+    }
+
+    /// One layer of a region, as it lies there.
+    ///
+    /// # Errors
+    /// [`Code::Corrupt`] naming it, or the bucket's.
+    pub async fn layer(&self, opened: &Opened, pack: &PackAt, offset: u64, bytes: u32) -> Result<MapLayer, Failure> {
+        let key = pack_key(&opened.manifest, pack);
+        let read = self.bucket.get_range(&key, offset, bytes as usize).await;
+        let sealed = read.map_err(|error| missing_pack(&key, error))?;
+        let opener = opened.opener.clone();
+        let work = move || {
+            let hurt = |why: &dyn std::fmt::Display| hurt(&key, &format!(", page map at byte {offset}"), why);
+            let plain = open(opener.as_ref(), &sealed).map_err(|error| hurt(&error))?;
+            frame::decode_message(Kind::PageMap, &plain).map_err(|error| hurt(&error))
+        };
+        beside(work).await?
+    }
+
+    /// What a pack says that it holds; only its end is read.
+    ///
+    /// # Errors
+    /// [`Code::Corrupt`] naming it, or the bucket's.
+    pub async fn pack_index(&self, opened: &Opened, key: &str, pack: &PackAt) -> Result<PackIndex, Failure> {
+        let footer_at = pack.bytes.saturating_sub(pack::FOOTER_BYTES as u64);
+        let read = async |offset: u64, bytes: u64| {
+            let part = self.bucket.get_range(key, offset, bytes as usize).await;
+            part.map_err(|error| missing_pack(key, error))
+        };
+        let footer = read(footer_at, pack.bytes - footer_at).await?;
+        let at = pack::index_at(&footer, pack.bytes).map_err(|error| hurt(key, "", error))?;
+        let end = read(at, pack.bytes - at).await?;
+        let opener = opened.opener.clone();
+        let index = beside(move || pack::index_of(&end, at, opener.as_ref())).await?;
+        index.map_err(|error| hurt(key, "", error))
     }
 
     /// All regions, one after the other.

@@ -21,6 +21,7 @@ use super::assembly::{Assembly, Checked, Desk, Effect, IngestError, LANES_MAX, s
 use super::layers::{Base, Laid, Layers, Sink};
 use super::manifest::{self, regions};
 use super::map::Region;
+use super::owner::Claim;
 use super::pack::Pack;
 use super::read::{Reader, beside};
 use super::{Outgoing, PROTOCOL, say};
@@ -45,6 +46,8 @@ pub struct Expected {
     pub vm_id: VmId,
     /// Generation of the VM.
     pub generation: Generation,
+    /// Whose that is.
+    pub claim: Claim,
     /// The machine.
     pub config: MachineConfig,
     /// CPU contract.
@@ -327,6 +330,8 @@ impl Ingest {
         let wrapped = self.reader.keys.wrap(vm_id, &self.key);
         let bytes = manifest::encode(&manifest, &self.desk.sealer, wrapped)
             .map_err(|e| Failure::new(Code::Exhausted, e.to_string()))?;
+        // Somebody else may have got the VM meanwhile, and sweep what this one needs.
+        self.expected.claim.holds(&self.reader.bucket).await?;
         let key = manifest_key(&manifest.vm_id, checkpoint);
         let entry = manifest::entry(manifest, key, bytes.len() as u64);
         self.reader.bucket.put(&entry.manifest_key, bytes).await?;

@@ -29,6 +29,7 @@ use super::digest::{PageDigests, machine_digest, state_digest};
 use super::layers::{Base, Layers, Sink};
 use super::load::Load;
 use super::manifest;
+use super::owner::Claim;
 use super::pack::Pack;
 use super::read::Reader;
 use super::receive::{Expected, Ingest};
@@ -45,13 +46,13 @@ use crate::ledger::event::CheckpointEntry;
 const RAM_PAGES: u64 = 1024;
 const DISK_PAGES: u64 = 20;
 const LANES: usize = 2;
-const VM: VmId = VmId([0x0d; 16]);
+pub(crate) const VM: VmId = VmId([0x0d; 16]);
 
 fn key() -> DataKey {
     DataKey::new([5; 32])
 }
 
-fn reader(bucket: &Bucket) -> Reader {
+pub(crate) fn reader(bucket: &Bucket) -> Reader {
     Reader { bucket: bucket.clone(), keys: Keys::fixed() }
 }
 
@@ -75,12 +76,24 @@ fn config() -> MachineConfig {
     MachineConfig { memory_bytes: RAM_PAGES * 4096, disks: vec![disk(true), disk(false)], ..MachineConfig::default() }
 }
 
+pub(crate) fn claim(cluster: &str, generation: u64) -> Claim {
+    Claim {
+        vm_id: VM.to_string(),
+        vm: "vm1".into(),
+        generation: Generation(generation),
+        since: Generation(1),
+        cluster: cluster.into(),
+        name: format!("controller/{cluster}"),
+    }
+}
+
 fn expected(checkpoint: u8) -> Expected {
     Expected {
         checkpoint: CheckpointId([checkpoint; 8]),
         vm: "vm1".into(),
         vm_id: VM,
         generation: Generation(3),
+        claim: claim("ours", 3),
         config: config(),
         capabilities: vec![1, 2],
         on_isolation: 0,
@@ -123,7 +136,7 @@ fn control(message: Said) -> Bytes {
 }
 
 /// The machine as the source knows it: fill of each page that is not zero.
-type Contents = BTreeMap<(u16, u64), u8>;
+pub(crate) type Contents = BTreeMap<(u16, u64), u8>;
 
 fn digest(contents: &Contents) -> MachineDigest {
     let roots: Vec<Digest> = (0..)
@@ -170,6 +183,31 @@ fn script(rounds: &[Vec<(u16, u64, u32, u8)>]) -> (Vec<Vec<Bytes>>, MachineDiges
     };
     lanes[0].push(control(Said::StateEnd(end)));
     (lanes, digest)
+}
+
+/// A checkpoint that builds on nothing.
+pub(crate) async fn full(scratch: &Scratch, rounds: &[Vec<(u16, u64, u32, u8)>]) -> CheckpointEntry {
+    store_key(&scratch.bucket).await;
+    send(&scratch.bucket, script(rounds).0).await.1.unwrap()
+}
+
+/// The next one: what changed, after which the machine is `contents`.
+pub(crate) async fn increment(
+    scratch: &Scratch,
+    number: u8,
+    base: &CheckpointEntry,
+    runs: &[(u16, u64, u32, u8)],
+    contents: &Contents,
+) -> CheckpointEntry {
+    on_base(scratch, number, base, runs, contents, false).await.1.unwrap()
+}
+
+/// Puts the VM's key where a controller would have put it.
+async fn store_key(bucket: &Bucket) {
+    let keys = vec![Keys::fixed().wrap(VM, &key())];
+    let object = proto::v1::KeyObject { vm_id: VM.to_string(), keys };
+    let bytes = frame::encode_message(Kind::Envelope, &object);
+    bucket.put(&crate::bucket::key_object(&VM.to_string()), bytes.into()).await.unwrap();
 }
 
 /// Three rounds that overlap: whole runs, a part in the middle, pages that become zero again, and a disk.
@@ -260,6 +298,17 @@ async fn refused(lanes: Vec<Vec<Bytes>>) -> Failure {
     assert_eq!(scratch.bucket.get(&key).await.unwrap_err().to_string(), format!("the bucket has no {key}"));
     assert!(!words.iter().any(|word| matches!(word, Said::Ready(_))), "{words:?}");
     failure
+}
+
+#[tokio::test]
+async fn who_loses_the_vm_while_its_checkpoint_is_taken_writes_no_manifest() {
+    let scratch = Scratch::new();
+    claim("theirs", 4).make(&scratch.bucket).await.unwrap();
+    let (words, entry) = send(&scratch.bucket, script(&rounds()).0).await;
+    let failure = entry.unwrap_err();
+    assert!(failure.code == Code::Conflict && failure.message.contains("controller/theirs"), "{failure}");
+    assert!(!words.iter().any(|word| matches!(word, Said::Ready(_))), "{words:?}");
+    assert!(scratch.bucket.list(&crate::bucket::checkpoints_prefix(&VM.to_string())).await.unwrap().is_empty());
 }
 
 #[tokio::test]
@@ -513,7 +562,7 @@ async fn on_base(
     send_to(ingest, vec![frames, second]).await
 }
 
-fn contents_of(rounds: &[Vec<(u16, u64, u32, u8)>]) -> Contents {
+pub(crate) fn contents_of(rounds: &[Vec<(u16, u64, u32, u8)>]) -> Contents {
     let mut contents = Contents::new();
     for (space, first, count, fill) in rounds.iter().flatten() {
         contents.extend((*first..first + u64::from(*count)).map(|page| ((*space, page), *fill)));

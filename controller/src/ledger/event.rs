@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
 use crate::saga::table::Shape;
+use crate::sweep::Swept;
 
 /// Format of [`Record`].
 pub const FORMAT: u32 = 1;
@@ -55,6 +56,11 @@ pub enum Event {
         /// A `CapabilitySet`.
         #[serde(with = "super::saved::bytes")]
         capabilities: Vec<u8>,
+    },
+    /// This ledger's cluster has this name from now on, by which its claims in buckets are known.
+    ClusterNamed {
+        /// Hex of its id.
+        cluster: String,
     },
     /// A checkpoint lies in the bucket that this ledger did not know.
     CheckpointFound {
@@ -185,6 +191,8 @@ pub enum Outcome {
     Checkpoint(Box<CheckpointEntry>),
     /// A checkpoint was read in full: `ok` or `damaged: ...`.
     Verified(String),
+    /// A VM's packs were swept.
+    Swept(Box<Swept>),
 }
 
 /// What the operator asked a VM to be.
@@ -322,6 +330,11 @@ pub enum Task {
         /// Generation whose packs are its own.
         generation: u64,
     },
+    /// Remove the packs of a VM that no checkpoint needs.
+    Sweep {
+        /// Packs of which less than so many percent are needed are rewritten; 0: none.
+        live_percent_min: u32,
+    },
 }
 
 impl Task {
@@ -338,6 +351,7 @@ impl Task {
             Task::Restore { .. } => "restore",
             Task::Verify { .. } => "verify",
             Task::RemoveCheckpoint { .. } => "remove-checkpoint",
+            Task::Sweep { .. } => "sweep",
         }
     }
 
@@ -357,8 +371,19 @@ impl Task {
 }
 
 /// The labels of all tasks.
-pub const LABELS: [&str; 10] =
-    ["create", "pause", "resume", "stop", "remove", "migrate", "checkpoint", "restore", "verify", "remove-checkpoint"];
+pub const LABELS: [&str; 11] = [
+    "create",
+    "pause",
+    "resume",
+    "stop",
+    "remove",
+    "migrate",
+    "checkpoint",
+    "restore",
+    "verify",
+    "remove-checkpoint",
+    "sweep",
+];
 
 /// The steps of the task with this label, as records name it.
 pub fn shape(label: &str) -> Option<Shape> {
@@ -373,6 +398,7 @@ pub fn shape(label: &str) -> Option<Shape> {
         "restore" => (&["fence", "prepare", "load", "commit", "activate", "release"], 3),
         "verify" => (&["read", "commit"], 1),
         "remove-checkpoint" => (&["commit", "erase"], 0),
+        "sweep" => (&["sweep", "commit"], 1),
         _ => return None,
     };
     Some(Shape { steps, commit })

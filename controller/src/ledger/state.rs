@@ -45,6 +45,8 @@ pub struct Vm {
     pub last_checkpoint: String,
     /// Id of the checkpoint from which pages of its RAM still come; empty: it has all of them.
     pub pages_from: String,
+    /// The generation with which this cluster got it: created or restored.
+    pub since: u64,
 }
 
 /// An operation.
@@ -80,6 +82,8 @@ pub struct State {
     pub sequence: u64,
     /// Longest lease that a controller may have granted lately, milliseconds.
     pub lease_ms: u64,
+    /// Hex of this cluster's id; empty in a ledger that no controller of this release has opened.
+    pub cluster: String,
     /// Address of each host that was ever heard.
     pub hosts: BTreeMap<String, String>,
     /// VMs by name.
@@ -138,6 +142,7 @@ impl State {
         }
         match &record.event {
             Event::LeaseSet { lease_ms } => self.lease_ms = *lease_ms,
+            Event::ClusterNamed { cluster } => self.cluster.clone_from(cluster),
             Event::HostSeen { host, address } => {
                 self.hosts.insert(host.clone(), address.clone());
             }
@@ -302,6 +307,7 @@ impl State {
                     creating: true,
                     last_checkpoint: String::new(),
                     pages_from: String::new(),
+                    since: plan.generation,
                 }),
             );
         }
@@ -332,7 +338,7 @@ impl State {
             Task::RemoveCheckpoint { checkpoint, .. } if self.fed_by(checkpoint).is_some() => {
                 Err(Refusal::Stale("a VM still runs from the checkpoint"))
             }
-            Task::Create { .. } | Task::Verify { .. } | Task::RemoveCheckpoint { .. } => Ok(()),
+            Task::Create { .. } | Task::Verify { .. } | Task::RemoveCheckpoint { .. } | Task::Sweep { .. } => Ok(()),
             Task::Restore { new: true, .. } => Ok(()),
             _ if vm.is_none() => Err(Refusal::Stale("the VM is gone")),
             Task::Migrate { .. } | Task::Checkpoint { .. } if vm.is_some_and(|vm| !vm.pages_from.is_empty()) => {
@@ -429,6 +435,18 @@ impl State {
                 Ok(())
             }
             (Task::Verify { .. }, _) => Err(Refusal::Stale("a verification's commit has no verdict")),
+            (Task::Sweep { .. }, Outcome::Swept(swept)) => {
+                for changed in &swept.changed {
+                    if let Some(entry) = self.checkpoints.get_mut(&changed.checkpoint) {
+                        let entry = Arc::make_mut(entry);
+                        entry.pack_keys.clone_from(&changed.pack_keys);
+                        entry.stored_bytes = changed.stored_bytes;
+                    }
+                }
+                self.forget_damage();
+                Ok(())
+            }
+            (Task::Sweep { .. }, _) => Err(Refusal::Stale("a sweep's commit has no result")),
             (Task::RemoveCheckpoint { checkpoint, .. }, _) => {
                 self.checkpoints.remove(checkpoint);
                 self.forget_damage();
@@ -459,6 +477,7 @@ impl State {
             on_isolation: *on_isolation,
             created_unix_ms: record.unix_ms,
             creating: false,
+            since: plan.generation,
             last_checkpoint: self.newest_checkpoint(&plan.vm_id).map(|c| c.id.clone()).unwrap_or_default(),
             pages_from: if *lazy { checkpoint.clone() } else { String::new() },
         };

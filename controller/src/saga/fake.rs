@@ -22,6 +22,7 @@ use crate::failure::Failure;
 use crate::ingest::read::Damaged;
 use crate::ingest::receive::Expected;
 use crate::ledger::event::CheckpointEntry;
+use crate::sweep::{Request, Swept};
 
 /// What goes wrong, at which call.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -419,18 +420,22 @@ impl World for FakeWorld {
         self.call("bucket", "verify", &|field: &mut Field| Ok(field.missing(keys()))).await
     }
 
-    async fn erase(&self, manifest: &str, packs: &[String]) -> Result<(), Failure> {
+    async fn erase(&self, manifest: &str) -> Result<(), Failure> {
         self.call("bucket", "erase", &|field: &mut Field| {
             field.bucket.remove(manifest);
-            field.bucket.retain(|key| !packs.contains(key));
             Ok(())
         })
         .await
     }
 
-    async fn packs(&self, vm_id: &str) -> Result<Vec<String>, Failure> {
-        let prefix = vm_prefix(vm_id);
-        let pack = |key: &&String| key.starts_with(&prefix) && key.contains("/packs/");
-        self.call("bucket", "packs", &|field: &mut Field| Ok(field.bucket.iter().filter(pack).cloned().collect())).await
+    async fn sweep(&self, request: &Request, _: &(dyn Fn(String) + Sync)) -> Result<Swept, Failure> {
+        let prefix = vm_prefix(&request.claim.vm_id);
+        let dead = |key: &String| key.starts_with(&prefix) && key.contains("/packs/") && !request.used.contains(key);
+        self.call("bucket", "sweep", &|field: &mut Field| {
+            let before = field.bucket.len();
+            field.bucket.retain(|key| !dead(key));
+            Ok(Swept { removed: (before - field.bucket.len()) as u64, ..Swept::default() })
+        })
+        .await
     }
 }

@@ -19,18 +19,19 @@ use tokio::time::Instant;
 use super::voice::Voice;
 use super::world::{LoadRequest, World};
 use crate::agents::{Agents, host_identity, link};
-use crate::bucket::vm_prefix;
 use crate::failure::Failure;
 use crate::ingest::assembly::spaces;
 use crate::ingest::layers::Base;
 use crate::ingest::load::Load;
 use crate::ingest::manifest;
 use crate::ingest::map::PackAt;
+use crate::ingest::owner::Claim;
 use crate::ingest::read::{Damaged, Reader};
 use crate::ingest::receive::{Expected, Ingest};
 use crate::ingest::relay::Relay;
 use crate::ingest::{Road, Routes};
 use crate::ledger::event::CheckpointEntry;
+use crate::sweep::{Request, Sweeper, Swept};
 use crate::tls::Tls;
 
 /// Limit of a call that only changes what is there.
@@ -50,6 +51,8 @@ pub struct Hosts {
     pub tls: Arc<Tls>,
     /// How agents reach this controller's Lanes service.
     pub address: String,
+    /// Removes what nobody needs.
+    pub sweeper: Sweeper,
 }
 
 impl Hosts {
@@ -126,6 +129,11 @@ impl Hosts {
             entry.stop_us = handed_over.stopped_us;
         }
         Ok(entry)
+    }
+
+    /// A claim in this controller's name.
+    fn named(&self, claim: Claim) -> Claim {
+        Claim { name: format!("{} at {}", self.tls.identity(), self.address), ..claim }
     }
 
     fn to_this_controller(&self, request: SendRequest) -> SendRequest {
@@ -216,6 +224,8 @@ impl World for Hosts {
         voice: &Voice,
     ) -> Result<CheckpointEntry, Failure> {
         let ticket = request.ticket.clone().ok_or_else(|| Failure::new(Code::Internal, "no ticket"))?;
+        let expected = Expected { claim: self.named(expected.claim.clone()), ..expected };
+        expected.claim.make(&self.reader.bucket).await?;
         let key = self.reader.keys.data_key(&self.reader.bucket, expected.vm_id).await?;
         let base = self.base(&expected, voice).await;
         let request = SendRequest {
@@ -280,18 +290,12 @@ impl World for Hosts {
         }
     }
 
-    async fn erase(&self, manifest_key: &str, pack_keys: &[String]) -> Result<(), Failure> {
-        // The manifest first: from then on the checkpoint does not exist, whatever happens to its packs.
-        self.reader.bucket.delete(manifest_key).await?;
-        for key in pack_keys {
-            self.reader.bucket.delete(key).await?;
-        }
-        Ok(())
+    async fn erase(&self, manifest_key: &str) -> Result<(), Failure> {
+        Ok(self.reader.bucket.delete(manifest_key).await?)
     }
 
-    async fn packs(&self, vm_id: &str) -> Result<Vec<String>, Failure> {
-        let mut keys = self.reader.bucket.list(&vm_prefix(vm_id)).await?;
-        keys.retain(|key| key.contains("/packs/"));
-        Ok(keys)
+    async fn sweep(&self, request: &Request, say: &(dyn Fn(String) + Sync)) -> Result<Swept, Failure> {
+        let request = Request { claim: self.named(request.claim.clone()), ..request.clone() };
+        self.sweeper.sweep(&self.reader, &request, say).await
     }
 }

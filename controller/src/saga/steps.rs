@@ -12,6 +12,7 @@
 //! | restore    | fence, prepare, load, COMMIT, activate, release        | resume, if it ran; abandon            |
 //! | verify     | read, COMMIT                                           |                                       |
 //! | remove-checkpoint | COMMIT, erase                                   |                                       |
+//! | sweep      | sweep, COMMIT                                          |                                       |
 //!
 //! Steps may be repeated. What only lives in memory ([`Memory`]) is needed before the commit alone, because a
 //! controller that starts again undoes what is not committed; after it everything comes from the plan.
@@ -37,6 +38,7 @@ use crate::ledger::event::{CheckpointEntry, Event, Holder, Intent, Outcome, Plan
 use crate::ledger::state::Operation;
 use crate::ledger::{Ledger, unix_ms};
 use crate::retention::policy;
+use crate::sweep::{Request, Swept};
 
 /// How long a ticket is good for the first word of a lane.
 const TICKET_MS: u64 = 120_000;
@@ -54,6 +56,8 @@ pub struct Memory {
     pub handed_over: Option<(HandedOver, Instant)>,
     /// The checkpoint that was made.
     pub checkpoint: Option<CheckpointEntry>,
+    /// What a sweep did.
+    pub swept: Option<Swept>,
     /// What reading a checkpoint found.
     pub verdict: Option<String>,
     /// Time from the hand-over to the answer of the target, and the phases that the controller measured itself.
@@ -168,6 +172,7 @@ impl<W: World> Hands<'_, W> {
             (Task::Restore { .. }, _) => self.release(memory).await,
             (Task::Verify { checkpoint }, _) => self.verify(checkpoint, memory).await,
             (Task::RemoveCheckpoint { checkpoint, generation }, _) => self.erase(checkpoint, *generation).await,
+            (Task::Sweep { live_percent_min }, _) => self.sweep(*live_percent_min, memory).await,
         }
     }
 
@@ -196,7 +201,8 @@ impl<W: World> Hands<'_, W> {
                 | Task::Migrate { .. }
                 | Task::Restore { .. }
                 | Task::Verify { .. }
-                | Task::RemoveCheckpoint { .. },
+                | Task::RemoveCheckpoint { .. }
+                | Task::Sweep { .. },
                 _,
             ) => Ok(()),
         }
@@ -213,6 +219,9 @@ impl<W: World> Hands<'_, W> {
                 .clone()
                 .map(|entry| Outcome::Checkpoint(Box::new(CheckpointEntry { by_policy: *by_policy, ..entry })))
                 .ok_or_else(|| lost("the checkpoint")),
+            Task::Sweep { .. } => {
+                memory.swept.clone().map(|swept| Outcome::Swept(Box::new(swept))).ok_or_else(|| lost("what was swept"))
+            }
             Task::Verify { .. } => memory.verdict.clone().map(Outcome::Verified).ok_or_else(|| lost("the verdict")),
             Task::Migrate { .. } => {
                 memory.handed_over.is_some().then_some(Outcome::AsPlanned).ok_or_else(|| lost("the hand-over"))
@@ -388,6 +397,7 @@ impl<W: World> Hands<'_, W> {
             vm: self.plan().vm.clone(),
             vm_id: self.plan().vm_id.parse().map_err(|_| lost("the VM's id"))?,
             generation: Generation(holder.generation),
+            claim: Request::of(&self.ledger.state(), &self.plan().vm_id, holder.generation, 0).claim,
             config,
             capabilities,
             on_isolation,
@@ -532,19 +542,32 @@ impl<W: World> Hands<'_, W> {
         self.damaged(found).await
     }
 
-    /// Removes a manifest and every pack of the VM that no checkpoint of the ledger has, up to this generation: newer ones
-    /// are those of an owner that this ledger does not know. The lock of the VM's packs keeps others from adding any
-    /// meanwhile.
+    /// Removes a manifest, and then what no other needs. The lock of the VM's packs keeps others from adding any meanwhile.
     async fn erase(&self, checkpoint: &str, generation: u64) -> Result<(), Failure> {
-        let state = self.ledger.state();
-        let used: BTreeSet<&String> = state.checkpoints.values().flat_map(|entry| &entry.pack_keys).collect();
-        let held = state.vms.values().filter(|vm| vm.id == self.plan().vm_id).map(|vm| vm.generation);
-        let newest = Generation(held.max().unwrap_or(0).max(generation));
-        let ours = |key: &str| crate::bucket::generation_of(key).is_some_and(|of| of <= newest);
-        let mut packs = self.world.packs(&self.plan().vm_id).await?;
-        packs.retain(|key| ours(key) && !used.contains(key));
         let id = checkpoint.parse().map_err(|_| lost("the checkpoint's id"))?;
-        self.world.erase(&crate::bucket::manifest_key(&self.plan().vm_id, id), &packs).await
+        self.world.erase(&crate::bucket::manifest_key(&self.plan().vm_id, id)).await?;
+        let request = Request::of(&self.ledger.state(), &self.plan().vm_id, generation, 0);
+        match self.world.sweep(&request, &|_| ()).await {
+            Ok(swept) if swept.note.is_empty() => {}
+            Ok(swept) => self.voice.note(swept.note),
+            // What it names cannot be known, so nothing is removed: the next sweep looks again.
+            Err(failure) if matches!(failure.code, Code::Corrupt | Code::Denied) => self.voice.note(failure.message),
+            Err(failure) => return Err(failure),
+        }
+        Ok(())
+    }
+
+    async fn sweep(&self, live_percent_min: u32, memory: &mut Memory) -> Result<(), Failure> {
+        let request = Request::of(&self.ledger.state(), &self.plan().vm_id, 0, live_percent_min);
+        let mut swept = self.world.sweep(&request, &|said| self.voice.note(said)).await?;
+        let state = self.ledger.state();
+        swept.changed.retain(|changed| {
+            let keys = |entry: &CheckpointEntry| entry.pack_keys.iter().cloned().collect::<BTreeSet<_>>();
+            let now: BTreeSet<String> = changed.pack_keys.iter().cloned().collect();
+            state.checkpoints.get(&changed.checkpoint).is_some_and(|entry| keys(entry) != now)
+        });
+        memory.swept = Some(swept);
+        Ok(())
     }
 }
 

@@ -42,9 +42,10 @@ enum Scene {
     RestoreAs,
     Verify,
     RemoveCheckpoint,
+    Sweep,
 }
 
-const SCENES: [Scene; 14] = [
+const SCENES: [Scene; 15] = [
     Scene::Create,
     Scene::Pause,
     Scene::Resume,
@@ -59,6 +60,7 @@ const SCENES: [Scene; 14] = [
     Scene::RestoreAs,
     Scene::Verify,
     Scene::RemoveCheckpoint,
+    Scene::Sweep,
 ];
 
 struct Stage {
@@ -79,6 +81,10 @@ impl Stage {
         if scene == Scene::Resume {
             let plan = simple_plan(&stage.ledger.state(), "vm1", Task::Pause { was: Intent::Running });
             stage.run(plan).await;
+        }
+        if scene == Scene::Sweep {
+            let pack = format!("vms/{}/g00000001/packs/nobody's", stage.ledger.state().vms["vm1"].id);
+            stage.field.lock().unwrap().bucket.insert(pack);
         }
         if scene == Scene::RestoreEnded {
             stage.field.lock().unwrap().held("hostA", "vm1").unwrap().state = VmState::Crashed;
@@ -167,6 +173,7 @@ fn plan(scene: Scene, state: &State) -> Plan {
         Scene::RestoreInPlace => restore_plan(state, "vm1", CHECKPOINT, "hostA"),
         Scene::RestoreAs => restore_plan(state, "vm2", CHECKPOINT, "hostB"),
         Scene::Verify => on_checkpoint(Task::Verify { checkpoint }),
+        Scene::Sweep => on_checkpoint(Task::Sweep { live_percent_min: 30 }),
         Scene::RemoveCheckpoint => on_checkpoint(Task::RemoveCheckpoint { checkpoint, generation: 1 }),
     }
 }
@@ -249,7 +256,7 @@ fn check(scene: Scene, fault: &Fault, before: &State, stage: &Stage, status: Sta
     }
     let manifests: Vec<&String> = field.bucket.iter().filter(|key| key.ends_with(".manifest")).collect();
     let known: Vec<&String> = state.checkpoints.values().map(|entry| &entry.manifest_key).collect();
-    let swept = !matches!(status, Status::Left(_));
+    let swept = !matches!(status, Status::Left(_)) && (scene != Scene::Sweep || status == Status::Done);
     if swept {
         assert_eq!(manifests, known, "{at}");
         let packs: usize = state.checkpoints.values().map(|entry| entry.pack_keys.len()).sum();

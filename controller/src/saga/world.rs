@@ -15,6 +15,7 @@ use crate::failure::Failure;
 use crate::ingest::read::Damaged;
 use crate::ingest::receive::Expected;
 use crate::ledger::event::CheckpointEntry;
+use crate::sweep::{Request, Swept};
 
 /// Answer of a call.
 pub trait Answer<T>: Future<Output = Result<T, Failure>> + Send {}
@@ -59,10 +60,10 @@ pub trait World: Send + Sync + 'static {
     fn lost(&self, manifest_key: &str) -> impl Answer<Damaged>;
     /// Reads a checkpoint in full; what of it is missing or damaged.
     fn verify(&self, entry: &CheckpointEntry, voice: &Voice) -> impl Answer<Damaged>;
-    /// Removes a manifest, then these packs.
-    fn erase(&self, manifest_key: &str, pack_keys: &[String]) -> impl Answer<()>;
-    /// Keys of all packs of a VM.
-    fn packs(&self, vm_id: &str) -> impl Answer<Vec<String>>;
+    /// Removes a manifest: from then on the checkpoint does not exist, whatever happens to its packs.
+    fn erase(&self, manifest_key: &str) -> impl Answer<()>;
+    /// Removes what no checkpoint of a VM needs. Whoever calls holds the lock of the VM's packs.
+    fn sweep(&self, request: &Request, say: &(dyn Fn(String) + Sync)) -> impl Answer<Swept>;
 }
 
 /// What [`World::load`] needs.

@@ -12,6 +12,7 @@
 pub mod book;
 pub mod due;
 pub mod facts;
+pub mod sweeping;
 #[cfg(test)]
 mod tests;
 
@@ -238,13 +239,20 @@ impl<W: World> Schedule<W> {
                 let held = locks.iter().filter_map(|lock| state.lock_holder(lock));
                 let ours: Vec<_> = held
                     .filter(|operation| operation.actor == *actor)
-                    .filter(|o| matches!(o.plan.task, Task::Checkpoint { .. } | Task::RemoveCheckpoint { .. }))
+                    .filter(|o| {
+                        matches!(
+                            o.plan.task,
+                            Task::Checkpoint { .. } | Task::RemoveCheckpoint { .. } | Task::Sweep { .. }
+                        )
+                    })
                     .collect();
                 if ours.is_empty() {
                     return;
                 }
                 for operation in ours {
-                    if matches!(operation.plan.task, Task::Checkpoint { .. }) && operation.failure.is_none() {
+                    if matches!(operation.plan.task, Task::Checkpoint { .. } | Task::Sweep { .. })
+                        && operation.failure.is_none()
+                    {
                         // It may have passed its commit; then it ends in a moment.
                         let _ = sagas.cancel(actor, &operation.id).await;
                     }

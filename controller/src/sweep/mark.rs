@@ -1,0 +1,137 @@
+//! What lies there of a VM, and what its manifests name.
+//!
+//! A manifest is read once: what it names is remembered under its key, its length and the time at which it was written. A
+//! few are read at a time.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use proto::ids::Generation;
+use proto::status::Code;
+use proto::v1::Owner;
+use tokio::task::JoinSet;
+
+use crate::bucket::{Bucket, Object, vm_prefix};
+use crate::failure::Failure;
+use crate::ingest::manifest::pack_keys;
+use crate::ingest::owner::{Claim, owners};
+use crate::ingest::read::Reader;
+
+/// Manifests that are read at a time.
+pub const READS_MAX: usize = 8;
+
+/// Everything that lies there of a VM.
+pub struct Ground {
+    /// Its packs.
+    pub packs: Vec<Object>,
+    /// Its manifests.
+    pub manifests: Vec<Object>,
+    /// Who claims which of its generations, the newest first.
+    pub owners: Vec<Owner>,
+}
+
+impl Ground {
+    /// Looks what there is.
+    ///
+    /// # Errors
+    /// The bucket's.
+    pub async fn survey(bucket: &Bucket, vm_id: &str) -> Result<Ground, Failure> {
+        let (packs, rest): (Vec<_>, Vec<_>) = bucket
+            .list_objects(&vm_prefix(vm_id))
+            .await?
+            .into_iter()
+            .partition(|object| object.key.contains("/packs/"));
+        let is_manifest = |object: &Object| object.key.contains("/checkpoints/") && object.key.ends_with(".manifest");
+        let manifests = rest.into_iter().filter(is_manifest).collect();
+        Ok(Ground { packs, manifests, owners: owners(bucket, vm_id, Generation(0)).await? })
+    }
+
+    /// Who claims a generation.
+    pub fn owner(&self, generation: Generation) -> Option<&Owner> {
+        self.owners.iter().find(|owner| owner.generation == generation.0)
+    }
+
+    /// The newest claim, if it is of another cluster.
+    pub fn foreign(&self, claim: &Claim) -> Option<&Owner> {
+        self.owners.first().filter(|owner| owner.cluster != claim.cluster)
+    }
+}
+
+/// What a manifest names, and of which object that was read.
+struct Known {
+    bytes: u64,
+    modified_unix_ms: u64,
+    packs: Arc<BTreeSet<String>>,
+}
+
+/// What manifests name.
+#[derive(Default)]
+pub struct Marks {
+    known: Mutex<BTreeMap<String, Known>>,
+}
+
+impl Marks {
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Known>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// These objects are others now.
+    pub fn forget<'a>(&self, keys: impl Iterator<Item = &'a String>) {
+        let mut known = self.lock();
+        keys.for_each(|key| drop(known.remove(key)));
+    }
+
+    /// The packs of every manifest that lies there, by its key. One that the ledger knows (`in_ledger`) and that cannot be
+    /// opened is left out.
+    ///
+    /// # Errors
+    /// [`Code::Corrupt`] or [`Code::Denied`] naming a manifest that could name anything; the bucket's.
+    pub async fn all(
+        &self,
+        reader: &Reader,
+        ground: &Ground,
+        in_ledger: &BTreeSet<String>,
+    ) -> Result<BTreeMap<String, Arc<BTreeSet<String>>>, Failure> {
+        let mut marked = BTreeMap::new();
+        let mut unread = Vec::new();
+        for object in &ground.manifests {
+            let found = self.lock().get(&object.key).and_then(|known| {
+                let same = known.bytes == object.bytes && known.modified_unix_ms == object.modified_unix_ms;
+                same.then(|| known.packs.clone())
+            });
+            match found {
+                Some(packs) => drop(marked.insert(object.key.clone(), packs)),
+                None => unread.push(object.clone()),
+            }
+        }
+        let mut reading: JoinSet<(Object, Result<BTreeSet<String>, Failure>)> = JoinSet::new();
+        let mut unread = unread.into_iter();
+        loop {
+            while reading.len() < READS_MAX
+                && let Some(object) = unread.next()
+            {
+                let reader = reader.clone();
+                reading.spawn(async move {
+                    let opened = reader.manifest(&object.key).await;
+                    (object, opened.map(|opened| pack_keys(&opened.manifest).into_iter().collect()))
+                });
+            }
+            let Some(ended) = reading.join_next().await else { break };
+            let (object, packs) = ended.map_err(|_| Failure::new(Code::Internal, "a reader of manifests ended"))?;
+            match packs {
+                Ok(packs) => {
+                    let packs = Arc::new(packs);
+                    let Object { key, bytes, modified_unix_ms } = object;
+                    self.lock().insert(key.clone(), Known { bytes, modified_unix_ms, packs: packs.clone() });
+                    marked.insert(key, packs);
+                }
+                Err(failure)
+                    if matches!(failure.code, Code::Corrupt | Code::Denied) && in_ledger.contains(&object.key) => {}
+                Err(failure) => {
+                    return Err(failure.at("nothing is swept, because nobody knows what it needs"));
+                }
+            }
+        }
+        Ok(marked)
+    }
+}

@@ -1,0 +1,679 @@
+//! Packs that are mostly dead, rewritten with what is alive.
+//!
+//! ```text
+//!   count    which pages of which frames some checkpoint needs, one region of all checkpoints after the other
+//!   copy     live pages of the victims into new packs of pages                         (new packs: nobody names them yet)
+//!   map      layers that name a victim, or lie in one, anew; each compared with what it was   (new packs of page maps)
+//!   swap     each manifest that needs a victim replaced by one that needs the new packs, one after the other
+//! ```
+//! Killed anywhere, every checkpoint is whole: before its swap it needs only old packs, after it only new ones, and old packs
+//! go when no manifest names them. New packs that nobody names yet go with the next sweep. Layers stay shared: each is
+//! rewritten once, whichever checkpoints share it. In memory at a time: one region, its layers, a pack that is read and one
+//! that is written, and the manifests, which have a limit.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use proto::frame::{self, Kind};
+use proto::ids::PackId;
+use proto::seal::Sealer;
+use proto::status::Code;
+use proto::v1::{LayerRef, Manifest, MapLayer, PackEntry, PackRef, PackUse, SectionRef};
+
+use super::Request;
+use super::mark::Ground;
+use crate::bucket;
+use crate::failure::Failure;
+use crate::ingest::manifest::{self, pack_key, regions};
+use crate::ingest::map::{Extent, PackAt, Place, Region};
+use crate::ingest::pack::{Pack, PackWriter};
+use crate::ingest::read::{Opened, Reader, beside, by_pack, frames, pages};
+
+/// Bytes of manifests that are held at a time.
+const MANIFESTS_MAX: u64 = 256 << 20;
+/// Bytes of layers of a region that are held at a time.
+const LAYERS_MAX: usize = 64 << 20;
+/// Live bytes that are copied in one go; the rest waits for the next sweep.
+const COPY_MAX: u64 = 256 << 20;
+
+/// How many pages a pack holds, of packs that were looked into: what a pack holds never changes.
+#[derive(Default)]
+pub struct Totals {
+    known: Mutex<HashMap<PackId, u64>>,
+}
+
+/// A repacking.
+pub struct Repack<'a, S> {
+    /// Reads and opens.
+    pub reader: &'a Reader,
+    /// Of which VM.
+    pub request: &'a Request,
+    /// What is known of packs.
+    pub totals: &'a Totals,
+    /// Hears what is done.
+    pub say: &'a S,
+}
+
+/// What was done.
+#[derive(Default)]
+pub struct Repacked {
+    /// Packs that are rewritten.
+    pub repacked: u64,
+    /// Bytes that were written.
+    pub written_bytes: u64,
+    /// Manifests that were replaced.
+    pub manifests: Vec<String>,
+    /// Why nothing was done; may be empty.
+    pub note: String,
+}
+
+/// Where a layer lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+struct LayerAt {
+    pack: PackAt,
+    offset: u64,
+    bytes: u32,
+    pages: u32,
+}
+
+/// One region of one of the checkpoints.
+#[derive(Clone, Copy)]
+struct At {
+    checkpoint: usize,
+    region: usize,
+}
+
+/// A region, and its versions: by the layers that make it up, the checkpoints that have it so.
+struct Versions {
+    space: u32,
+    first_page: u64,
+    pages: u64,
+    versions: BTreeMap<Vec<LayerAt>, Vec<At>>,
+}
+
+/// What of each pack some checkpoint needs.
+#[derive(Default)]
+struct Live {
+    pages: BTreeMap<PackAt, u64>,
+    bytes: BTreeMap<PackAt, u64>,
+}
+
+/// Pages of a victim that lie in a new pack now.
+struct Moved {
+    first_page: u64,
+    pages: u32,
+    pack: usize,
+    offset: u64,
+    bytes: u32,
+}
+
+/// New packs of one kind.
+struct Out {
+    writer: PackWriter,
+    full: Vec<PackAt>,
+}
+
+/// A place in [`Out`].
+#[derive(Clone, Copy)]
+struct Pending {
+    pack: usize,
+    offset: u64,
+    bytes: u32,
+}
+
+/// A layer after the rewriting: where it was, or written anew; none: nothing of it is alive.
+#[derive(Clone, Copy)]
+enum NewLayer {
+    Kept(LayerAt),
+    Written(Pending, u32),
+    Empty,
+}
+
+/// What a region of a checkpoint is going to be.
+struct NewRegion {
+    layers: Vec<LayerAt>,
+    uses: Vec<(PackAt, u32)>,
+}
+
+/// Layers of one region that were read, within a limit.
+#[derive(Default)]
+struct Layers {
+    held: HashMap<LayerAt, Arc<MapLayer>>,
+    bytes: usize,
+}
+
+/// Everything that the steps of a repacking share.
+struct Work {
+    checkpoints: Vec<Opened>,
+    keys: Vec<String>,
+    regions: Vec<Versions>,
+    victims: BTreeSet<PackAt>,
+    moved: BTreeMap<Place, Vec<Moved>>,
+    layers: BTreeMap<LayerAt, NewLayer>,
+    sections: BTreeMap<(PackAt, u64, u32), Pending>,
+    sealer: Arc<Sealer>,
+}
+
+impl<S: Fn(String) + Sync> Repack<'_, S> {
+    /// Does all of it.
+    ///
+    /// # Errors
+    /// [`Code::Corrupt`] naming what is damaged, or the bucket's; every checkpoint is as good as before.
+    pub async fn run(&self, ground: &Ground) -> Result<Repacked, Failure> {
+        let mut done = Repacked::default();
+        if ground.manifests.iter().map(|manifest| manifest.bytes).sum::<u64>() > MANIFESTS_MAX {
+            done.note = format!("not repacked: the manifests are larger than {} MiB together", MANIFESTS_MAX >> 20);
+            return Ok(done);
+        }
+        let Some(mut work) = self.open(ground, &mut done).await? else { return Ok(done) };
+        let live = self.count(&work).await?;
+        work.victims = self.victims(&work, &live).await?;
+        done.repacked = work.victims.len() as u64;
+        if work.victims.is_empty() || self.request.dry_run {
+            return Ok(done);
+        }
+        (self.say)(format!(
+            "{} packs of {} are mostly dead: rewriting what is alive",
+            done.repacked, self.request.claim.vm
+        ));
+        // New packs are this generation's: nobody else may write any.
+        self.request.claim.make(&self.reader.bucket).await?;
+        let mut pages = self.out(&work);
+        self.copy(&mut work, &mut pages).await?;
+        self.flush(&work, &mut pages, &mut done).await?;
+        let mut maps = self.out(&work);
+        let new = self.map(&mut work, &pages.full, &mut maps, &mut done).await?;
+        self.flush(&work, &mut maps, &mut done).await?;
+        self.swap(&work, new, &maps.full, &mut done).await?;
+        Ok(done)
+    }
+
+    /// Reads all manifests. One that cannot be read stays as it is, and so do all packs: it may need any of them.
+    async fn open(&self, ground: &Ground, done: &mut Repacked) -> Result<Option<Work>, Failure> {
+        let (mut checkpoints, mut keys) = (Vec::new(), Vec::new());
+        for object in &ground.manifests {
+            match self.reader.manifest(&object.key).await {
+                Ok(opened) if opened.manifest.major == 2 => {
+                    checkpoints.push(opened);
+                    keys.push(object.key.clone());
+                }
+                // Its packs are its own.
+                Ok(_) => {}
+                Err(failure) if matches!(failure.code, Code::Corrupt | Code::Denied) => {
+                    done.note = format!("not repacked: {failure}");
+                    return Ok(None);
+                }
+                Err(failure) => return Err(failure),
+            }
+        }
+        if checkpoints.is_empty() {
+            return Ok(None);
+        }
+        let vm = self.request.claim.vm_id.parse().map_err(|_| Failure::new(Code::Internal, "no id of a VM"))?;
+        let key = self.reader.keys.data_key(&self.reader.bucket, vm).await?;
+        let regions = versions(&checkpoints);
+        Ok(Some(Work {
+            checkpoints,
+            keys,
+            regions,
+            victims: BTreeSet::new(),
+            moved: BTreeMap::new(),
+            layers: BTreeMap::new(),
+            sections: BTreeMap::new(),
+            sealer: Arc::new(Sealer::new(&key, vm, proto::seal::salt())),
+        }))
+    }
+
+    /// A region as these layers make it.
+    async fn compose(
+        &self,
+        work: &Work,
+        region: &Versions,
+        layers: &[LayerAt],
+        at: At,
+        held: &mut Layers,
+    ) -> Result<Region, Failure> {
+        let opened = &work.checkpoints[at.checkpoint];
+        let mut made = Region::zero(region.space, region.first_page, region.pages);
+        for layer in layers {
+            let message = match held.held.get(layer) {
+                Some(message) => message.clone(),
+                None => {
+                    let read = Arc::new(self.reader.layer(opened, &layer.pack, layer.offset, layer.bytes).await?);
+                    held.keep(*layer, read.clone());
+                    read
+                }
+            };
+            let below = made;
+            made = beside(move || below.laid(&message)).await?.map_err(|error| {
+                let key = pack_key(&opened.manifest, &layer.pack);
+                Failure::new(Code::Corrupt, format!("pack {key}, page map at byte {}: {error}", layer.offset))
+                    .object(key)
+            })?;
+        }
+        if made.groups() != opened.manifest.regions[at.region].groups {
+            let (id, page) = (&opened.manifest.checkpoint, region.first_page);
+            let text = format!("checkpoint {id}: its page maps at page {page} of space {} do not add up", region.space);
+            return Err(Failure::new(Code::Corrupt, text).object(work.keys[at.checkpoint].clone()));
+        }
+        Ok(made)
+    }
+
+    /// Counts what some checkpoint needs.
+    async fn count(&self, work: &Work) -> Result<Live, Failure> {
+        let mut live = Live::default();
+        let mut counted: BTreeSet<(PackAt, u64)> = BTreeSet::new();
+        let mut bytes = |pack: PackAt, offset: u64, length: u32| {
+            if counted.insert((pack, offset)) {
+                *live.bytes.entry(pack).or_insert(0) += u64::from(length);
+            }
+        };
+        for opened in &work.checkpoints {
+            for section in &opened.manifest.sections {
+                bytes(manifest::pack(&opened.manifest, section.pack), section.offset, section.bytes);
+            }
+        }
+        for layer in work.regions.iter().flat_map(|region| region.versions.keys().flatten()) {
+            bytes(layer.pack, layer.offset, layer.bytes);
+        }
+        drop(counted);
+        for region in &work.regions {
+            let mut held = Layers::default();
+            let mut needed: HashMap<Place, [u64; 4]> = HashMap::new();
+            for (layers, there) in &region.versions {
+                let made = self.compose(work, region, layers, there[0], &mut held).await?;
+                for (page, _, place) in made.placed() {
+                    let bit = (region.first_page + page as u64 - place.first_page) as usize;
+                    needed.entry(place).or_default()[bit / 64 % 4] |= 1 << (bit % 64);
+                }
+            }
+            for (place, mask) in needed {
+                let count: u32 = mask.iter().map(|word| word.count_ones()).sum();
+                *live.pages.entry(place.pack).or_insert(0) += u64::from(count);
+            }
+        }
+        Ok(live)
+    }
+
+    /// The packs that are worth rewriting, the deadest first, up to a limit.
+    async fn victims(&self, work: &Work, live: &Live) -> Result<BTreeSet<PackAt>, Failure> {
+        let percent = u64::from(self.request.live_percent_min.min(100));
+        let manifest = &work.checkpoints[0].manifest;
+        let named: BTreeSet<PackAt> =
+            work.checkpoints.iter().flat_map(|opened| manifest::packs(&opened.manifest)).collect();
+        let mut found = Vec::new();
+        for pack in named {
+            let key = pack_key(manifest, &pack);
+            if self.request.damaged.contains(&key) {
+                continue;
+            }
+            let pages = live.pages.get(&pack).copied().unwrap_or(0);
+            let (alive, all) = match self.total(&work.checkpoints[0], &key, &pack).await? {
+                0 => (live.bytes.get(&pack).copied().unwrap_or(0), pack.bytes),
+                total => (pages, total),
+            };
+            if alive * 100 < all * percent {
+                found.push((alive * 1000 / all.max(1), pack.bytes * alive / all.max(1), pack));
+            }
+        }
+        found.sort();
+        let mut copied = 0;
+        let fits = |(_, bytes, _): &(u64, u64, PackAt)| {
+            copied += bytes;
+            copied <= COPY_MAX
+        };
+        Ok(found.into_iter().take_while(fits).map(|(_, _, pack)| pack).collect())
+    }
+
+    /// How many pages a pack holds, by its own index; 0 if it holds page maps and sections.
+    async fn total(&self, opened: &Opened, key: &str, pack: &PackAt) -> Result<u64, Failure> {
+        let known = || self.totals.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(total) = known().get(&pack.id) {
+            return Ok(*total);
+        }
+        let index = self.reader.pack_index(opened, key, pack).await?;
+        let total = index.entries.iter().map(|entry| u64::from(entry.pages)).sum();
+        known().insert(pack.id, total);
+        Ok(total)
+    }
+
+    fn out(&self, work: &Work) -> Out {
+        let newest = work.checkpoints.iter().max_by_key(|opened| opened.manifest.created_unix_ms);
+        let id = newest.map_or("", |opened| opened.manifest.checkpoint.as_str());
+        Out { writer: PackWriter::new(id), full: Vec::new() }
+    }
+
+    async fn push(
+        &self,
+        work: &Work,
+        out: &mut Out,
+        frame: &[u8],
+        entry: PackEntry,
+        done: Option<&mut Repacked>,
+    ) -> Result<Pending, Failure> {
+        if !out.writer.fits(frame.len(), &entry.section) {
+            let mut unheard = Repacked::default();
+            self.flush(work, out, done.unwrap_or(&mut unheard)).await?;
+        }
+        let offset = out.writer.push(frame, entry);
+        Ok(Pending { pack: out.full.len(), offset, bytes: frame.len() as u32 })
+    }
+
+    /// Writes the pack that is open, if something is in it.
+    async fn flush(&self, work: &Work, out: &mut Out, done: &mut Repacked) -> Result<(), Failure> {
+        if out.writer.is_empty() {
+            return Ok(());
+        }
+        let next = self.out(work).writer;
+        let Pack { id, bytes } = std::mem::replace(&mut out.writer, next).seal(&work.sealer);
+        let at = PackAt { generation: self.request.claim.generation, id, bytes: bytes.len() as u64 };
+        let key = bucket::pack_key(&self.request.claim.vm_id, at.generation, id);
+        self.reader.bucket.put(&key, bytes).await?;
+        done.written_bytes += at.bytes;
+        out.full.push(at);
+        Ok(())
+    }
+
+    /// Copies the live pages of victims.
+    async fn copy(&self, work: &mut Work, out: &mut Out) -> Result<(), Failure> {
+        for number in 0..work.regions.len() {
+            let region = &work.regions[number];
+            let mut held = Layers::default();
+            let mut needed: BTreeMap<Place, BTreeMap<u64, [u8; 32]>> = BTreeMap::new();
+            for (layers, there) in &region.versions {
+                let made = self.compose(work, region, layers, there[0], &mut held).await?;
+                for (page, leaf, place) in made.placed().filter(|(_, _, place)| work.victims.contains(&place.pack)) {
+                    needed.entry(place).or_default().insert(region.first_page + page as u64, leaf);
+                }
+            }
+            drop(held);
+            let space = region.space as u16;
+            let extents: Vec<Extent> =
+                needed.into_iter().flat_map(|(place, pages)| extents(space, place, pages)).collect();
+            for (pack, extents) in by_pack(extents) {
+                self.copy_pack(work, &pack, &extents, out).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn copy_pack(
+        &self,
+        work: &mut Work,
+        pack: &PackAt,
+        extents: &[Extent],
+        out: &mut Out,
+    ) -> Result<(), Failure> {
+        let key = pack_key(&work.checkpoints[0].manifest, pack);
+        let pieces = self.reader.pieces(&key, pack, extents).await?;
+        for extents in frames(extents) {
+            let (opener, key, pieces) = (work.checkpoints[0].opener.clone(), key.clone(), pieces.clone());
+            let (sealer, place, extents) = (work.sealer.clone(), extents[0].place, extents.to_vec());
+            let sealed = beside(move || {
+                let opened = pages(opener.as_ref(), &key, &pieces, &extents)?;
+                Ok::<_, Failure>(opened.into_iter().map(|(run, frame)| (run, sealer.seal(&frame))).collect::<Vec<_>>())
+            });
+            for (run, frame) in sealed.await?? {
+                let (first_page, pages) = (run.first_page, run.pages);
+                let entry = PackEntry { space: run.space.into(), first_page, pages, ..PackEntry::default() };
+                let Pending { pack, offset, bytes } = self.push(work, out, &frame, entry, None).await?;
+                work.moved.entry(place).or_default().push(Moved { first_page, pages, pack, offset, bytes });
+            }
+        }
+        Ok(())
+    }
+
+    /// Rewrites what names a victim or lies in one; what each region of each checkpoint is going to be.
+    async fn map(
+        &self,
+        work: &mut Work,
+        new_pages: &[PackAt],
+        out: &mut Out,
+        done: &mut Repacked,
+    ) -> Result<Vec<(At, Vec<NewLayer>, Vec<(PackAt, u32)>)>, Failure> {
+        let mut new = Vec::new();
+        for number in 0..work.regions.len() {
+            let (mut held, mut anew) = (Layers::default(), HashMap::new());
+            let versions: Vec<(Vec<LayerAt>, Vec<At>)> =
+                work.regions[number].versions.iter().map(|(layers, there)| (layers.clone(), there.clone())).collect();
+            for (layers, there) in versions {
+                let before = self.compose(work, &work.regions[number], &layers, there[0], &mut held).await?;
+                let mut after = {
+                    let region = &work.regions[number];
+                    Region::zero(region.space, region.first_page, region.pages)
+                };
+                let mut written = Vec::new();
+                for layer in layers {
+                    let (message, is) =
+                        self.layer(work, number, layer, there[0], new_pages, &mut held, &mut anew, out, done).await?;
+                    after = after.laid(&message).map_err(|error| bug(&error.to_string()))?;
+                    written.push(is);
+                }
+                if after.leaves() != before.leaves() || after.uses().keys().any(|pack| work.victims.contains(pack)) {
+                    return Err(bug("a region that was rewritten is not what it was"));
+                }
+                let uses: Vec<(PackAt, u32)> = after.uses().into_iter().collect();
+                new.extend(there.into_iter().map(|at| (at, written.clone(), uses.clone())));
+            }
+        }
+        for number in 0..work.checkpoints.len() {
+            let sections = work.checkpoints[number].manifest.sections.clone();
+            for section in sections {
+                let pack = manifest::pack(&work.checkpoints[number].manifest, section.pack);
+                let at = (pack, section.offset, section.bytes);
+                if work.victims.contains(&pack) && !work.sections.contains_key(&at) {
+                    let key = pack_key(&work.checkpoints[number].manifest, &pack);
+                    let frame = self.reader.bucket.get_range(&key, section.offset, section.bytes as usize).await?;
+                    let entry = PackEntry { section: section.name.clone(), ..PackEntry::default() };
+                    let place = self.push(work, out, &frame, entry, Some(done)).await?;
+                    work.sections.insert(at, place);
+                }
+            }
+        }
+        Ok(new)
+    }
+
+    /// One layer as it is going to be: the message, and where it lies.
+    #[allow(clippy::too_many_arguments, reason = "one region's work in progress, which nothing else shares")]
+    async fn layer(
+        &self,
+        work: &mut Work,
+        number: usize,
+        layer: LayerAt,
+        at: At,
+        new_pages: &[PackAt],
+        held: &mut Layers,
+        anew: &mut HashMap<LayerAt, Arc<MapLayer>>,
+        out: &mut Out,
+        done: &mut Repacked,
+    ) -> Result<(Arc<MapLayer>, NewLayer), Failure> {
+        if let (Some(message), Some(is)) = (anew.get(&layer), work.layers.get(&layer)) {
+            return Ok((message.clone(), *is));
+        }
+        let old = match held.held.get(&layer) {
+            Some(message) => message.clone(),
+            None => {
+                let opened = &work.checkpoints[at.checkpoint];
+                Arc::new(self.reader.layer(opened, &layer.pack, layer.offset, layer.bytes).await?)
+            }
+        };
+        let names = |pack: &PackRef| PackAt::parse(pack).is_some_and(|pack| work.victims.contains(&pack));
+        let (message, is) = if !work.victims.contains(&layer.pack) && !old.packs.iter().any(names) {
+            (old, NewLayer::Kept(layer))
+        } else {
+            let message = Arc::new(transformed(work, &work.regions[number], &old, new_pages)?);
+            let pages: u32 = message.runs.iter().map(|run| run.pages).sum();
+            let is = if pages == 0 {
+                NewLayer::Empty
+            } else {
+                let sealed = work.sealer.seal(&frame::encode_message(Kind::PageMap, &*message));
+                let entry = PackEntry { space: message.space, first_page: message.first_page, ..PackEntry::default() };
+                NewLayer::Written(self.push(work, out, &sealed, entry, Some(done)).await?, pages)
+            };
+            (message, is)
+        };
+        work.layers.insert(layer, is);
+        anew.insert(layer, message.clone());
+        Ok((message, is))
+    }
+
+    /// Replaces every manifest that needs a victim.
+    async fn swap(
+        &self,
+        work: &Work,
+        new: Vec<(At, Vec<NewLayer>, Vec<(PackAt, u32)>)>,
+        maps: &[PackAt],
+        done: &mut Repacked,
+    ) -> Result<(), Failure> {
+        let mut by_checkpoint: BTreeMap<usize, BTreeMap<usize, NewRegion>> = BTreeMap::new();
+        for (at, layers, uses) in new {
+            let place = |layer: NewLayer| match layer {
+                NewLayer::Kept(layer) => Some(layer),
+                NewLayer::Written(Pending { pack, offset, bytes }, pages) => {
+                    Some(LayerAt { pack: maps[pack], offset, bytes, pages })
+                }
+                NewLayer::Empty => None,
+            };
+            let region = NewRegion { layers: layers.into_iter().filter_map(place).collect(), uses };
+            by_checkpoint.entry(at.checkpoint).or_default().insert(at.region, region);
+        }
+        for (number, opened) in work.checkpoints.iter().enumerate() {
+            if !manifest::packs(&opened.manifest).iter().any(|pack| work.victims.contains(pack)) {
+                continue;
+            }
+            let manifest = replaced(work, opened, by_checkpoint.remove(&number).unwrap_or_default(), maps)?;
+            manifest::check(&manifest).map_err(|error| bug(&error.to_string()))?;
+            let vm = manifest.vm_id.parse().map_err(|_| bug("no id of a VM"))?;
+            let key = self.reader.keys.data_key(&self.reader.bucket, vm).await?;
+            let bytes = manifest::encode(&manifest, &work.sealer, self.reader.keys.wrap(vm, &key))
+                .map_err(|error| Failure::new(Code::Exhausted, error.to_string()))?;
+            self.reader.bucket.put(&work.keys[number], bytes).await?;
+            done.manifests.push(work.keys[number].clone());
+        }
+        Ok(())
+    }
+}
+
+impl Layers {
+    fn keep(&mut self, at: LayerAt, layer: Arc<MapLayer>) {
+        let bytes = layer.leaves.len() + 24 * (layer.runs.len() + layer.frames.len());
+        if self.bytes + bytes > LAYERS_MAX {
+            self.held.clear();
+            self.bytes = 0;
+        }
+        self.bytes += bytes;
+        self.held.insert(at, layer);
+    }
+}
+
+fn bug(text: &str) -> Failure {
+    Failure::new(Code::Internal, format!("repacking: {text}; no checkpoint was changed"))
+}
+
+/// The regions of all checkpoints, each with its versions.
+fn versions(checkpoints: &[Opened]) -> Vec<Versions> {
+    let mut found: BTreeMap<(u32, u64, u64), BTreeMap<Vec<LayerAt>, Vec<At>>> = BTreeMap::new();
+    for (checkpoint, opened) in checkpoints.iter().enumerate() {
+        let spaces = opened.manifest.config.as_ref().map(crate::ingest::assembly::spaces).unwrap_or_default();
+        for (number, (place, region)) in regions(&spaces).zip(&opened.manifest.regions).enumerate() {
+            let at = |layer: &LayerRef| {
+                let LayerRef { pack, offset, bytes, pages } = *layer;
+                LayerAt { pack: manifest::pack(&opened.manifest, pack), offset, bytes, pages }
+            };
+            let layers: Vec<LayerAt> = region.layers.iter().map(at).collect();
+            if !layers.is_empty() {
+                let versions = found.entry(place).or_default();
+                versions.entry(layers).or_default().push(At { checkpoint, region: number });
+            }
+        }
+    }
+    let region = |((space, first_page, pages), versions)| Versions { space, first_page, pages, versions };
+    found.into_iter().map(region).collect()
+}
+
+/// Pages of one frame, joined where they lie side by side.
+fn extents(space: u16, place: Place, pages: BTreeMap<u64, [u8; 32]>) -> Vec<Extent> {
+    let mut extents: Vec<Extent> = Vec::new();
+    for (page, leaf) in pages {
+        match extents.last_mut() {
+            Some(extent) if extent.first_page + u64::from(extent.pages) == page => {
+                extent.pages += 1;
+                extent.leaves.push(leaf);
+            }
+            _ => extents.push(Extent { space, first_page: page, leaves: vec![leaf], pages: 1, place }),
+        }
+    }
+    extents
+}
+
+/// A layer without what is dead in victims, and with the new places of what is alive.
+fn transformed(work: &Work, region: &Versions, old: &MapLayer, new_pages: &[PackAt]) -> Result<MapLayer, Failure> {
+    let alone = Region::zero(region.space, region.first_page, region.pages);
+    let mut alone = alone.laid(old).map_err(|error| bug(&error.to_string()))?;
+    let (mut kept, mut added) = (Vec::new(), HashMap::new());
+    for run in &old.runs {
+        for page in run.first_page as usize..(run.first_page + run.pages) as usize {
+            let Some(place) = alone.place(page).filter(|place| work.victims.contains(&place.pack)) else {
+                kept.push(page);
+                continue;
+            };
+            let number = region.first_page + page as u64;
+            let moved = work.moved.get(&place).into_iter().flatten();
+            let inside =
+                |moved: &&Moved| (moved.first_page..moved.first_page + u64::from(moved.pages)).contains(&number);
+            if let Some(Moved { first_page, pack, offset, bytes, .. }) = moved.into_iter().find(inside) {
+                let place = Place { pack: new_pages[*pack], offset: *offset, bytes: *bytes, first_page: *first_page };
+                let frame = *added.entry(place).or_insert_with(|| alone.frame(place));
+                let leaf = alone.leaf(page);
+                alone.set(page, leaf, Some(frame));
+                kept.push(page);
+            }
+        }
+    }
+    Ok(alone.layer(kept.into_iter()))
+}
+
+/// The manifest that takes the place of another.
+fn replaced(
+    work: &Work,
+    opened: &Opened,
+    mut new: BTreeMap<usize, NewRegion>,
+    maps: &[PackAt],
+) -> Result<Manifest, Failure> {
+    let old = &opened.manifest;
+    let (mut packs, mut numbers) = (Vec::new(), BTreeMap::new());
+    let mut number = |pack: PackAt| {
+        *numbers.entry(pack).or_insert_with(|| {
+            packs.push(pack);
+            packs.len() as u32 - 1
+        })
+    };
+    let mut regions = Vec::new();
+    for (at, region) in old.regions.iter().enumerate() {
+        let NewRegion { layers, uses } = new.remove(&at).unwrap_or(NewRegion { layers: vec![], uses: vec![] });
+        if layers.is_empty() && !region.packs.is_empty() {
+            return Err(bug("a region was forgotten"));
+        }
+        let mut region = proto::v1::MapRegion { layers: vec![], packs: vec![], ..region.clone() };
+        for LayerAt { pack, offset, bytes, pages } in layers {
+            region.layers.push(LayerRef { pack: number(pack), offset, bytes, pages });
+        }
+        region.packs = uses.into_iter().map(|(pack, pages)| PackUse { pack: number(pack), pages }).collect();
+        regions.push(region);
+    }
+    let mut sections = Vec::new();
+    for section in &old.sections {
+        let pack = manifest::pack(old, section.pack);
+        sections.push(match work.sections.get(&(pack, section.offset, section.bytes)) {
+            Some(Pending { pack, offset, bytes }) => {
+                SectionRef { pack: number(maps[*pack]), offset: *offset, bytes: *bytes, ..section.clone() }
+            }
+            None => SectionRef { pack: number(pack), ..section.clone() },
+        });
+    }
+    if packs.iter().any(|pack| work.victims.contains(pack)) {
+        return Err(bug("a pack that was rewritten is still needed"));
+    }
+    let packs = packs.iter().map(PackAt::message).collect();
+    Ok(Manifest { regions, sections, packs, ..old.clone() })
+}
