@@ -9,6 +9,7 @@
 //! It refuses to know guest memory, engines and devices: pages are bytes with a hash here. The daemon is wired in
 //! [`cluster`]; only [`config`] reads settings.
 
+pub mod abreast;
 pub mod agents;
 pub mod api;
 pub mod bucket;

@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use e2e::bucket::Weed;
 use e2e::cluster::Cluster;
 use e2e::guest::{Program, REGION};
 use proto::status::Code;
@@ -136,4 +137,56 @@ fn a_sweep_removes_what_is_dead_rewrites_what_mostly_is_and_the_guest_comes_back
     let again = cluster.json(["checkpoint", "sweep"]);
     assert_eq!(again["vms"][0]["left"], 0, "{again:#}");
     cluster.fails(Code::NotFound, ["checkpoint", "sweep", "nobody"]);
+}
+
+/// Two clusters that share a bucket, which both believe to have one VM.
+fn two_clusters(url: &str) {
+    let first = Cluster::up_with(1, &["--bucket", url]);
+    first.create("vm1", "hostA", GUEST);
+    first.create("vm2", "hostA", GUEST);
+    first.goes_on("vm1", 3);
+    first.ok(["policy", "set", "vm1", "--every", "1d", "--keep-last", "3"]);
+    let made = checkpoint(&first);
+    let other = first.json(["checkpoint", "create", "vm2"])["id"].as_str().unwrap_or_default().to_owned();
+    let keys = first.ok(["key", "export"]);
+
+    let second = Cluster::up_with(1, &["--bucket", url]);
+    let safe = second.dir().join("safe");
+    std::fs::write(&safe, keys).expect("a file for the keys");
+    second.ok(["key", "import", safe.to_str().expect("temporary paths are text")]);
+    second.ok(["restore", "vm1", "--from", url]);
+    second.goes_on("vm1", 3);
+    // Only what was asked for was taken in, and its policy with it.
+    let known = second.json(["checkpoint", "ls"]).to_string();
+    assert!(known.contains(&made) && !known.contains(&other), "{known}");
+    assert_eq!(second.json(["policy", "ls"])[0]["policy"], "every 1d, keep last 3");
+    // Until the second writes, the first may; from then on it is told whose the VM is.
+    checkpoint(&first);
+    let theirs = checkpoint(&second);
+    let said = first.fails(Code::Conflict, ["checkpoint", "create", "vm1"]);
+    assert!(said.contains("another cluster") && said.contains(&second.setting("controller", "listen")), "{said}");
+    // It removes nothing that the second may need either, and its guest goes on.
+    first.ok(["checkpoint", "rm", &made]);
+    let swept = first.json(["checkpoint", "sweep", "vm1"]);
+    assert!(swept["vms"][0]["note"].as_str().unwrap_or_default().contains("owns generation"), "{swept:#}");
+    first.goes_on("vm1", 3);
+    second.ok(["checkpoint", "verify", &theirs]);
+    second.ok(["checkpoint", "sweep"]);
+    second.ok(["checkpoint", "verify", &theirs]);
+    // What is not in dispute is not disturbed.
+    first.ok(["checkpoint", "create", "vm2"]);
+    first.ok(["checkpoint", "verify", &other]);
+}
+
+#[test]
+fn of_two_clusters_that_have_one_vm_the_newer_writes_and_the_other_is_told_whose_it_is() {
+    let scratch = std::env::temp_dir().join(format!("godwit-e2e-two-{}", std::process::id()));
+    two_clusters(&format!("file:{}", scratch.display()));
+    std::fs::remove_dir_all(scratch).expect("the bucket is there");
+}
+
+#[test]
+fn the_same_on_an_s3_server() {
+    let Some(weed) = Weed::start() else { return };
+    two_clusters(&weed.url("two"));
 }

@@ -9,43 +9,56 @@ use proto::status::Code;
 use proto::v1::AdoptReply;
 
 use super::Api;
-use crate::bucket::{VMS, checkpoints_prefix};
+use crate::abreast::abreast;
+use crate::bucket::{Object, VMS, checkpoints_prefix, generation_folder, vm_prefix};
 use crate::failure::Failure;
 use crate::ingest::manifest::entry;
+use crate::ingest::read::Reader;
 use crate::ledger::event::Event;
+use crate::ledger::state::State;
 use crate::saga::report::record;
 use crate::tls::Identity;
 
+/// Manifests that are read, and VMs that are looked at, at a time.
+const READS_MAX: usize = 16;
+
 impl Api {
-    /// Takes in what the ledger does not know. `from` names the bucket; it must be this controller's.
+    /// Takes in what the ledger does not know of a VM (`name`: its name or id, or the id of a checkpoint), or of all. `from` names
+    /// the bucket; it must be this controller's.
     ///
     /// # Errors
     /// [`Code::BadInput`] if it is another bucket, or the bucket's and the ledger's.
-    pub(super) async fn adopt(&self, operator: &Identity, from: &str) -> Result<AdoptReply, Failure> {
+    pub(super) async fn adopt(&self, operator: &Identity, from: &str, name: &str) -> Result<AdoptReply, Failure> {
         if !from.is_empty() && plain(from) != plain(&self.bucket_url) {
             let text = format!("this controller's bucket is {}, not {from}", self.bucket_url);
             let hint = format!("name it in the controller's settings (bucket = \"{from}\") and start it again");
             return Err(Failure::new(Code::BadInput, text).hint(hint));
         }
-        let known = self.ledger.state();
+        let state = self.ledger.state();
         let mut reply = AdoptReply::default();
         let mut found = Vec::new();
-        let mut keys = Vec::new();
-        for vm in self.reader.bucket.list_dirs(VMS).await? {
-            keys.extend(self.reader.bucket.list(&checkpoints_prefix(&vm)).await?);
-        }
-        for key in keys {
-            let Some(id) = checkpoint_of(&key) else { continue };
-            if known.checkpoints.contains_key(id) {
-                continue;
-            }
-            match self.reader.manifest(&key).await {
-                // How long the object is was not asked.
-                Ok(opened) => found.push(entry(opened.manifest, key, 0)),
-                Err(failure) if matches!(failure.code, Code::Corrupt | Code::Denied) => {
-                    reply.problems.push(failure.to_string());
+        for vm in wanted(&self.reader, &state, name).await? {
+            let unknown: Vec<String> = vm.manifests.iter().filter(|key| !knows(&state, key)).cloned().collect();
+            let read = abreast(READS_MAX, unknown, |key| {
+                let reader = self.reader.clone();
+                async move { readable(reader.manifest(&key).await.map(|opened| entry(opened.manifest, key, 0))) }
+            });
+            let mut name = state.name_of(&vm.id).to_owned();
+            for read in read.await? {
+                match read {
+                    // How long the object is was not asked.
+                    Ok(entry) => {
+                        name.clone_from(&entry.vm);
+                        found.push(entry);
+                    }
+                    Err(problem) => reply.problems.push(problem),
                 }
-                Err(failure) => return Err(failure),
+            }
+            // Whoever had it may have written in generations of which no checkpoint is left.
+            let offered = state.generations.get(&name).copied().unwrap_or(0);
+            if let Some(generation) = vm.generation.filter(|generation| *generation > offered && !name.is_empty()) {
+                let event = Event::GenerationSeen { vm: name, generation };
+                self.ledger.append(&operator.to_string(), event).await?;
             }
         }
         found.sort_by_key(|entry| (entry.generation, entry.created_unix_ms));
@@ -71,6 +84,67 @@ impl Api {
     }
 }
 
+/// What lies there of a VM.
+struct Lying {
+    id: String,
+    manifests: Vec<String>,
+    /// The newest generation in which something lies.
+    generation: Option<u64>,
+}
+
+/// The VMs that are wanted. A name is sealed inside of manifests: to find it, one of each VM is read.
+async fn wanted(reader: &Reader, state: &State, name: &str) -> Result<Vec<Lying>, Failure> {
+    let known = state.vms.get(name).map(|vm| &vm.id);
+    let known = known.or_else(|| state.checkpoints.values().find(|entry| entry.vm == name).map(|entry| &entry.vm_id));
+    let mut ids = reader.bucket.list_dirs(VMS).await?;
+    let by_id = known.or_else(|| ids.iter().find(|id| *id == name)).cloned();
+    if let Some(id) = &by_id {
+        ids.retain(|found| found == id);
+    }
+    let all = name.is_empty() || by_id.is_some();
+    let looked = abreast(READS_MAX, ids, |id| {
+        let (reader, name) = (reader.clone(), name.to_owned());
+        async move {
+            let mut objects = reader.bucket.list_objects(&checkpoints_prefix(&id)).await?;
+            objects.retain(|object| checkpoint_of(&object.key).is_some());
+            let is_named = |object: &Object| checkpoint_of(&object.key) == Some(name.as_str());
+            let wanted = all || objects.iter().any(is_named) || named(&reader, &objects, &name).await?;
+            if !wanted {
+                return Ok(None);
+            }
+            let folders = reader.bucket.list_dirs(&vm_prefix(&id)).await?;
+            let generation = folders.iter().filter_map(|folder| generation_folder(folder)).map(|g| g.0).max();
+            Ok(Some(Lying { id, manifests: objects.into_iter().map(|object| object.key).collect(), generation }))
+        }
+    });
+    Ok(looked.await?.into_iter().flatten().collect())
+}
+
+/// Whether these manifests are of a VM of this name: asked of the newest that opens. One of which none opens may be it.
+async fn named(reader: &Reader, objects: &[Object], name: &str) -> Result<bool, Failure> {
+    let mut newest: Vec<&Object> = objects.iter().collect();
+    newest.sort_by_key(|object| std::cmp::Reverse(object.modified_unix_ms));
+    for object in newest {
+        if let Ok(opened) = readable(reader.manifest(&object.key).await)? {
+            return Ok(opened.manifest.vm_name == name);
+        }
+    }
+    Ok(true)
+}
+
+/// What was read, or why this one cannot be; other failures are of the bucket as a whole.
+fn readable<T>(read: Result<T, Failure>) -> Result<Result<T, String>, Failure> {
+    match read {
+        Ok(value) => Ok(Ok(value)),
+        Err(failure) if matches!(failure.code, Code::Corrupt | Code::Denied) => Ok(Err(failure.to_string())),
+        Err(failure) => Err(failure),
+    }
+}
+
+fn knows(state: &State, key: &str) -> bool {
+    checkpoint_of(key).is_some_and(|id| state.checkpoints.contains_key(id))
+}
+
 /// The checkpoint whose manifest has this key.
 fn checkpoint_of(key: &str) -> Option<&str> {
     let (_, name) = key.split_once("/checkpoints/")?;
@@ -87,6 +161,8 @@ fn plain(url: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bucket::file::tests::Scratch;
+    use crate::ingest::tests::{VM, full, reader};
 
     #[test]
     fn only_manifests_are_checkpoints_and_urls_are_compared_without_their_slashes() {
@@ -95,5 +171,30 @@ mod tests {
         assert_eq!(plain("file:///srv/bucket/"), plain("file:/srv/bucket"));
         assert_eq!(plain("s3://a/b?region=x"), plain("s3://a/b"));
         assert_ne!(plain("s3://a/b"), plain("s3://a/c"));
+    }
+
+    #[tokio::test]
+    async fn no_more_is_looked_at_than_what_is_wanted() {
+        let scratch = Scratch::new();
+        let entry = full(&scratch, &[vec![(0, 0, 8, 1)]]).await;
+        let other = "ee".repeat(16);
+        let stranger = format!("{}{}.manifest", checkpoints_prefix(&other), "ab".repeat(8));
+        scratch.bucket.put(&stranger, bytes::Bytes::from_static(b"nonsense")).await.unwrap();
+        let reader = reader(&scratch.bucket);
+        let state = State::default();
+        let ids = async |name: &str| -> Vec<String> {
+            wanted(&reader, &state, name).await.unwrap().into_iter().map(|lying| lying.id).collect()
+        };
+        let vm = VM.to_string();
+        assert_eq!(ids("").await, [vm.clone(), other.clone()]);
+        // What does not open may be of any name.
+        assert_eq!(ids("vm1").await, [vm.clone(), other.clone()]);
+        assert_eq!(ids("vm2").await, [other.clone()]);
+        scratch.bucket.delete(&stranger).await.unwrap();
+        assert_eq!(ids("vm2").await, [""; 0]);
+        for name in ["vm1", &vm, &entry.id] {
+            let lying = wanted(&reader, &state, name).await.unwrap();
+            assert_eq!((lying.len(), lying[0].manifests.len(), lying[0].generation), (1, 1, Some(3)), "{name}");
+        }
     }
 }

@@ -245,7 +245,8 @@ impl Control for Api {
 
     async fn adopt_checkpoints(&self, request: Request<AdoptRequest>) -> Result<Response<AdoptReply>, Status> {
         let operator = require(&request, Role::Operator)?;
-        Ok(Response::new(self.adopt(&operator, &request.into_inner().from).await?))
+        let AdoptRequest { from, name } = request.into_inner();
+        Ok(Response::new(self.adopt(&operator, &from, &name).await?))
     }
 
     async fn export_keys(&self, request: Request<Empty>) -> Result<Response<Blob>, Status> {

@@ -269,6 +269,8 @@ pub fn restore(
         on_isolation: there.map_or(manifest.on_isolation, |vm| vm.on_isolation),
         policy,
         lazy,
+        // A copy is not what the policy was set for, and what is here has its own.
+        checkpoint_policy: if there.is_none() && as_name.is_empty() { manifest.policy } else { Vec::new() },
     };
     Ok(Plan {
         vm: name.into(),
@@ -426,6 +428,16 @@ mod tests {
         assert!(copy.holder.is_none() && copy.vm_id != entry.vm_id && copy.generation == 1);
         assert_eq!(code(restore(&state, &fleet, &entry, known(), "hostB", "../x", (policy, false))), Code::BadInput);
         let refused = restore(&state, &fleet, &entry, known(), "hostA", "vm2", (policy, false)).unwrap_err();
+        assert_eq!(code(restore(&state, &fleet, &entry, known(), "hostB", "../x", policy)), Code::BadInput);
+        let keeps =
+            |plan: Plan| matches!(plan.task, Task::Restore { checkpoint_policy, .. } if !checkpoint_policy.is_empty());
+        let with_policy = || Manifest { policy: vec![8, 1], ..known() };
+        let mut gone = state.clone();
+        gone.vms.clear();
+        assert!(keeps(restore(&gone, &fleet, &entry, with_policy(), "hostB", "", policy).unwrap()));
+        assert!(!keeps(restore(&gone, &fleet, &entry, with_policy(), "hostB", "vm2", policy).unwrap()));
+        assert!(!keeps(restore(&state, &fleet, &entry, with_policy(), "hostB", "", policy).unwrap()));
+        let refused = restore(&state, &fleet, &entry, known(), "hostA", "vm2", policy).unwrap_err();
         assert!(refused.code == Code::Incapable && refused.hint.contains("hostB would do"), "{refused:?}");
         assert_eq!(
             restore(&state, &fleet, &entry, known(), "", "vm2", (policy, false)).unwrap().task.new_host(),

@@ -86,6 +86,9 @@ pub fn event(record: &Record) -> LedgerEvent {
         Event::CheckpointFound { entry } => {
             ("checkpoint.found".into(), "", format!("checkpoint {} of {} lies in the bucket", entry.id, entry.vm))
         }
+        Event::GenerationSeen { vm, generation } => {
+            ("vm.generation".into(), "", format!("generation {generation} of {vm} lies in the bucket"))
+        }
         Event::ObjectsDamaged { objects, checkpoints, .. } => {
             let whys: Vec<&str> = objects.values().map(String::as_str).take(3).collect();
             let more = if objects.len() > 3 { format!("; {} more", objects.len() - 3) } else { String::new() };

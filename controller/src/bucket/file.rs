@@ -2,14 +2,15 @@
 //!
 //! An object appears by rename: written to a file of its own under `.tmp`, synced, renamed to its key, and the
 //! directories synced up to the root. One that must be new appears by a hard link instead, which the kernel makes only if the
-//! name is free. A crash leaves at most a file under `.tmp`, which the next start removes. `.tmp` is also what a bucket is known
+//! name is free. A crash leaves at most a file under `.tmp`, which a start an hour later removes: another controller may be
+//! writing there now. `.tmp` is also what a bucket is known
 //! by: a mount point whose disk is not there has none, and nothing is written there.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::UNIX_EPOCH;
+use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::Bytes;
 
@@ -17,6 +18,8 @@ use super::{BucketError, OBJECT_BYTES_MAX, Object, PutNew};
 use crate::ledger::saved::to_hex;
 
 const UNFINISHED: &str = ".tmp";
+/// How old a file is that nobody writes any more.
+const ABANDONED: Duration = Duration::from_secs(3600);
 
 /// The directory.
 #[derive(Clone, Debug)]
@@ -45,11 +48,15 @@ impl FileBucket {
             return Ok(bucket);
         }
         let unfinished = root.join(UNFINISHED);
-        match fs::remove_dir_all(&unfinished) {
-            Err(error) if error.kind() != ErrorKind::NotFound => return Err(io(error)),
-            _ => {}
-        }
         fs::create_dir_all(&unfinished).map_err(io)?;
+        for entry in fs::read_dir(&unfinished).map_err(io)? {
+            let entry = entry.map_err(io)?;
+            let age = entry.metadata().and_then(|metadata| metadata.modified()).ok().and_then(|at| at.elapsed().ok());
+            if age.is_some_and(|age| age >= ABANDONED) {
+                // Whoever is faster has removed it.
+                let _ = fs::remove_file(entry.path());
+            }
+        }
         Ok(bucket)
     }
 
@@ -312,12 +319,17 @@ pub(crate) mod tests {
     }
 
     #[tokio::test]
-    async fn unfinished_objects_are_never_seen_and_go_at_the_next_start() {
+    async fn unfinished_objects_are_never_seen_and_go_at_a_later_start() {
         let scratch = Scratch::new();
         let unfinished = scratch.folder.join(UNFINISHED).join("half");
         fs::write(&unfinished, b"half").unwrap();
         assert!(scratch.bucket.get(".tmp/half").await.is_err());
-        Bucket::open(&format!("file:{}", scratch.folder.display()), true).unwrap();
+        let start = || Bucket::open(&format!("file:{}", scratch.folder.display()), true).unwrap();
+        start();
+        assert!(unfinished.exists(), "another controller may be writing it");
+        let file = fs::File::options().write(true).open(&unfinished).unwrap();
+        file.set_modified(std::time::SystemTime::now() - ABANDONED).unwrap();
+        start();
         assert!(!unfinished.exists());
     }
 

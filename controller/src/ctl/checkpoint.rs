@@ -122,7 +122,7 @@ async fn verify_all(mut client: Client, format: Format) -> Result<(), Failure> {
 /// What the controller refused, found damaged, or could not reach; of several, the first.
 pub async fn restore(mut client: Client, args: RestoreArgs, format: Format) -> Result<(), Failure> {
     if let Some(from) = &args.from {
-        adopt(&mut client, from).await?;
+        adopt(&mut client, from, args.name.clone().unwrap_or_default()).await?;
     }
     match &args.name {
         Some(name) => restore_one(&client, name, &args, format).await,
@@ -131,9 +131,9 @@ pub async fn restore(mut client: Client, args: RestoreArgs, format: Format) -> R
 }
 
 /// Lets the controller look what the bucket has; says what was found.
-async fn adopt(client: &mut Client, from: &str) -> Result<(), Failure> {
+async fn adopt(client: &mut Client, from: &str, name: String) -> Result<(), Failure> {
     let doing = format!("look into {from}");
-    let reply = client.adopt_checkpoints(v1::AdoptRequest { from: from.to_owned() }).await;
+    let reply = client.adopt_checkpoints(v1::AdoptRequest { from: from.to_owned(), name }).await;
     let reply = reply.map_err(|e| Failure::from_status(&doing, &e))?.into_inner();
     reply.problems.iter().for_each(|problem| eprintln!("left alone: {problem}"));
     eprintln!("{from}: {} checkpoints that this cluster did not know", reply.adopted.len());

@@ -76,6 +76,13 @@ pub enum Event {
         /// The checkpoints that need one of them.
         checkpoints: Vec<String>,
     },
+    /// Generations of a VM lie in the bucket that this ledger did not offer; it offers newer ones from now on.
+    GenerationSeen {
+        /// Name of the VM.
+        vm: String,
+        /// The newest of them.
+        generation: u64,
+    },
     /// An operation began: its locks are held and its generation is reserved from here on.
     OperationBegan {
         /// Hex of an operation id.
@@ -317,6 +324,9 @@ pub enum Task {
         /// The guest runs before its RAM has come.
         #[serde(default)]
         lazy: bool,
+        /// The checkpoint policy that a new VM gets, from the manifest; empty: none.
+        #[serde(default, with = "super::saved::bytes")]
+        checkpoint_policy: Vec<u8>,
     },
     /// Read a checkpoint in full and check everything.
     Verify {

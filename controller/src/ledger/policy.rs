@@ -11,6 +11,7 @@ use proto::v1::CheckpointPolicy;
 
 use super::event::{Event, Record, Task};
 use super::state::{Refusal, State};
+use crate::retention::policy::from_bytes;
 
 /// A policy and how it goes.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,18 +42,7 @@ impl State {
                 if !self.vms.contains_key(vm) {
                     return Err(Refusal::Stale("the VM is gone"));
                 }
-                let before = self.policies.get(vm);
-                let now = Scheduled {
-                    policy: Arc::new(policy.clone()),
-                    set_unix_ms: record.unix_ms,
-                    attempt: before.map(|before| before.attempt.clone()).unwrap_or_default(),
-                    counted: before.map(|before| before.counted.clone()).unwrap_or_default(),
-                    failures: 0,
-                    failed_unix_ms: 0,
-                    failure: String::new(),
-                    missed: before.is_some_and(|before| before.missed),
-                };
-                self.policies.insert(vm.clone(), Arc::new(now));
+                self.set_policy(record, vm, policy.clone());
             }
             Event::PolicyRemoved { vm } => {
                 self.policies.remove(vm).ok_or(Refusal::Stale("the VM has no policy"))?;
@@ -69,6 +59,28 @@ impl State {
             _ => {}
         }
         Ok(())
+    }
+
+    fn set_policy(&mut self, record: &Record, vm: &str, policy: CheckpointPolicy) {
+        let before = self.policies.get(vm);
+        let now = Scheduled {
+            policy: Arc::new(policy),
+            set_unix_ms: record.unix_ms,
+            attempt: before.map(|before| before.attempt.clone()).unwrap_or_default(),
+            counted: before.map(|before| before.counted.clone()).unwrap_or_default(),
+            failures: 0,
+            failed_unix_ms: 0,
+            failure: String::new(),
+            missed: before.is_some_and(|before| before.missed),
+        };
+        self.policies.insert(vm.into(), Arc::new(now));
+    }
+
+    /// A VM came back from its manifest, and with it its policy. One that this release cannot carry out is left out.
+    pub(super) fn resume_policy(&mut self, record: &Record, vm: &str, policy: &[u8]) {
+        if let Ok(Some(policy)) = from_bytes(policy) {
+            self.set_policy(record, vm, policy);
+        }
     }
 
     /// What the beginning or the end of an operation means for the policy of its VM.

@@ -161,6 +161,10 @@ impl State {
                 Arc::make_mut(vm).pages_from.clear();
             }
             Event::CheckpointFound { entry } => self.find(record, entry)?,
+            Event::GenerationSeen { vm, generation } => {
+                let offered = self.generations.entry(vm.clone()).or_insert(0);
+                *offered = (*generation).max(*offered);
+            }
             Event::ObjectsDamaged { objects, .. } => self.find_damage(objects),
             Event::OperationBegan { operation, plan } => self.begin(record, operation, plan)?,
             Event::StepDone { operation, step } => {
@@ -464,6 +468,7 @@ impl State {
 
     fn adopt(&mut self, record: &Record, plan: &Plan) {
         let Task::Restore { checkpoint, target, config, capabilities, on_isolation, lazy, .. } = &plan.task else {
+        let Task::Restore { target, config, capabilities, on_isolation, checkpoint_policy, .. } = &plan.task else {
             return;
         };
         let vm = Vm {
@@ -482,6 +487,7 @@ impl State {
             pages_from: if *lazy { checkpoint.clone() } else { String::new() },
         };
         self.vms.insert(plan.vm.clone(), Arc::new(vm));
+        self.resume_policy(record, &plan.vm, checkpoint_policy);
     }
 
     fn forget_checkpoint(&mut self, id: &str) {

@@ -80,6 +80,7 @@ pub(crate) fn restore_plan(state: &State, vm: &str, checkpoint: &str, target: &s
         on_isolation: 0,
         policy: TransferPolicy::default(),
         lazy: false,
+        checkpoint_policy: Vec::new(),
     };
     let mut plan = plan(state, vm, state.fresh_generation(vm), task);
     plan.locks.push(checkpoint_lock(checkpoint));

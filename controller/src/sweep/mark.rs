@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use proto::ids::Generation;
 use proto::status::Code;
 use proto::v1::Owner;
-use tokio::task::JoinSet;
 
+use crate::abreast::abreast;
 use crate::bucket::{Bucket, Object, vm_prefix};
 use crate::failure::Failure;
 use crate::ingest::manifest::pack_keys;
@@ -104,33 +104,23 @@ impl Marks {
                 None => unread.push(object.clone()),
             }
         }
-        let mut reading: JoinSet<(Object, Result<BTreeSet<String>, Failure>)> = JoinSet::new();
-        let mut unread = unread.into_iter();
-        loop {
-            while reading.len() < READS_MAX
-                && let Some(object) = unread.next()
-            {
-                let reader = reader.clone();
-                reading.spawn(async move {
-                    let opened = reader.manifest(&object.key).await;
-                    (object, opened.map(|opened| pack_keys(&opened.manifest).into_iter().collect()))
-                });
-            }
-            let Some(ended) = reading.join_next().await else { break };
-            let (object, packs) = ended.map_err(|_| Failure::new(Code::Internal, "a reader of manifests ended"))?;
-            match packs {
-                Ok(packs) => {
-                    let packs = Arc::new(packs);
-                    let Object { key, bytes, modified_unix_ms } = object;
-                    self.lock().insert(key.clone(), Known { bytes, modified_unix_ms, packs: packs.clone() });
-                    marked.insert(key, packs);
-                }
-                Err(failure)
-                    if matches!(failure.code, Code::Corrupt | Code::Denied) && in_ledger.contains(&object.key) => {}
-                Err(failure) => {
-                    return Err(failure.at("nothing is swept, because nobody knows what it needs"));
+        let read = abreast(READS_MAX, unread, |object| {
+            let (reader, known) = (reader.clone(), in_ledger.contains(&object.key));
+            async move {
+                match reader.manifest(&object.key).await {
+                    Ok(opened) => {
+                        let packs: BTreeSet<String> = pack_keys(&opened.manifest).into_iter().collect();
+                        Ok(Some((object, packs)))
+                    }
+                    Err(failure) if matches!(failure.code, Code::Corrupt | Code::Denied) && known => Ok(None),
+                    Err(failure) => Err(failure.at("nothing is swept, because nobody knows what it needs")),
                 }
             }
+        });
+        for (object, packs) in read.await?.into_iter().flatten() {
+            let (Object { key, bytes, modified_unix_ms }, packs) = (object, Arc::new(packs));
+            self.lock().insert(key.clone(), Known { bytes, modified_unix_ms, packs: packs.clone() });
+            marked.insert(key, packs);
         }
         Ok(marked)
     }

@@ -18,12 +18,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use proto::ids::Generation;
-use proto::status::Code;
 use serde::{Deserialize, Serialize};
-use tokio::task::JoinSet;
 
 use self::mark::{Ground, Marks};
 use self::repack::Repack;
+use crate::abreast::abreast;
 use crate::bucket::{Bucket, Object, generation_of};
 use crate::failure::Failure;
 use crate::ingest::owner::Claim;
@@ -140,7 +139,7 @@ impl Sweeper {
     /// Sweeps what a VM has in the bucket. May be given up anywhere and repeated.
     ///
     /// # Errors
-    /// [`Code::Corrupt`] or [`Code::Denied`] naming a manifest that cannot be read, the bucket's.
+    /// `Corrupt` or `Denied` naming a manifest that cannot be read, the bucket's.
     pub async fn sweep(
         &self,
         reader: &Reader,
@@ -223,22 +222,9 @@ fn changed(marked: &BTreeMap<String, Arc<BTreeSet<String>>>, ground: &Ground) ->
 }
 
 async fn delete(bucket: &Bucket, keys: Vec<String>) -> Result<(), Failure> {
-    let mut under_way: JoinSet<Result<(), Failure>> = JoinSet::new();
-    for key in keys {
-        if under_way.len() >= DELETES_MAX {
-            joined(under_way.join_next().await)?;
-        }
+    let removed = abreast(DELETES_MAX, keys, |key| {
         let bucket = bucket.clone();
-        under_way.spawn(async move { Ok(bucket.delete(&key).await?) });
-    }
-    while let Some(ended) = under_way.join_next().await {
-        joined(Some(ended))?;
-    }
-    Ok(())
-}
-
-/// What a task said that has ended.
-fn joined<T: Default>(ended: Option<Result<Result<T, Failure>, tokio::task::JoinError>>) -> Result<T, Failure> {
-    let lost = |_| Err(Failure::new(Code::Internal, "a task of the sweep ended"));
-    ended.map_or_else(|| Ok(T::default()), |ended| ended.unwrap_or_else(lost))
+        async move { Ok(bucket.delete(&key).await?) }
+    });
+    removed.await.map(drop)
 }

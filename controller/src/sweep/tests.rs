@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use proto::ids::Generation;
+use proto::status::Code;
 use proto::v1::MachineDigest;
 
 use super::*;
