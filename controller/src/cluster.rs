@@ -159,6 +159,7 @@ impl Controller {
         tokio::spawn(link::accept(listener, tls.clone(), accepted));
         api.sagas.recover().await?;
         tokio::spawn(api.schedule.clone().run(shutdown.clone()));
+        tokio::spawn(api.clone().check_by_clock(shutdown.clone()));
         if config.sweep_every_ms > 0 {
             let every = Duration::from_millis(config.sweep_every_ms);
             tokio::spawn(api.schedule.clone().sweep_by_clock(every, shutdown.clone()));

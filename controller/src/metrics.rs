@@ -16,6 +16,7 @@
 //! | `godwit_checkpoint_bytes_total`     | counter   |              | bytes of packs and manifests written             |
 //! | `godwit_checkpoint_stop_seconds`    | histogram |              | guest stopped for a checkpoint                   |
 //! | `godwit_checkpoint_age_seconds`     | gauge     | vm           | since the newest checkpoint of a VM was made     |
+//! | `godwit_checks_total`               | counter   | check, result | samples and drills: ok, failed                  |
 //! | `godwit_policies_missed`            | gauge     |              | VMs whose newest checkpoint is too old           |
 //! | `godwit_bucket_requests_total`      | counter   | verb, outcome | requests to the bucket that ended               |
 //! | `godwit_bucket_retries_total`       | counter   | verb         | tries of a request after its first               |
@@ -92,6 +93,8 @@ pub const CHECKPOINT_STORED: &str = "godwit_checkpoint_stored_bytes";
 /// See the table above.
 pub const CHECKPOINTS_DAMAGED: &str = "godwit_checkpoints_damaged";
 /// See the table above.
+pub const CHECKS: &str = "godwit_checks_total";
+/// See the table above.
 pub const BUCKET_FAILURES: &str = "godwit_bucket_failures_total";
 /// See the table above.
 pub const CERTIFICATE_EXPIRY: &str = "godwit_certificate_expiry_timestamp_seconds";
@@ -106,7 +109,7 @@ enum Kind {
 }
 
 /// Every metric: name, kind, what it says.
-const METRICS: [(&str, Kind, &str); 25] = [
+const METRICS: [(&str, Kind, &str); 26] = [
     (HOSTS, Kind::Gauge, "hosts that are up, silent or lost"),
     (VMS, Kind::Gauge, "VMs by what was asked for"),
     (CHECKPOINTS, Kind::Gauge, "checkpoints in the ledger"),
@@ -121,6 +124,7 @@ const METRICS: [(&str, Kind, &str); 25] = [
     (CHECKPOINT_BYTES, Kind::Counter, "bytes of packs and manifests written"),
     (CHECKPOINT_STOP, Kind::Histogram, "guest stopped for a checkpoint"),
     (CHECKPOINT_AGE, Kind::Gauge, "since the newest checkpoint of a VM was made"),
+    (CHECKS, Kind::Counter, "samples and drills: ok, failed"),
     (POLICIES_MISSED, Kind::Gauge, "VMs whose newest checkpoint is too old"),
     (BUCKET_REQUESTS, Kind::Counter, "requests to the bucket that ended"),
     (BUCKET_RETRIES, Kind::Counter, "tries of a request after its first"),
@@ -189,6 +193,11 @@ fn introduce() {
     for task in LABELS {
         for result in ["done", "undone", "left"] {
             metrics::counter!(OPERATIONS, "task" => task, "result" => result).increment(0);
+        }
+    }
+    for check in ["sample", "drill"] {
+        for result in ["ok", "failed"] {
+            metrics::counter!(CHECKS, "check" => check, "result" => result).increment(0);
         }
     }
     for kind in ["full", "gone", "io", "denied"] {

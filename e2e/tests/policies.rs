@@ -103,12 +103,12 @@ fn a_policy_that_cannot_be_kept_is_refused_and_a_pruning_is_rehearsed() {
     cluster.fails(Code::NotFound, ["checkpoint", "prune", "vm1"]);
     let refused = [
         (["--every", "5s"], "between 10s"),
-        (["--every", "5m"], "not verified or drilled"),
+        (["--every", "5m"], "a check every"),
         (["--zone", "Mars/Olympus"], "time zone"),
     ];
     for (flags, word) in refused {
         let more = match word {
-            "not verified or drilled" => ["--drill-every", "1d"],
+            "a check every" => ["--drill-every", "1s"],
             "time zone" => ["--every", "5m"],
             _ => ["--keep-last", "1"],
         };

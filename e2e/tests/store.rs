@@ -2,11 +2,13 @@
 //! never built on; what nobody needs goes, and nothing else.
 
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 use e2e::bucket::Weed;
-use e2e::cluster::Cluster;
+use e2e::cluster::{Cluster, wait};
 use e2e::guest::{Program, REGION};
 use proto::status::Code;
+use serde_json::Value;
 
 /// A small guest, so that a checkpoint takes a moment.
 const GUEST: Program =
@@ -189,4 +191,74 @@ fn of_two_clusters_that_have_one_vm_the_newer_writes_and_the_other_is_told_whose
 fn the_same_on_an_s3_server() {
     let Some(weed) = Weed::start() else { return };
     two_clusters(&weed.url("two"));
+}
+
+/// Names of all VMs that the cluster knows, and of all that its hosts have.
+fn vms(cluster: &Cluster) -> Vec<String> {
+    let names = |list: &Value| -> Vec<String> {
+        list.as_array().into_iter().flatten().filter_map(|vm| vm["name"].as_str().map(str::to_owned)).collect()
+    };
+    let mut found = names(&cluster.json(["vm", "ls"]));
+    for host in cluster.json(["host", "ls"]).as_array().into_iter().flatten() {
+        found.extend(names(&host["vms"]));
+    }
+    found.sort();
+    found.dedup();
+    found
+}
+
+#[test]
+fn a_drill_shows_that_a_checkpoint_lives_and_leaves_nothing_behind() {
+    let cluster = Cluster::up(2);
+    cluster.create("vm1", "hostA", GUEST);
+    cluster.goes_on("vm1", 3);
+    let id = checkpoint(&cluster);
+    let drilled = cluster.json(["checkpoint", "drill", &id, "--to", "hostB", "--expect", "tick"]);
+    assert!(drilled["seen"].as_str().unwrap_or_default().starts_with("tick"), "{drilled:#}");
+    assert_eq!((&drilled["host"], &drilled["vm"]), (&Value::from("hostB"), &Value::from("vm1")));
+    let drilled = cluster.json(["checkpoint", "drill", "vm1"]);
+    assert!(drilled["seen"].as_str().unwrap_or_default().contains("instructions"), "{drilled:#}");
+    let never = ["checkpoint", "drill", "vm1", "--expect", "what no guest says", "--timeout", "500ms"];
+    let said = cluster.fails(Code::Unreachable, never);
+    assert!(said.contains("what no guest says"), "{said}");
+    wait("hosts to report that nothing is left", || (vms(&cluster) == ["vm1"]).then_some(()));
+    let events = cluster.ok(["events", "--vm", "vm1"]);
+    assert_eq!(
+        (events.matches("checkpoint.drilled").count(), events.matches("drill-failed").count()),
+        (2, 1),
+        "{events}"
+    );
+    // A controller that dies in the middle removes what is left when it comes back.
+    let mut ctl = cluster.command(["checkpoint", "drill", &id, "--expect", "what no guest says", "--timeout", "1h"]);
+    let mut ctl = ctl.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("ctl can be run");
+    wait("the drill's guest to run", || vms(&cluster).iter().any(|vm| vm.starts_with("drill-")).then_some(()));
+    cluster.kill(cluster.daemon("controller"));
+    ctl.wait().expect("ctl ends with its controller");
+    cluster.start(2);
+    wait("the drill's guest to be gone", || (vms(&cluster) == ["vm1"]).then_some(()));
+    cluster.goes_on("vm1", 3);
+}
+
+#[test]
+fn a_policy_has_samples_hashed_and_checkpoints_drilled_and_says_what_it_found() {
+    let cluster = Cluster::up(1);
+    cluster.create("vm1", "hostA", GUEST);
+    cluster.goes_on("vm1", 3);
+    let id = checkpoint(&cluster);
+    let set = ["policy", "set", "vm1", "--every", "1d", "--verify-every", "10s", "--drill-every", "10s"];
+    let set = cluster.json(set);
+    assert_eq!(set["policy"], "every 1d, keep all, verified every 10s, drilled every 10s");
+    let said = |what: &str| cluster.json(["policy", "ls"])[0][what].as_str().unwrap_or_default().to_owned();
+    wait("a sample", || (said("sampled") == "ok").then_some(()));
+    wait("a drill", || said("drilled").starts_with("ok: restored").then_some(()));
+    for pack in packs(&cluster) {
+        harm(&pack, false);
+    }
+    wait("a sample that finds the damage", || said("sampled").starts_with("damaged: ").then_some(()));
+    assert!(verified(&cluster, &id).starts_with("damaged: pack"), "{}", verified(&cluster, &id));
+    let page = cluster.metrics("controller");
+    assert!(page.contains("godwit_checks_total{check=\"sample\",result=\"failed\"} 1"), "{page}");
+    // What the guest still has is in the next one.
+    let next = checkpoint(&cluster);
+    cluster.ok(["checkpoint", "verify", &next]);
 }

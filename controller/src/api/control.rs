@@ -12,8 +12,10 @@ use proto::v1::control_server::Control;
 use proto::v1::operation_event::Event as Said;
 use proto::v1::{
     AdoptReply, AdoptRequest, Blob, CheckpointName, CheckpointRecord, ConsoleInput, ConsoleOutput,
-    CreateCheckpointRequest, CreateVmRecordRequest, Empty, EventsRequest, ExportRequest, KeysReply, LedgerEvent, ListCheckpointsReply, ListHostsReply, ListPoliciesReply, ListVmsReply, MigrateRequest, OperationDone, OperationEvent, OperationRef, PolicyRecord, PruneReply, PruneRequest, RestoreRequest, SetPolicyRequest, SweepReply, SweepRequest, VmName,
-    VmOrCheckpoint, VmRecord, VmRef, VmcbReply,
+    CreateCheckpointRequest, CreateVmRecordRequest, DrillReply, DrillRequest, Empty, EventsRequest, ExportRequest,
+    KeysReply, LedgerEvent, ListCheckpointsReply, ListHostsReply, ListPoliciesReply, ListVmsReply, MigrateRequest,
+    OperationDone, OperationEvent, OperationRef, PolicyRecord, PruneReply, PruneRequest, RestoreRequest,
+    SetPolicyRequest, SweepReply, SweepRequest, VmName, VmOrCheckpoint, VmRecord, VmRef, VmcbReply,
 };
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -34,7 +36,7 @@ type Began = Result<Response<Operation>, Status>;
 const LOOK_MAX: Duration = Duration::from_secs(10);
 
 impl Api {
-    fn fleet(&self) -> Fleet {
+    pub(super) fn fleet(&self) -> Fleet {
         let state = self.ledger.state();
         Fleet { hosts: state.hosts.keys().map(|host| self.candidate(host)).collect() }
     }
@@ -321,6 +323,11 @@ impl Control for Api {
     async fn list_policies(&self, request: Request<VmName>) -> Result<Response<ListPoliciesReply>, Status> {
         require(&request, Role::Operator)?;
         Ok(Response::new(ListPoliciesReply { policies: self.policies(&request.into_inner().vm)? }))
+    }
+
+    async fn drill_checkpoint(&self, request: Request<DrillRequest>) -> Result<Response<DrillReply>, Status> {
+        let operator = require(&request, Role::Operator)?;
+        Ok(Response::new(self.drill(&operator.to_string(), request.into_inner()).await?))
     }
 
     async fn sweep_checkpoints(&self, request: Request<SweepRequest>) -> Result<Response<SweepReply>, Status> {

@@ -5,8 +5,10 @@
 //! again.
 
 mod adopt;
+pub mod checks;
 mod console;
 mod control;
+mod drill;
 mod events;
 mod export;
 mod fleet;

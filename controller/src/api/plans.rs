@@ -271,6 +271,7 @@ pub fn restore(
         lazy,
         // A copy is not what the policy was set for, and what is here has its own.
         checkpoint_policy: if there.is_none() && as_name.is_empty() { manifest.policy } else { Vec::new() },
+        drill: false,
     };
     Ok(Plan {
         vm: name.into(),
@@ -312,6 +313,12 @@ pub fn on_checkpoint(state: &State, id: &str, task: impl FnOnce(&CheckpointEntry
         locks.push(packs_lock(&entry.vm_id));
     }
     Ok(Plan { vm: entry.vm.clone(), vm_id: entry.vm_id.clone(), locks, holder: None, generation: 0, task })
+}
+
+/// Hash packs of a VM again, which nobody may remove meanwhile.
+pub fn sample(vm: &Vm, packs: Vec<String>) -> Plan {
+    let (name, vm_id, locks) = (vm.name.clone(), vm.id.clone(), vec![packs_lock(&vm.id)]);
+    Plan { vm: name, vm_id, locks, holder: None, generation: 0, task: Task::Sample { packs } }
 }
 
 /// Sweep a VM's packs. To rewrite some, nobody may be reading a checkpoint of it.

@@ -93,6 +93,10 @@ fn policy_record(state: &State, vm: &str, scheduled: &Scheduled, standing: Stand
         pinned: count(&|entry, _| !entry.by_policy),
         removable: count(&|_, decision| decision.keep.is_none()),
         newest,
+        sampled: scheduled.sampled.clone(),
+        sampled_unix_ms: scheduled.sampled_unix_ms,
+        drilled: scheduled.drilled.clone(),
+        drilled_unix_ms: scheduled.drilled_unix_ms,
     }
 }
 

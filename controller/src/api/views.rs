@@ -110,6 +110,9 @@ pub fn event(record: &Record) -> LedgerEvent {
                 Outcome::AsPlanned => format!("{task} of {} is committed", record.vm),
                 Outcome::Checkpoint(entry) => format!("checkpoint {} of {} bytes", entry.id, entry.stored_bytes),
                 Outcome::Verified(verdict) => verdict.clone(),
+                Outcome::Sampled { packs, bytes, damaged } => {
+                    format!("{packs} packs of {bytes} bytes were hashed again, {damaged} are damaged")
+                }
                 Outcome::Swept(swept) => swept.words(),
             };
             (committed(task).into(), operation.as_str(), text)
@@ -134,6 +137,10 @@ pub fn event(record: &Record) -> LedgerEvent {
         }
         Event::PolicyRecovered { vm, age_ms } => {
             ("policy.recovered".into(), "", format!("the newest checkpoint of {vm} is {} old", policy::span(*age_ms)))
+        }
+        Event::Drilled { checkpoint, alive, words, .. } => {
+            let kind = if *alive { "checkpoint.drilled" } else { "checkpoint.drill-failed" };
+            (kind.into(), "", format!("{checkpoint}: {words}"))
         }
         Event::PolicyBackedOff { operation, failures, wait_ms, reason, .. } => {
             let text = format!("failed {failures} in a row, waits {}: {reason}", policy::span(*wait_ms));
@@ -169,6 +176,7 @@ fn committed(task: &str) -> &'static str {
         "verify" => "checkpoint.verified",
         "remove-checkpoint" => "checkpoint.removed",
         "sweep" => "checkpoint.swept",
+        "sample" => "checkpoint.sampled",
         _ => "operation.committed",
     }
 }

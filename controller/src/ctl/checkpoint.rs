@@ -12,7 +12,7 @@ use super::operation;
 use super::output::{self, Format};
 use super::policy::report::Pruned;
 use super::report::{Checkpoint, Done, List};
-use super::sweeping::sweep;
+use super::sweeping::{drill, sweep};
 use super::{export, migration, vm};
 
 /// The longest pause of a restore means nothing to the guest, which does not run yet; any value will do.
@@ -60,6 +60,7 @@ pub async fn run(mut client: Client, command: CheckpointCommand, format: Format)
             )
         }
         CheckpointCommand::Export(args) => export::run(client, args, format).await,
+        CheckpointCommand::Drill(args) => drill(client, args, format).await,
         CheckpointCommand::Sweep { vm, dry_run } => sweep(client, vm.unwrap_or_default(), dry_run, format).await,
         CheckpointCommand::Prune { vm, dry_run } => {
             let doing = format!("prune the checkpoints of {vm}");

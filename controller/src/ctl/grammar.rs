@@ -315,6 +315,8 @@ pub enum CheckpointCommand {
     },
     /// Write a checkpoint into files that other tools read.
     Export(ExportArgs),
+    /// Restore a checkpoint under another name without a network, wait for a sign of life, report, and destroy it again.
+    Drill(DrillArgs),
     /// Remove packs that no checkpoint needs, and rewrite those that are mostly dead. The controller does it by itself, too.
     Sweep {
         /// Name of the VM [default: all].
@@ -374,6 +376,23 @@ impl ExportFormat {
             ExportFormat::Raw => "raw",
         }
     }
+}
+
+/// `ctl checkpoint drill`
+#[derive(Args, Debug)]
+pub struct DrillArgs {
+    /// A checkpoint, or a VM: its newest one.
+    #[arg(value_name = "ID|VM")]
+    pub id: String,
+    /// Host that is to run it [default: of those that can, the one with the most memory free].
+    #[arg(long, value_name = "HOST")]
+    pub to: Option<String>,
+    /// What its console must say [default: that it runs is enough].
+    #[arg(long, value_name = "PATTERN")]
+    pub expect: Option<String>,
+    /// How long the sign of life is waited for.
+    #[arg(long, default_value = "60s", value_parser = units::duration, value_name = "TIME")]
+    pub timeout: Duration,
 }
 
 /// `ctl checkpoint verify`
@@ -547,6 +566,8 @@ mod tests {
             "ctl checkpoint rm 00",
             "ctl checkpoint create vm1 --policy",
             "ctl checkpoint prune vm1 --dry-run",
+            "ctl checkpoint drill 00 --to hostB --expect login: --timeout 30s",
+            "ctl policy set vm1 --every 5m --verify-every 1d --drill-every 7d",
             "ctl checkpoint sweep",
             "ctl checkpoint sweep vm1 --dry-run",
             "ctl policy set vm1 --every 5m --keep-last 12 --keep-hourly 24 --keep-daily 14 --keep-weekly 8 --keep-monthly 12",

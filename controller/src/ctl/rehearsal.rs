@@ -134,6 +134,7 @@ impl Control for Script {
         remove_policy(VmName) -> Empty;
         list_policies(VmName) -> ListPoliciesReply;
         prune_checkpoints(PruneRequest) -> PruneReply;
+        drill_checkpoint(DrillRequest) -> DrillReply;
         sweep_checkpoints(SweepRequest) -> SweepReply;
         adopt_checkpoints(AdoptRequest) -> AdoptReply;
         export_keys(Empty) -> Blob;

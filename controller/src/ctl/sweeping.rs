@@ -1,4 +1,4 @@
-//! `ctl checkpoint sweep`: one call, and what it prints. Fields may be added, never renamed.
+//! `ctl checkpoint sweep` and `ctl checkpoint drill`: one call each, and what it prints. Fields may be added, never renamed.
 
 use proto::status::Code;
 use proto::v1;
@@ -6,8 +6,9 @@ use serde::Serialize;
 
 use super::client::Client;
 use super::failure::Failure;
+use super::grammar::DrillArgs;
 use super::output::{self, Format, Report, Text};
-use super::units::show_bytes;
+use super::units::{show_bytes, show_ms};
 
 /// What a sweep did, or would do.
 #[derive(Debug, Serialize)]
@@ -77,4 +78,48 @@ pub async fn sweep(mut client: Client, vm: String, dry_run: bool, format: Format
     let failed = failed.map(|vm| Failure::new(Code::from_number(vm.code), format!("{}: {}", vm.vm, vm.note)));
     output::print(format, &Swept { dry_run, vms: reply.vms.into_iter().map(SweptVm::from).collect() })?;
     failed.map_or(Ok(()), Err)
+}
+
+/// How a drill went.
+#[derive(Debug, Serialize)]
+pub struct Drilled {
+    checkpoint: String,
+    vm: String,
+    host: String,
+    restore_ms: f64,
+    life_ms: f64,
+    destroy_ms: f64,
+    seen: String,
+}
+
+impl Report for Drilled {
+    fn text(&self) -> Text {
+        Text::fields([
+            ("checkpoint", self.checkpoint.clone()),
+            ("vm", self.vm.clone()),
+            ("host", self.host.clone()),
+            ("restored in", show_ms(self.restore_ms)),
+            ("alive after", show_ms(self.life_ms)),
+            ("seen", self.seen.clone()),
+            ("destroyed in", show_ms(self.destroy_ms)),
+        ])
+    }
+}
+
+/// Carries it out.
+///
+/// # Errors
+/// What the controller refused, or why the guest did not come to life.
+pub async fn drill(mut client: Client, args: DrillArgs, format: Format) -> Result<(), Failure> {
+    let doing = format!("drill {}", args.id);
+    let request = v1::DrillRequest {
+        id: args.id,
+        to: args.to.unwrap_or_default(),
+        expect: args.expect.unwrap_or_default(),
+        timeout_ms: u64::try_from(args.timeout.as_millis()).unwrap_or(u64::MAX).max(1),
+    };
+    let reply = client.drill_checkpoint(request).await;
+    let reply = reply.map_err(|error| Failure::from_status(&doing, &error))?.into_inner();
+    let v1::DrillReply { checkpoint, vm, host, restore_ms, life_ms, destroy_ms, seen } = reply;
+    output::print(format, &Drilled { checkpoint, vm, host, restore_ms, life_ms, destroy_ms, seen })
 }

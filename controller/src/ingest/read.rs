@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use proto::frame::{self, Encoding, FrameError, Kind, PAGE_BYTES, PageRun};
+use proto::ids::PackId;
 use proto::seal::{Opener, SealError};
 use proto::status::Code;
 use proto::v1::{Manifest, MapLayer, MapRegion, PackIndex, Section, SectionRef};
@@ -204,6 +205,19 @@ impl Reader {
         let (id, checked) = (pack.id, bytes.clone());
         beside(move || pack::check_name(&checked, id)).await?.map_err(|error| hurt(key, "", error))?;
         Ok(bytes)
+    }
+
+    /// Reads a pack and compares its bytes with its name; how many they are.
+    ///
+    /// # Errors
+    /// [`Code::Corrupt`] naming the pack, or the bucket's.
+    pub async fn rehash(&self, key: &str) -> Result<u64, Failure> {
+        let bytes = self.bucket.get(key).await.map_err(|error| missing_pack(key, error))?;
+        let id = key.rsplit('/').next().and_then(|name| name.parse::<PackId>().ok());
+        let id = id.ok_or_else(|| Failure::new(Code::Internal, format!("{key} is no key of a pack")))?;
+        let length = bytes.len() as u64;
+        beside(move || pack::check_name(&bytes, id)).await?.map_err(|error| hurt(key, "", error))?;
+        Ok(length)
     }
 
     /// The frames of these extents: all of a pack of which much is needed, otherwise pieces.

@@ -83,6 +83,17 @@ pub enum Event {
         /// The newest of them.
         generation: u64,
     },
+    /// A checkpoint was restored, watched and destroyed again.
+    Drilled {
+        /// The VM whose checkpoint it is.
+        vm: String,
+        /// The checkpoint.
+        checkpoint: String,
+        /// It showed a sign of life.
+        alive: bool,
+        /// How it went.
+        words: String,
+    },
     /// An operation began: its locks are held and its generation is reserved from here on.
     OperationBegan {
         /// Hex of an operation id.
@@ -198,6 +209,15 @@ pub enum Outcome {
     Checkpoint(Box<CheckpointEntry>),
     /// A checkpoint was read in full: `ok` or `damaged: ...`.
     Verified(String),
+    /// Packs were hashed again.
+    Sampled {
+        /// How many.
+        packs: u64,
+        /// Their bytes.
+        bytes: u64,
+        /// How many of them are damaged.
+        damaged: u64,
+    },
     /// A VM's packs were swept.
     Swept(Box<Swept>),
 }
@@ -327,6 +347,9 @@ pub enum Task {
         /// The checkpoint policy that a new VM gets, from the manifest; empty: none.
         #[serde(default, with = "super::saved::bytes")]
         checkpoint_policy: Vec<u8>,
+        /// It is going to be watched and destroyed.
+        #[serde(default)]
+        drill: bool,
     },
     /// Read a checkpoint in full and check everything.
     Verify {
@@ -339,6 +362,11 @@ pub enum Task {
         checkpoint: String,
         /// Generation whose packs are its own.
         generation: u64,
+    },
+    /// Hash some packs of a VM again.
+    Sample {
+        /// Their keys.
+        packs: Vec<String>,
     },
     /// Remove the packs of a VM that no checkpoint needs.
     Sweep {
@@ -362,6 +390,7 @@ impl Task {
             Task::Verify { .. } => "verify",
             Task::RemoveCheckpoint { .. } => "remove-checkpoint",
             Task::Sweep { .. } => "sweep",
+            Task::Sample { .. } => "sample",
         }
     }
 
@@ -381,7 +410,7 @@ impl Task {
 }
 
 /// The labels of all tasks.
-pub const LABELS: [&str; 11] = [
+pub const LABELS: [&str; 12] = [
     "create",
     "pause",
     "resume",
@@ -393,6 +422,7 @@ pub const LABELS: [&str; 11] = [
     "verify",
     "remove-checkpoint",
     "sweep",
+    "sample",
 ];
 
 /// The steps of the task with this label, as records name it.
@@ -409,6 +439,7 @@ pub fn shape(label: &str) -> Option<Shape> {
         "verify" => (&["read", "commit"], 1),
         "remove-checkpoint" => (&["commit", "erase"], 0),
         "sweep" => (&["sweep", "commit"], 1),
+        "sample" => (&["read", "commit"], 1),
         _ => return None,
     };
     Some(Shape { steps, commit })

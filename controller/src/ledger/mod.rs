@@ -231,6 +231,7 @@ fn subject(state: &State, event: &Event) -> (String, String) {
         | Event::PolicyRemoved { vm }
         | Event::PolicyMissed { vm, .. }
         | Event::PolicyRecovered { vm, .. }
+        | Event::Drilled { vm, .. }
         | Event::PolicyBackedOff { vm, .. } => (vm.clone(), "policy".into()),
         Event::StepDone { operation, .. }
         | Event::StepFailed { operation, .. }

@@ -32,6 +32,14 @@ pub struct Scheduled {
     pub failure: String,
     /// The newest checkpoint was found too old, and none was made since.
     pub missed: bool,
+    /// When packs were hashed again for the last time; 0: never.
+    pub sampled_unix_ms: u64,
+    /// What that found: `ok` or `damaged: ...`.
+    pub sampled: String,
+    /// When a checkpoint was drilled for the last time; 0: never.
+    pub drilled_unix_ms: u64,
+    /// How that went: `ok: ...` or `failed: ...`.
+    pub drilled: String,
 }
 
 impl State {
@@ -49,6 +57,13 @@ impl State {
             }
             Event::PolicyMissed { vm, .. } => self.scheduled(vm)?.missed = true,
             Event::PolicyRecovered { vm, .. } => self.scheduled(vm)?.missed = false,
+            // Also one without a policy may be drilled by hand.
+            Event::Drilled { vm, alive, words, .. } => {
+                if let Ok(scheduled) = self.scheduled(vm) {
+                    scheduled.drilled_unix_ms = record.unix_ms;
+                    scheduled.drilled = format!("{}: {words}", if *alive { "ok" } else { "failed" });
+                }
+            }
             Event::PolicyBackedOff { vm, operation, failures, reason, .. } => {
                 let scheduled = self.scheduled(vm)?;
                 scheduled.counted.clone_from(operation);
@@ -72,8 +87,19 @@ impl State {
             failed_unix_ms: 0,
             failure: String::new(),
             missed: before.is_some_and(|before| before.missed),
+            sampled_unix_ms: before.map_or(0, |before| before.sampled_unix_ms),
+            sampled: before.map(|before| before.sampled.clone()).unwrap_or_default(),
+            drilled_unix_ms: before.map_or(0, |before| before.drilled_unix_ms),
+            drilled: before.map(|before| before.drilled.clone()).unwrap_or_default(),
         };
         self.policies.insert(vm.into(), Arc::new(now));
+    }
+
+    pub(super) fn note_sample(&mut self, record: &Record, vm: &str, packs: u64, damaged: u64) {
+        if let Ok(scheduled) = self.scheduled(vm) {
+            scheduled.sampled_unix_ms = record.unix_ms;
+            scheduled.sampled = if damaged == 0 { "ok".into() } else { format!("damaged: {damaged} of {packs} packs") };
+        }
     }
 
     /// A VM came back from its manifest, and with it its policy. One that this release cannot carry out is left out.

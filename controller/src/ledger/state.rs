@@ -47,6 +47,8 @@ pub struct Vm {
     pub pages_from: String,
     /// The generation with which this cluster got it: created or restored.
     pub since: u64,
+    /// It is a drill's and goes when that ends.
+    pub drill: bool,
 }
 
 /// An operation.
@@ -196,6 +198,7 @@ impl State {
             | Event::PolicyRemoved { .. }
             | Event::PolicyMissed { .. }
             | Event::PolicyRecovered { .. }
+            | Event::Drilled { .. }
             | Event::PolicyBackedOff { .. } => self.apply_policy(record)?,
         }
         self.sequence = record.sequence;
@@ -312,6 +315,7 @@ impl State {
                     last_checkpoint: String::new(),
                     pages_from: String::new(),
                     since: plan.generation,
+                    drill: false,
                 }),
             );
         }
@@ -342,7 +346,11 @@ impl State {
             Task::RemoveCheckpoint { checkpoint, .. } if self.fed_by(checkpoint).is_some() => {
                 Err(Refusal::Stale("a VM still runs from the checkpoint"))
             }
-            Task::Create { .. } | Task::Verify { .. } | Task::RemoveCheckpoint { .. } | Task::Sweep { .. } => Ok(()),
+            Task::Create { .. }
+            | Task::Verify { .. }
+            | Task::RemoveCheckpoint { .. }
+            | Task::Sweep { .. }
+            | Task::Sample { .. } => Ok(()),
             Task::Restore { new: true, .. } => Ok(()),
             _ if vm.is_none() => Err(Refusal::Stale("the VM is gone")),
             Task::Migrate { .. } | Task::Checkpoint { .. } if vm.is_some_and(|vm| !vm.pages_from.is_empty()) => {
@@ -439,6 +447,11 @@ impl State {
                 Ok(())
             }
             (Task::Verify { .. }, _) => Err(Refusal::Stale("a verification's commit has no verdict")),
+            (Task::Sample { .. }, Outcome::Sampled { packs, damaged, .. }) => {
+                self.note_sample(record, &plan.vm, *packs, *damaged);
+                Ok(())
+            }
+            (Task::Sample { .. }, _) => Err(Refusal::Stale("a sample's commit has no result")),
             (Task::Sweep { .. }, Outcome::Swept(swept)) => {
                 for changed in &swept.changed {
                     if let Some(entry) = self.checkpoints.get_mut(&changed.checkpoint) {
@@ -469,6 +482,8 @@ impl State {
     fn adopt(&mut self, record: &Record, plan: &Plan) {
         let Task::Restore { checkpoint, target, config, capabilities, on_isolation, lazy, .. } = &plan.task else {
         let Task::Restore { target, config, capabilities, on_isolation, checkpoint_policy, .. } = &plan.task else {
+        let Task::Restore { target, config, capabilities, on_isolation, checkpoint_policy, drill, .. } = &plan.task
+        else {
             return;
         };
         let vm = Vm {
@@ -483,6 +498,7 @@ impl State {
             created_unix_ms: record.unix_ms,
             creating: false,
             since: plan.generation,
+            drill: *drill,
             last_checkpoint: self.newest_checkpoint(&plan.vm_id).map(|c| c.id.clone()).unwrap_or_default(),
             pages_from: if *lazy { checkpoint.clone() } else { String::new() },
         };

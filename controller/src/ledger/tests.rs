@@ -81,6 +81,7 @@ pub(crate) fn restore_plan(state: &State, vm: &str, checkpoint: &str, target: &s
         policy: TransferPolicy::default(),
         lazy: false,
         checkpoint_policy: Vec::new(),
+        drill: false,
     };
     let mut plan = plan(state, vm, state.fresh_generation(vm), task);
     plan.locks.push(checkpoint_lock(checkpoint));

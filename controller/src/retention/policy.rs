@@ -52,9 +52,12 @@ pub fn check(policy: &CheckpointPolicy) -> Result<(), Failure> {
     if [keep.last, keep.hourly, keep.daily, keep.weekly, keep.monthly].into_iter().any(|n| n > KEEP_MAX) {
         return Err(bad(format!("a rule keeps {KEEP_MAX} checkpoints at most")));
     }
-    if *verify_every_ms != 0 || *drill_every_ms != 0 {
-        return Err(bad("checkpoints are not verified or drilled by the clock yet")
-            .hint("`ctl checkpoint verify ID` reads one in full; `ctl restore ID --as NAME` is a drill"));
+    for every in [*verify_every_ms, *drill_every_ms] {
+        if every != 0 && !(EVERY_MS_MIN..=EVERY_MS_MAX).contains(&every) {
+            let (least, most) = (span(EVERY_MS_MIN), span(EVERY_MS_MAX));
+            return Err(bad(format!("a check every {} cannot be kept", span(every)))
+                .hint(format!("between {least} and {most}")));
+        }
     }
     Ok(())
 }
@@ -91,7 +94,7 @@ pub fn from_bytes(bytes: &[u8]) -> Result<Option<CheckpointPolicy>, Failure> {
     Ok(Some(policy))
 }
 
-/// `every 5m, 22:00-06:00 Europe/Berlin, keep last 12, daily 14`.
+/// `every 5m, 22:00-06:00 Europe/Berlin, keep last 12, daily 14, verified every 1d`.
 pub fn words(policy: &CheckpointPolicy) -> String {
     let mut text = format!("every {}", span(policy.every_ms));
     if !policy.windows.is_empty() {
@@ -101,7 +104,13 @@ pub fn words(policy: &CheckpointPolicy) -> String {
     if !policy.zone.is_empty() {
         text += &format!(" {}", policy.zone);
     }
-    text + ", " + &keep_words(&keep(policy))
+    text += &format!(", {}", keep_words(&keep(policy)));
+    for (word, every) in [("verified", policy.verify_every_ms), ("drilled", policy.drill_every_ms)] {
+        if every > 0 {
+            text += &format!(", {word} every {}", span(every));
+        }
+    }
+    text
 }
 
 /// `keep last 12, daily 14`.
@@ -201,7 +210,7 @@ mod tests {
             ("no window", |p| p.windows[0].from_minute = 1440),
             ("time zone", |p| p.zone = "Nowhere".into()),
             ("at most", |p| p.keep.as_mut().unwrap().hourly = 10_001),
-            ("yet", |p| p.drill_every_ms = 1),
+            ("a check every", |p| p.drill_every_ms = 1),
         ];
         for (word, change) in refused {
             let mut policy = policy();

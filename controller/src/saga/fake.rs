@@ -420,6 +420,11 @@ impl World for FakeWorld {
         self.call("bucket", "verify", &|field: &mut Field| Ok(field.missing(keys()))).await
     }
 
+    async fn sample(&self, packs: &[String]) -> Result<(u64, Damaged), Failure> {
+        let keys = || packs.iter().cloned();
+        self.call("bucket", "sample", &|field: &mut Field| Ok((packs.len() as u64, field.missing(keys())))).await
+    }
+
     async fn erase(&self, manifest: &str) -> Result<(), Failure> {
         self.call("bucket", "erase", &|field: &mut Field| {
             field.bucket.remove(manifest);

@@ -290,6 +290,17 @@ impl World for Hosts {
         }
     }
 
+    async fn sample(&self, packs: &[String]) -> Result<(u64, Damaged), Failure> {
+        let (mut bytes, mut found) = (0, Damaged::new());
+        for key in packs {
+            match self.reader.rehash(key).await {
+                Ok(length) => bytes += length,
+                Err(failure) => found.extend(damage_alone(failure)?),
+            }
+        }
+        Ok((bytes, found))
+    }
+
     async fn erase(&self, manifest_key: &str) -> Result<(), Failure> {
         Ok(self.reader.bucket.delete(manifest_key).await?)
     }

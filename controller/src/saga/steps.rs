@@ -13,6 +13,7 @@
 //! | verify     | read, COMMIT                                           |                                       |
 //! | remove-checkpoint | COMMIT, erase                                   |                                       |
 //! | sweep      | sweep, COMMIT                                          |                                       |
+//! | sample     | read, COMMIT                                           |                                       |
 //!
 //! Steps may be repeated. What only lives in memory ([`Memory`]) is needed before the commit alone, because a
 //! controller that starts again undoes what is not committed; after it everything comes from the plan.
@@ -56,6 +57,8 @@ pub struct Memory {
     pub handed_over: Option<(HandedOver, Instant)>,
     /// The checkpoint that was made.
     pub checkpoint: Option<CheckpointEntry>,
+    /// Packs that were hashed again, their bytes, and how many are damaged.
+    pub sampled: Option<(u64, u64, u64)>,
     /// What a sweep did.
     pub swept: Option<Swept>,
     /// What reading a checkpoint found.
@@ -172,6 +175,7 @@ impl<W: World> Hands<'_, W> {
             (Task::Restore { .. }, _) => self.release(memory).await,
             (Task::Verify { checkpoint }, _) => self.verify(checkpoint, memory).await,
             (Task::RemoveCheckpoint { checkpoint, generation }, _) => self.erase(checkpoint, *generation).await,
+            (Task::Sample { packs }, _) => self.sample(packs, memory).await,
             (Task::Sweep { live_percent_min }, _) => self.sweep(*live_percent_min, memory).await,
         }
     }
@@ -202,6 +206,7 @@ impl<W: World> Hands<'_, W> {
                 | Task::Restore { .. }
                 | Task::Verify { .. }
                 | Task::RemoveCheckpoint { .. }
+                | Task::Sample { .. }
                 | Task::Sweep { .. },
                 _,
             ) => Ok(()),
@@ -219,6 +224,10 @@ impl<W: World> Hands<'_, W> {
                 .clone()
                 .map(|entry| Outcome::Checkpoint(Box::new(CheckpointEntry { by_policy: *by_policy, ..entry })))
                 .ok_or_else(|| lost("the checkpoint")),
+            Task::Sample { .. } => memory
+                .sampled
+                .map(|(packs, bytes, damaged)| Outcome::Sampled { packs, bytes, damaged })
+                .ok_or_else(|| lost("what was read")),
             Task::Sweep { .. } => {
                 memory.swept.clone().map(|swept| Outcome::Swept(Box::new(swept))).ok_or_else(|| lost("what was swept"))
             }
@@ -555,6 +564,14 @@ impl<W: World> Hands<'_, W> {
             Err(failure) => return Err(failure),
         }
         Ok(())
+    }
+
+    async fn sample(&self, packs: &[String], memory: &mut Memory) -> Result<(), Failure> {
+        let (bytes, found) = self.world.sample(packs).await?;
+        memory.sampled = Some((packs.len() as u64, bytes, found.len() as u64));
+        let result = if found.is_empty() { "ok" } else { "failed" };
+        metrics::counter!(crate::metrics::CHECKS, "check" => "sample", "result" => result).increment(1);
+        self.damaged(found).await
     }
 
     async fn sweep(&self, live_percent_min: u32, memory: &mut Memory) -> Result<(), Failure> {

@@ -43,9 +43,10 @@ enum Scene {
     Verify,
     RemoveCheckpoint,
     Sweep,
+    Sample,
 }
 
-const SCENES: [Scene; 15] = [
+const SCENES: [Scene; 16] = [
     Scene::Create,
     Scene::Pause,
     Scene::Resume,
@@ -61,6 +62,7 @@ const SCENES: [Scene; 15] = [
     Scene::Verify,
     Scene::RemoveCheckpoint,
     Scene::Sweep,
+    Scene::Sample,
 ];
 
 struct Stage {
@@ -173,6 +175,7 @@ fn plan(scene: Scene, state: &State) -> Plan {
         Scene::RestoreInPlace => restore_plan(state, "vm1", CHECKPOINT, "hostA"),
         Scene::RestoreAs => restore_plan(state, "vm2", CHECKPOINT, "hostB"),
         Scene::Verify => on_checkpoint(Task::Verify { checkpoint }),
+        Scene::Sample => on_checkpoint(Task::Sample { packs: state.checkpoints[CHECKPOINT].pack_keys.clone() }),
         Scene::Sweep => on_checkpoint(Task::Sweep { live_percent_min: 30 }),
         Scene::RemoveCheckpoint => on_checkpoint(Task::RemoveCheckpoint { checkpoint, generation: 1 }),
     }

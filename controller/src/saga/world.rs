@@ -60,6 +60,8 @@ pub trait World: Send + Sync + 'static {
     fn lost(&self, manifest_key: &str) -> impl Answer<Damaged>;
     /// Reads a checkpoint in full; what of it is missing or damaged.
     fn verify(&self, entry: &CheckpointEntry, voice: &Voice) -> impl Answer<Damaged>;
+    /// Hashes packs again: their bytes, and what is missing or damaged.
+    fn sample(&self, packs: &[String]) -> impl Answer<(u64, Damaged)>;
     /// Removes a manifest: from then on the checkpoint does not exist, whatever happens to its packs.
     fn erase(&self, manifest_key: &str) -> impl Answer<()>;
     /// Removes what no checkpoint of a VM needs. Whoever calls holds the lock of the VM's packs.

@@ -242,7 +242,10 @@ impl<W: World> Schedule<W> {
                     .filter(|o| {
                         matches!(
                             o.plan.task,
-                            Task::Checkpoint { .. } | Task::RemoveCheckpoint { .. } | Task::Sweep { .. }
+                            Task::Checkpoint { .. }
+                                | Task::RemoveCheckpoint { .. }
+                                | Task::Sweep { .. }
+                                | Task::Sample { .. }
                         )
                     })
                     .collect();
@@ -250,9 +253,7 @@ impl<W: World> Schedule<W> {
                     return;
                 }
                 for operation in ours {
-                    if matches!(operation.plan.task, Task::Checkpoint { .. } | Task::Sweep { .. })
-                        && operation.failure.is_none()
-                    {
+                    if !matches!(operation.plan.task, Task::RemoveCheckpoint { .. }) && operation.failure.is_none() {
                         // It may have passed its commit; then it ends in a moment.
                         let _ = sagas.cancel(actor, &operation.id).await;
                     }

@@ -14,7 +14,8 @@ use tokio_util::sync::CancellationToken;
 use super::Schedule;
 use crate::api::plans;
 use crate::failure::Failure;
-use crate::ledger::event::Outcome;
+use crate::ledger::Ledger;
+use crate::ledger::event::{Outcome, Plan};
 use crate::ledger::state::{State, packs_lock};
 use crate::saga::world::World;
 use crate::sweep::{LIVE_PERCENT_MIN, Request, Swept};
@@ -69,8 +70,19 @@ impl<W: World> Schedule<W> {
     }
 
     async fn sweep_as(&self, actor: &str, vm_id: &str, live_percent_min: u32) -> Result<Swept, Failure> {
+        let plan = plans::sweep(&self.inner.ledger.state(), vm_id, live_percent_min);
+        match self.to_the_end(actor, plan).await? {
+            Some(Outcome::Swept(swept)) => Ok(*swept),
+            _ => Err(Failure::new(Code::Internal, "the sweep's result was lost")),
+        }
+    }
+
+    /// Begins an operation and waits for its end: what its commit added.
+    ///
+    /// # Errors
+    /// What it failed with.
+    pub async fn to_the_end(&self, actor: &str, plan: Plan) -> Result<Option<Outcome>, Failure> {
         let super::Inner { ledger, sagas, .. } = &*self.inner;
-        let plan = plans::sweep(&ledger.state(), vm_id, live_percent_min);
         if actor != self.inner.actor {
             self.make_way(&plan.locks).await;
         }
@@ -79,10 +91,17 @@ impl<W: World> Schedule<W> {
         if let Some(Said::Failed(failed)) = last {
             return Err(Failure::new(Code::from_number(failed.code), failed.message).hint(failed.hint));
         }
-        match ledger.state().operations.get(voice.operation()).and_then(|operation| operation.result.clone()) {
-            Some(Outcome::Swept(swept)) => Ok(*swept),
-            _ => Err(Failure::new(Code::Internal, "the sweep's result was lost")),
-        }
+        Ok(ledger.state().operations.get(voice.operation()).and_then(|operation| operation.result.clone()))
+    }
+
+    /// In whose name the clock does things.
+    pub fn actor(&self) -> &str {
+        &self.inner.actor
+    }
+
+    /// What is true.
+    pub fn ledger(&self) -> &Ledger {
+        &self.inner.ledger
     }
 
     /// Sweeps everything again and again until shutdown.

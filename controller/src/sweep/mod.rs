@@ -11,6 +11,7 @@
 
 mod mark;
 mod repack;
+mod shape;
 #[cfg(test)]
 mod tests;
 

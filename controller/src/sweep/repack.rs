@@ -18,21 +18,23 @@ use proto::frame::{self, Kind};
 use proto::ids::PackId;
 use proto::seal::Sealer;
 use proto::status::Code;
-use proto::v1::{LayerRef, Manifest, MapLayer, PackEntry, PackRef, PackUse, SectionRef};
+use proto::v1::{MapLayer, PackEntry, PackRef};
 
 use super::Request;
 use super::mark::Ground;
+use super::shape::{
+    At, LayerAt, Layers, Live, Moved, NewLayer, NewRegion, NewVersion, Out, Pending, Versions, Work, bug, extents,
+    replaced, transformed, versions,
+};
 use crate::bucket;
 use crate::failure::Failure;
-use crate::ingest::manifest::{self, pack_key, regions};
+use crate::ingest::manifest::{self, pack_key};
 use crate::ingest::map::{Extent, PackAt, Place, Region};
 use crate::ingest::pack::{Pack, PackWriter};
 use crate::ingest::read::{Opened, Reader, beside, by_pack, frames, pages};
 
 /// Bytes of manifests that are held at a time.
 const MANIFESTS_MAX: u64 = 256 << 20;
-/// Bytes of layers of a region that are held at a time.
-const LAYERS_MAX: usize = 64 << 20;
 /// Live bytes that are copied in one go; the rest waits for the next sweep.
 const COPY_MAX: u64 = 256 << 20;
 
@@ -65,93 +67,6 @@ pub struct Repacked {
     pub manifests: Vec<String>,
     /// Why nothing was done; may be empty.
     pub note: String,
-}
-
-/// Where a layer lies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-struct LayerAt {
-    pack: PackAt,
-    offset: u64,
-    bytes: u32,
-    pages: u32,
-}
-
-/// One region of one of the checkpoints.
-#[derive(Clone, Copy)]
-struct At {
-    checkpoint: usize,
-    region: usize,
-}
-
-/// A region, and its versions: by the layers that make it up, the checkpoints that have it so.
-struct Versions {
-    space: u32,
-    first_page: u64,
-    pages: u64,
-    versions: BTreeMap<Vec<LayerAt>, Vec<At>>,
-}
-
-/// What of each pack some checkpoint needs.
-#[derive(Default)]
-struct Live {
-    pages: BTreeMap<PackAt, u64>,
-    bytes: BTreeMap<PackAt, u64>,
-}
-
-/// Pages of a victim that lie in a new pack now.
-struct Moved {
-    first_page: u64,
-    pages: u32,
-    pack: usize,
-    offset: u64,
-    bytes: u32,
-}
-
-/// New packs of one kind.
-struct Out {
-    writer: PackWriter,
-    full: Vec<PackAt>,
-}
-
-/// A place in [`Out`].
-#[derive(Clone, Copy)]
-struct Pending {
-    pack: usize,
-    offset: u64,
-    bytes: u32,
-}
-
-/// A layer after the rewriting: where it was, or written anew; none: nothing of it is alive.
-#[derive(Clone, Copy)]
-enum NewLayer {
-    Kept(LayerAt),
-    Written(Pending, u32),
-    Empty,
-}
-
-/// What a region of a checkpoint is going to be.
-struct NewRegion {
-    layers: Vec<LayerAt>,
-    uses: Vec<(PackAt, u32)>,
-}
-
-/// Layers of one region that were read, within a limit.
-#[derive(Default)]
-struct Layers {
-    held: HashMap<LayerAt, Arc<MapLayer>>,
-    bytes: usize,
-}
-
-/// Everything that the steps of a repacking share.
-struct Work {
-    checkpoints: Vec<Opened>,
-    keys: Vec<String>,
-    regions: Vec<Versions>,
-    victims: BTreeSet<PackAt>,
-    moved: BTreeMap<Place, Vec<Moved>>,
-    layers: BTreeMap<LayerAt, NewLayer>,
-    sections: BTreeMap<(PackAt, u64, u32), Pending>,
-    sealer: Arc<Sealer>,
 }
 
 impl<S: Fn(String) + Sync> Repack<'_, S> {
@@ -430,7 +345,7 @@ impl<S: Fn(String) + Sync> Repack<'_, S> {
         new_pages: &[PackAt],
         out: &mut Out,
         done: &mut Repacked,
-    ) -> Result<Vec<(At, Vec<NewLayer>, Vec<(PackAt, u32)>)>, Failure> {
+    ) -> Result<Vec<NewVersion>, Failure> {
         let mut new = Vec::new();
         for number in 0..work.regions.len() {
             let (mut held, mut anew) = (Layers::default(), HashMap::new());
@@ -453,7 +368,7 @@ impl<S: Fn(String) + Sync> Repack<'_, S> {
                     return Err(bug("a region that was rewritten is not what it was"));
                 }
                 let uses: Vec<(PackAt, u32)> = after.uses().into_iter().collect();
-                new.extend(there.into_iter().map(|at| (at, written.clone(), uses.clone())));
+                new.extend(there.into_iter().map(|at| NewVersion { at, layers: written.clone(), uses: uses.clone() }));
             }
         }
         for number in 0..work.checkpoints.len() {
@@ -521,12 +436,12 @@ impl<S: Fn(String) + Sync> Repack<'_, S> {
     async fn swap(
         &self,
         work: &Work,
-        new: Vec<(At, Vec<NewLayer>, Vec<(PackAt, u32)>)>,
+        new: Vec<NewVersion>,
         maps: &[PackAt],
         done: &mut Repacked,
     ) -> Result<(), Failure> {
         let mut by_checkpoint: BTreeMap<usize, BTreeMap<usize, NewRegion>> = BTreeMap::new();
-        for (at, layers, uses) in new {
+        for NewVersion { at, layers, uses } in new {
             let place = |layer: NewLayer| match layer {
                 NewLayer::Kept(layer) => Some(layer),
                 NewLayer::Written(Pending { pack, offset, bytes }, pages) => {
@@ -552,128 +467,4 @@ impl<S: Fn(String) + Sync> Repack<'_, S> {
         }
         Ok(())
     }
-}
-
-impl Layers {
-    fn keep(&mut self, at: LayerAt, layer: Arc<MapLayer>) {
-        let bytes = layer.leaves.len() + 24 * (layer.runs.len() + layer.frames.len());
-        if self.bytes + bytes > LAYERS_MAX {
-            self.held.clear();
-            self.bytes = 0;
-        }
-        self.bytes += bytes;
-        self.held.insert(at, layer);
-    }
-}
-
-fn bug(text: &str) -> Failure {
-    Failure::new(Code::Internal, format!("repacking: {text}; no checkpoint was changed"))
-}
-
-/// The regions of all checkpoints, each with its versions.
-fn versions(checkpoints: &[Opened]) -> Vec<Versions> {
-    let mut found: BTreeMap<(u32, u64, u64), BTreeMap<Vec<LayerAt>, Vec<At>>> = BTreeMap::new();
-    for (checkpoint, opened) in checkpoints.iter().enumerate() {
-        let spaces = opened.manifest.config.as_ref().map(crate::ingest::assembly::spaces).unwrap_or_default();
-        for (number, (place, region)) in regions(&spaces).zip(&opened.manifest.regions).enumerate() {
-            let at = |layer: &LayerRef| {
-                let LayerRef { pack, offset, bytes, pages } = *layer;
-                LayerAt { pack: manifest::pack(&opened.manifest, pack), offset, bytes, pages }
-            };
-            let layers: Vec<LayerAt> = region.layers.iter().map(at).collect();
-            if !layers.is_empty() {
-                let versions = found.entry(place).or_default();
-                versions.entry(layers).or_default().push(At { checkpoint, region: number });
-            }
-        }
-    }
-    let region = |((space, first_page, pages), versions)| Versions { space, first_page, pages, versions };
-    found.into_iter().map(region).collect()
-}
-
-/// Pages of one frame, joined where they lie side by side.
-fn extents(space: u16, place: Place, pages: BTreeMap<u64, [u8; 32]>) -> Vec<Extent> {
-    let mut extents: Vec<Extent> = Vec::new();
-    for (page, leaf) in pages {
-        match extents.last_mut() {
-            Some(extent) if extent.first_page + u64::from(extent.pages) == page => {
-                extent.pages += 1;
-                extent.leaves.push(leaf);
-            }
-            _ => extents.push(Extent { space, first_page: page, leaves: vec![leaf], pages: 1, place }),
-        }
-    }
-    extents
-}
-
-/// A layer without what is dead in victims, and with the new places of what is alive.
-fn transformed(work: &Work, region: &Versions, old: &MapLayer, new_pages: &[PackAt]) -> Result<MapLayer, Failure> {
-    let alone = Region::zero(region.space, region.first_page, region.pages);
-    let mut alone = alone.laid(old).map_err(|error| bug(&error.to_string()))?;
-    let (mut kept, mut added) = (Vec::new(), HashMap::new());
-    for run in &old.runs {
-        for page in run.first_page as usize..(run.first_page + run.pages) as usize {
-            let Some(place) = alone.place(page).filter(|place| work.victims.contains(&place.pack)) else {
-                kept.push(page);
-                continue;
-            };
-            let number = region.first_page + page as u64;
-            let moved = work.moved.get(&place).into_iter().flatten();
-            let inside =
-                |moved: &&Moved| (moved.first_page..moved.first_page + u64::from(moved.pages)).contains(&number);
-            if let Some(Moved { first_page, pack, offset, bytes, .. }) = moved.into_iter().find(inside) {
-                let place = Place { pack: new_pages[*pack], offset: *offset, bytes: *bytes, first_page: *first_page };
-                let frame = *added.entry(place).or_insert_with(|| alone.frame(place));
-                let leaf = alone.leaf(page);
-                alone.set(page, leaf, Some(frame));
-                kept.push(page);
-            }
-        }
-    }
-    Ok(alone.layer(kept.into_iter()))
-}
-
-/// The manifest that takes the place of another.
-fn replaced(
-    work: &Work,
-    opened: &Opened,
-    mut new: BTreeMap<usize, NewRegion>,
-    maps: &[PackAt],
-) -> Result<Manifest, Failure> {
-    let old = &opened.manifest;
-    let (mut packs, mut numbers) = (Vec::new(), BTreeMap::new());
-    let mut number = |pack: PackAt| {
-        *numbers.entry(pack).or_insert_with(|| {
-            packs.push(pack);
-            packs.len() as u32 - 1
-        })
-    };
-    let mut regions = Vec::new();
-    for (at, region) in old.regions.iter().enumerate() {
-        let NewRegion { layers, uses } = new.remove(&at).unwrap_or(NewRegion { layers: vec![], uses: vec![] });
-        if layers.is_empty() && !region.packs.is_empty() {
-            return Err(bug("a region was forgotten"));
-        }
-        let mut region = proto::v1::MapRegion { layers: vec![], packs: vec![], ..region.clone() };
-        for LayerAt { pack, offset, bytes, pages } in layers {
-            region.layers.push(LayerRef { pack: number(pack), offset, bytes, pages });
-        }
-        region.packs = uses.into_iter().map(|(pack, pages)| PackUse { pack: number(pack), pages }).collect();
-        regions.push(region);
-    }
-    let mut sections = Vec::new();
-    for section in &old.sections {
-        let pack = manifest::pack(old, section.pack);
-        sections.push(match work.sections.get(&(pack, section.offset, section.bytes)) {
-            Some(Pending { pack, offset, bytes }) => {
-                SectionRef { pack: number(maps[*pack]), offset: *offset, bytes: *bytes, ..section.clone() }
-            }
-            None => SectionRef { pack: number(pack), ..section.clone() },
-        });
-    }
-    if packs.iter().any(|pack| work.victims.contains(pack)) {
-        return Err(bug("a pack that was rewritten is still needed"));
-    }
-    let packs = packs.iter().map(PackAt::message).collect();
-    Ok(Manifest { regions, sections, packs, ..old.clone() })
 }

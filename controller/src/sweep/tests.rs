@@ -29,7 +29,7 @@ impl History {
     async fn new(first: Runs) -> History {
         let scratch = Scratch::new();
         claim("ours", 3).make(&scratch.bucket).await.unwrap();
-        let entry = full(&scratch, &[first.clone()]).await;
+        let entry = full(&scratch, std::slice::from_ref(&first)).await;
         History { scratch, entries: vec![entry], made: 1, contents: contents_of(&[first]) }
     }
 

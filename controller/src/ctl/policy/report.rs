@@ -28,6 +28,12 @@ pub struct Policy {
     pinned: u32,
     removable: u32,
     newest: String,
+    verify_every_ms: u64,
+    drill_every_ms: u64,
+    sampled: String,
+    sampled_at: String,
+    drilled: String,
+    drilled_at: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -61,8 +67,19 @@ impl From<v1::PolicyRecord> for Policy {
             pinned: record.pinned,
             removable: record.removable,
             newest: record.newest,
+            verify_every_ms: policy.verify_every_ms,
+            drill_every_ms: policy.drill_every_ms,
+            sampled: record.sampled,
+            sampled_at: when(record.sampled_unix_ms),
+            drilled: record.drilled,
+            drilled_at: when(record.drilled_unix_ms),
         }
     }
+}
+
+/// Nothing for never.
+fn when(unix_ms: u64) -> String {
+    if unix_ms == 0 { String::new() } else { timestamp(unix_ms) }
 }
 
 impl Policy {
@@ -103,6 +120,8 @@ impl Report for Policy {
             ("age", self.age()),
             ("next", self.state.clone()),
             ("last", self.outcome.clone()),
+            ("sampled", format!("{} {}", self.sampled_at, self.sampled).trim().to_owned()),
+            ("drilled", format!("{} {}", self.drilled_at, self.drilled).trim().to_owned()),
             ("kept", format!("{} ({} by hand, {} to be removed)", self.checkpoints, self.pinned, self.removable)),
         ])
     }

@@ -46,11 +46,11 @@ pub struct SetArgs {
     #[command(flatten)]
     #[allow(missing_docs, reason = "options shared with `simulate`")]
     pub rules: Rules,
-    /// Read a checkpoint in full by the clock.
-    #[arg(long, value_parser = units::duration, value_name = "TIME", hide = true)]
+    /// Hash a random sample of the VM's packs again, so often [default: never].
+    #[arg(long, value_parser = units::duration, value_name = "TIME")]
     pub verify_every: Option<Duration>,
-    /// Restore a checkpoint by the clock, as a drill.
-    #[arg(long, value_parser = units::duration, value_name = "TIME", hide = true)]
+    /// Drill the newest sound checkpoint (`ctl checkpoint drill`) on any host, so often [default: never].
+    #[arg(long, value_parser = units::duration, value_name = "TIME")]
     pub drill_every: Option<Duration>,
 }
 
