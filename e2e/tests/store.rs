@@ -262,3 +262,24 @@ fn a_policy_has_samples_hashed_and_checkpoints_drilled_and_says_what_it_found() 
     let next = checkpoint(&cluster);
     cluster.ok(["checkpoint", "verify", &next]);
 }
+
+#[test]
+fn a_vm_comes_back_from_the_bucket_of_another_cluster() {
+    let first = Cluster::up(1);
+    first.create("vm1", "hostA", GUEST);
+    let before = first.goes_on("vm1", 20);
+    let made = checkpoint(&first);
+    let keys = first.ok(["key", "export"]);
+    let second = Cluster::up(1);
+    let safe = second.dir().join("safe");
+    std::fs::write(&safe, keys).expect("a file for the keys");
+    second.ok(["key", "import", safe.to_str().expect("temporary paths are text")]);
+    let url = format!("file:{}", first.dir().join("bucket").display());
+    second.ok(["restore", "vm1", "--from", &url]);
+    assert!(second.goes_on("vm1", 3).tick >= before.tick);
+    // From here on the other bucket is not needed.
+    drop(first);
+    second.ok(["checkpoint", "verify", &made]);
+    let next = checkpoint(&second);
+    second.ok(["checkpoint", "verify", &next]);
+}

@@ -1,8 +1,10 @@
 //! From the bucket back into a ledger: after a disaster the bucket and the keys are all that there is.
 //!
-//! What is found becomes `CheckpointFound` in the ledger, in order of age, and is restored like any other checkpoint. A
+//! Of another bucket than the cluster's own, what is wanted is copied first. What is found becomes `CheckpointFound` in the ledger, in order of age, and is restored like any other checkpoint. A
 //! manifest that does not open or makes no sense is named and left alone: nothing is removed here. A rotation of the
 //! cluster key passes here too, since it walks the same VMs.
+
+use std::collections::BTreeMap;
 
 use proto::ids::VmId;
 use proto::status::Code;
@@ -10,9 +12,9 @@ use proto::v1::AdoptReply;
 
 use super::Api;
 use crate::abreast::abreast;
-use crate::bucket::{Object, VMS, checkpoints_prefix, generation_folder, vm_prefix};
+use crate::bucket::{Bucket, Object, VMS, checkpoints_prefix, generation_folder, key_object, vm_prefix};
 use crate::failure::Failure;
-use crate::ingest::manifest::entry;
+use crate::ingest::manifest::{entry, pack_key, packs};
 use crate::ingest::read::Reader;
 use crate::ledger::event::Event;
 use crate::ledger::state::State;
@@ -21,18 +23,19 @@ use crate::tls::Identity;
 
 /// Manifests that are read, and VMs that are looked at, at a time.
 const READS_MAX: usize = 16;
+/// Packs that are copied at a time.
+const COPIES_MAX: usize = 4;
 
 impl Api {
-    /// Takes in what the ledger does not know of a VM (`name`: its name or id, or the id of a checkpoint), or of all. `from` names
-    /// the bucket; it must be this controller's.
+    /// Takes in what the ledger does not know of a VM (`name`: its name or id, or the id of a checkpoint), or of all. What
+    /// `from` names is this controller's bucket, or another one, whose newest checkpoints are copied into this one first.
     ///
     /// # Errors
-    /// [`Code::BadInput`] if it is another bucket, or the bucket's and the ledger's.
+    /// The buckets' and the ledger's.
     pub(super) async fn adopt(&self, operator: &Identity, from: &str, name: &str) -> Result<AdoptReply, Failure> {
         if !from.is_empty() && plain(from) != plain(&self.bucket_url) {
-            let text = format!("this controller's bucket is {}, not {from}", self.bucket_url);
-            let hint = format!("name it in the controller's settings (bucket = \"{from}\") and start it again");
-            return Err(Failure::new(Code::BadInput, text).hint(hint));
+            let brought = bring(&self.reader, from, name).await?;
+            tracing::info!(%operator, from, packs = brought, "checkpoints are copied from another bucket");
         }
         let state = self.ledger.state();
         let mut reply = AdoptReply::default();
@@ -120,6 +123,40 @@ async fn wanted(reader: &Reader, state: &State, name: &str) -> Result<Vec<Lying>
     Ok(looked.await?.into_iter().flatten().collect())
 }
 
+/// Copies what is wanted from another bucket, which is only read: of each VM the newest checkpoint that opens, or the one that
+/// is named. The manifest comes last, so that what was cut short does not exist. How many packs were copied.
+async fn bring(ours: &Reader, from: &str, name: &str) -> Result<usize, Failure> {
+    // Their VM may have another key than ours of the same id: nothing of it is remembered.
+    let theirs = Reader { bucket: Bucket::open(from, false)?, keys: ours.keys.apart() };
+    let mut copied = 0;
+    for vm in wanted(&theirs, &State::default(), name).await? {
+        let read = abreast(READS_MAX, vm.manifests, |key| {
+            let theirs = theirs.clone();
+            async move { Ok(readable(theirs.manifest(&key).await)?.ok().map(|opened| (key, opened.manifest))) }
+        });
+        let found: Vec<_> = read.await?.into_iter().flatten().collect();
+        let named = found.iter().find(|(_, manifest)| manifest.checkpoint == name);
+        let newest = || found.iter().max_by_key(|(_, manifest)| (manifest.generation, manifest.created_unix_ms));
+        let Some((key, manifest)) = named.or_else(newest) else { continue };
+        let there = ours.bucket.list_objects(&vm_prefix(&vm.id)).await?;
+        let there: BTreeMap<String, u64> = there.into_iter().map(|object| (object.key, object.bytes)).collect();
+        let missing = packs(manifest).into_iter().map(|pack| (pack_key(manifest, &pack), pack));
+        let missing: Vec<_> = missing.filter(|(key, pack)| there.get(key) != Some(&pack.bytes)).collect();
+        copied += missing.len();
+        let moved = abreast(COPIES_MAX, missing, |(key, pack)| {
+            let (theirs, bucket) = (theirs.clone(), ours.bucket.clone());
+            async move { Ok(bucket.put(&key, theirs.pack(&key, &pack).await?).await?) }
+        });
+        moved.await?;
+        for object in [key_object(&vm.id), key.clone()] {
+            if !there.contains_key(&object) {
+                ours.bucket.put(&object, theirs.bucket.get(&object).await?).await?;
+            }
+        }
+    }
+    Ok(copied)
+}
+
 /// Whether these manifests are of a VM of this name: asked of the newest that opens. One of which none opens may be it.
 async fn named(reader: &Reader, objects: &[Object], name: &str) -> Result<bool, Failure> {
     let mut newest: Vec<&Object> = objects.iter().collect();
@@ -196,5 +233,23 @@ mod tests {
             let lying = wanted(&reader, &state, name).await.unwrap();
             assert_eq!((lying.len(), lying[0].manifests.len(), lying[0].generation), (1, 1, Some(3)), "{name}");
         }
+    }
+
+    #[tokio::test]
+    async fn what_another_bucket_has_is_copied_whole_and_once() {
+        let (there, here) = (Scratch::new(), Scratch::new());
+        let entry = full(&there, &[vec![(0, 0, 256, 1), (1, 2, 3, 4)]]).await;
+        let (ours, from) = (reader(&here.bucket), format!("file:{}", there.folder.display()));
+        assert_eq!(bring(&ours, &from, "nobody").await.unwrap(), 0);
+        assert_eq!(bring(&ours, &from, "vm1").await.unwrap(), entry.pack_keys.len());
+        let opened = ours.manifest(&entry.manifest_key).await.unwrap();
+        ours.verify(&opened, |_, _| ()).await.unwrap();
+        assert_eq!(bring(&ours, &from, &entry.id).await.unwrap(), 0);
+        // What is damaged there does not become a checkpoint here.
+        let (third, path) = (Scratch::new(), there.folder.join(&entry.pack_keys[0]));
+        std::fs::write(&path, b"short").unwrap();
+        let failure = bring(&reader(&third.bucket), &from, "").await.unwrap_err();
+        assert!(failure.code == Code::Corrupt && failure.message.contains(&entry.pack_keys[0]), "{failure}");
+        assert!(third.bucket.get(&entry.manifest_key).await.is_err());
     }
 }

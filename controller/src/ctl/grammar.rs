@@ -415,7 +415,7 @@ pub struct RestoreArgs {
     /// Every VM of the bucket that this cluster does not have.
     #[arg(long, requires = "from", conflicts_with_all = ["to", "as_name"])]
     pub all: bool,
-    /// Look in the bucket first for checkpoints that this cluster has never seen; the URL is that of its own bucket.
+    /// Look there first for checkpoints that this cluster has never seen: its own bucket, or another one, whose are copied.
     #[arg(long, value_name = "URL")]
     pub from: Option<String>,
     /// Host that is to run it [default: of those that can, the one with the most memory free].

@@ -63,14 +63,19 @@ impl Claim {
     /// # Errors
     /// [`Code::Conflict`] naming the other; the bucket's.
     pub async fn holds(&self, bucket: &Bucket) -> Result<bool, Failure> {
-        let mut ours = false;
-        for owner in owners(bucket, &self.vm_id, self.since).await? {
-            if owner.cluster != self.cluster {
-                return Err(self.refused(&owner));
+        let folders = bucket.list_dirs(&vm_prefix(&self.vm_id)).await?;
+        let mut generations: Vec<Generation> = folders.iter().filter_map(|folder| generation_folder(folder)).collect();
+        generations.retain(|generation| *generation >= self.since);
+        generations.sort_by_key(|generation| std::cmp::Reverse(generation.0));
+        for generation in generations {
+            match owner(bucket, &self.vm_id, generation).await? {
+                Some(owner) if owner.cluster != self.cluster => return Err(self.refused(&owner)),
+                // What is older was looked at when this one was made.
+                Some(_) => return Ok(generation >= self.generation),
+                None => {}
             }
-            ours |= owner.generation == self.generation.0;
         }
-        Ok(ours)
+        Ok(false)
     }
 
     fn refused(&self, owner: &Owner) -> Failure {
@@ -89,29 +94,27 @@ impl Claim {
     }
 }
 
-/// All claims to generations of a VM from this one on, the newest first. One that is no claim says nothing.
+/// The claim to a generation, if there is one. What is no claim says nothing.
 ///
 /// # Errors
 /// The bucket's.
-pub async fn owners(bucket: &Bucket, vm_id: &str, since: Generation) -> Result<Vec<Owner>, Failure> {
-    let folders = bucket.list_dirs(&vm_prefix(vm_id)).await?;
-    let mut generations: Vec<Generation> = folders.iter().filter_map(|folder| generation_folder(folder)).collect();
-    generations.retain(|generation| *generation >= since);
-    generations.sort_by_key(|generation| std::cmp::Reverse(generation.0));
-    let mut found = Vec::new();
-    for generation in generations {
-        let key = owner_key(vm_id, generation);
-        match bucket.get(&key).await {
-            Ok(bytes) => match frame::decode_message::<Owner>(Kind::Envelope, &bytes) {
-                Ok(owner) if owner.generation == generation.0 && owner.vm_id == vm_id => found.push(owner),
-                Ok(_) => tracing::warn!(key, "a claim to something else lies there"),
-                Err(error) => tracing::warn!(key, %error, "no claim"),
-            },
-            Err(BucketError::Missing(_)) => {}
-            Err(error) => return Err(error.into()),
-        }
+pub async fn owner(bucket: &Bucket, vm_id: &str, generation: Generation) -> Result<Option<Owner>, Failure> {
+    let key = owner_key(vm_id, generation);
+    match bucket.get(&key).await {
+        Ok(bytes) => match frame::decode_message::<Owner>(Kind::Envelope, &bytes) {
+            Ok(owner) if owner.generation == generation.0 && owner.vm_id == vm_id => Ok(Some(owner)),
+            Ok(_) => {
+                tracing::warn!(key, "a claim to something else lies there");
+                Ok(None)
+            }
+            Err(error) => {
+                tracing::warn!(key, %error, "no claim");
+                Ok(None)
+            }
+        },
+        Err(BucketError::Missing(_)) => Ok(None),
+        Err(error) => Err(error.into()),
     }
-    Ok(found)
 }
 
 #[cfg(test)]

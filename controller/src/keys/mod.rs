@@ -61,6 +61,11 @@ impl Keys {
         Keys { path: Arc::default(), ring: Arc::new(RwLock::new(ring)), data: Arc::default() }
     }
 
+    /// The same cluster keys for another bucket, in which a VM may have another data key.
+    pub fn apart(&self) -> Keys {
+        Keys { path: self.path.clone(), ring: self.ring.clone(), data: Arc::default() }
+    }
+
     fn ring(&self) -> Ring {
         self.ring.read().unwrap_or_else(PoisonError::into_inner).clone()
     }

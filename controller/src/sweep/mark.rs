@@ -11,10 +11,10 @@ use proto::status::Code;
 use proto::v1::Owner;
 
 use crate::abreast::abreast;
-use crate::bucket::{Bucket, Object, vm_prefix};
+use crate::bucket::{Bucket, Object, generation_folder, vm_prefix};
 use crate::failure::Failure;
 use crate::ingest::manifest::pack_keys;
-use crate::ingest::owner::{Claim, owners};
+use crate::ingest::owner::{Claim, owner};
 use crate::ingest::read::Reader;
 
 /// Manifests that are read at a time.
@@ -31,21 +31,6 @@ pub struct Ground {
 }
 
 impl Ground {
-    /// Looks what there is.
-    ///
-    /// # Errors
-    /// The bucket's.
-    pub async fn survey(bucket: &Bucket, vm_id: &str) -> Result<Ground, Failure> {
-        let (packs, rest): (Vec<_>, Vec<_>) = bucket
-            .list_objects(&vm_prefix(vm_id))
-            .await?
-            .into_iter()
-            .partition(|object| object.key.contains("/packs/"));
-        let is_manifest = |object: &Object| object.key.contains("/checkpoints/") && object.key.ends_with(".manifest");
-        let manifests = rest.into_iter().filter(is_manifest).collect();
-        Ok(Ground { packs, manifests, owners: owners(bucket, vm_id, Generation(0)).await? })
-    }
-
     /// Who claims a generation.
     pub fn owner(&self, generation: Generation) -> Option<&Owner> {
         self.owners.iter().find(|owner| owner.generation == generation.0)
@@ -64,15 +49,49 @@ struct Known {
     packs: Arc<BTreeSet<String>>,
 }
 
-/// What manifests name.
+/// What manifests name, and what claims say.
 #[derive(Default)]
 pub struct Marks {
     known: Mutex<BTreeMap<String, Known>>,
+    claims: Mutex<BTreeMap<(String, Generation), Owner>>,
 }
 
 impl Marks {
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Known>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks what there is. A claim is never written twice, so each is read once.
+    ///
+    /// # Errors
+    /// The bucket's.
+    pub async fn survey(&self, bucket: &Bucket, vm_id: &str) -> Result<Ground, Failure> {
+        let (packs, rest): (Vec<_>, Vec<_>) = bucket
+            .list_objects(&vm_prefix(vm_id))
+            .await?
+            .into_iter()
+            .partition(|object| object.key.contains("/packs/"));
+        let claimed = |object: &Object| {
+            let folder = object.key.strip_prefix(&vm_prefix(vm_id))?.strip_suffix("/owner")?;
+            generation_folder(folder)
+        };
+        let generations: Vec<Generation> = rest.iter().filter_map(claimed).collect();
+        let known = |generation: &Generation| self.claims().get(&(vm_id.to_owned(), *generation)).cloned();
+        let unread = generations.iter().copied().filter(|generation| known(generation).is_none());
+        let read = abreast(READS_MAX, unread, |generation| {
+            let (bucket, vm_id) = (bucket.clone(), vm_id.to_owned());
+            async move { Ok(owner(&bucket, &vm_id, generation).await?.map(|owner| (generation, owner))) }
+        });
+        let read = read.await?.into_iter().flatten();
+        read.for_each(|(generation, owner)| drop(self.claims().insert((vm_id.to_owned(), generation), owner)));
+        let mut owners: Vec<Owner> = generations.iter().filter_map(known).collect();
+        owners.sort_by_key(|owner| std::cmp::Reverse(owner.generation));
+        let is_manifest = |object: &Object| object.key.contains("/checkpoints/") && object.key.ends_with(".manifest");
+        Ok(Ground { packs, manifests: rest.into_iter().filter(is_manifest).collect(), owners })
+    }
+
+    fn claims(&self) -> std::sync::MutexGuard<'_, BTreeMap<(String, Generation), Owner>> {
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// These objects are others now.

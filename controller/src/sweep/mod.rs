@@ -148,7 +148,7 @@ impl Sweeper {
         say: impl Fn(String) + Sync,
     ) -> Result<Swept, Failure> {
         let mut swept = Swept::default();
-        let ground = Ground::survey(&reader.bucket, &request.claim.vm_id).await?;
+        let ground = self.marks.survey(&reader.bucket, &request.claim.vm_id).await?;
         if let Some(theirs) = ground.foreign(&request.claim) {
             swept.note = format!("{} owns generation {} of it: left to that cluster", theirs.name, theirs.generation);
             swept.left = ground.packs.len() as u64;
@@ -162,7 +162,7 @@ impl Sweeper {
             swept.note = done.note;
             if done.repacked > 0 && !request.dry_run {
                 self.marks.forget(done.manifests.iter());
-                let ground = Ground::survey(&reader.bucket, &request.claim.vm_id).await?;
+                let ground = self.marks.survey(&reader.bucket, &request.claim.vm_id).await?;
                 // The ledger still names what was rewritten; what counts is what lies there now.
                 let request = Request { used: BTreeSet::new(), known: BTreeSet::new(), ..request.clone() };
                 self.remove(reader, &request, &ground, &mut swept).await?;

@@ -147,7 +147,7 @@ async fn generations_of_others_wait_an_hour_newer_ones_for_ever_and_who_lost_the
     for orphan in &orphans {
         bucket.put(orphan, bytes::Bytes::from_static(b"x")).await.unwrap();
     }
-    let ground = Ground::survey(bucket, &id).await.unwrap();
+    let ground = Marks::default().survey(bucket, &id).await.unwrap();
     let pack = |key: &str| ground.packs.iter().find(|pack| pack.key == key).unwrap();
     let at = |key: &str, later_ms: u64| {
         removable(pack(key), &ground, &claim("ours", 3), pack(key).modified_unix_ms + later_ms)
@@ -155,8 +155,10 @@ async fn generations_of_others_wait_an_hour_newer_ones_for_ever_and_who_lost_the
     assert_eq!(orphans.each_ref().map(|key| at(key, 1000)), [false, true, false]);
     assert_eq!(orphans.each_ref().map(|key| at(key, GRACE_MS)), [true, true, false]);
     // A generation before that we have claimed ourselves need not wait.
-    claim("ours", 2).make(bucket).await.unwrap();
-    let ground = Ground::survey(bucket, &id).await.unwrap();
+    let owner = proto::v1::Owner { vm_id: id.clone(), generation: 2, cluster: "ours".into(), ..Default::default() };
+    let owner = proto::frame::encode_message(proto::frame::Kind::Envelope, &owner);
+    bucket.put(&crate::bucket::owner_key(&id, Generation(2)), owner.into()).await.unwrap();
+    let ground = Marks::default().survey(bucket, &id).await.unwrap();
     assert!(removable(&ground.packs[0], &ground, &claim("ours", 3), 0), "{:?}", ground.packs[0]);
     Claim { since: Generation(4), ..claim("theirs", 4) }.make(bucket).await.unwrap();
     let swept = history.sweep(&history.request(30)).await.unwrap();
