@@ -54,7 +54,15 @@ impl Claim {
         // Whoever was faster is seen now.
         match self.holds(bucket).await? {
             true => Ok(()),
-            false => Err(Failure::new(Code::Corrupt, format!("the claim to {} was written and is not there", self.vm))),
+            false => {
+                let key = owner_key(&self.vm_id, self.generation);
+                let text = format!(
+                    "{key} is damaged: it does not say whose generation {} of {} is",
+                    self.generation.0, self.vm
+                );
+                let hint = "if no other cluster has the VM, remove that object; the next checkpoint writes it anew";
+                Err(Failure::new(Code::Corrupt, text).hint(hint))
+            }
         }
     }
 
@@ -182,5 +190,8 @@ mod tests {
         let key = owner_key(&"0d".repeat(16), Generation(7));
         scratch.bucket.put(&key, bytes::Bytes::from_static(b"nonsense")).await.unwrap();
         claim("a", 1, 1).make(&scratch.bucket).await.unwrap();
+        // In the generation itself nobody can tell.
+        let damaged = claim("a", 7, 1).make(&scratch.bucket).await.unwrap_err();
+        assert!(damaged.code == Code::Corrupt && damaged.message.contains(&key), "{damaged}");
     }
 }
