@@ -79,7 +79,8 @@ impl Api {
         }
         let name = format!("drill-{}", OperationId(crate::entropy::bytes()));
         let policy = proto::v1::TransferPolicy::default();
-        let mut plan = plans::restore(&self.ledger.state(), &self.fleet(), entry, manifest, to, &name, policy)?;
+        let mut plan =
+            plans::restore(&self.ledger.state(), &self.fleet(), entry, manifest, to, &name, (policy, false))?;
         if let Task::Restore { config, drill, .. } = &mut plan.task {
             *drill = true;
             config.nets.iter_mut().for_each(|net| net.tap.clear());

@@ -434,17 +434,15 @@ mod tests {
         let copy = restore(&state, &fleet, &entry, known(), "hostB", "vm2", (policy, false)).unwrap();
         assert!(copy.holder.is_none() && copy.vm_id != entry.vm_id && copy.generation == 1);
         assert_eq!(code(restore(&state, &fleet, &entry, known(), "hostB", "../x", (policy, false))), Code::BadInput);
-        let refused = restore(&state, &fleet, &entry, known(), "hostA", "vm2", (policy, false)).unwrap_err();
-        assert_eq!(code(restore(&state, &fleet, &entry, known(), "hostB", "../x", policy)), Code::BadInput);
         let keeps =
             |plan: Plan| matches!(plan.task, Task::Restore { checkpoint_policy, .. } if !checkpoint_policy.is_empty());
         let with_policy = || Manifest { policy: vec![8, 1], ..known() };
         let mut gone = state.clone();
         gone.vms.clear();
-        assert!(keeps(restore(&gone, &fleet, &entry, with_policy(), "hostB", "", policy).unwrap()));
-        assert!(!keeps(restore(&gone, &fleet, &entry, with_policy(), "hostB", "vm2", policy).unwrap()));
-        assert!(!keeps(restore(&state, &fleet, &entry, with_policy(), "hostB", "", policy).unwrap()));
-        let refused = restore(&state, &fleet, &entry, known(), "hostA", "vm2", policy).unwrap_err();
+        assert!(keeps(restore(&gone, &fleet, &entry, with_policy(), "hostB", "", (policy, false)).unwrap()));
+        assert!(!keeps(restore(&gone, &fleet, &entry, with_policy(), "hostB", "vm2", (policy, false)).unwrap()));
+        assert!(!keeps(restore(&state, &fleet, &entry, with_policy(), "hostB", "", (policy, false)).unwrap()));
+        let refused = restore(&state, &fleet, &entry, known(), "hostA", "vm2", (policy, false)).unwrap_err();
         assert!(refused.code == Code::Incapable && refused.hint.contains("hostB would do"), "{refused:?}");
         assert_eq!(
             restore(&state, &fleet, &entry, known(), "", "vm2", (policy, false)).unwrap().task.new_host(),

@@ -24,7 +24,7 @@ use tonic::Status;
 use super::assembly::spaces;
 use super::manifest::{self, pack_key, regions};
 use super::map::{Extent, Place, Region};
-use super::read::{Opened, Pieces, Reader, beside, missing, pages};
+use super::read::{Opened, Pieces, Reader, beside, missing_pack, pages};
 use crate::bucket::{BucketError, working_set_key};
 use crate::failure::Failure;
 
@@ -254,7 +254,7 @@ impl Supply {
         let Some(place) = extents.first().map(|extent| extent.place) else { return Ok(()) };
         let key = pack_key(&self.opened.manifest, &place.pack);
         let read = self.reader.bucket.get_range(&key, place.offset, place.bytes as usize).await;
-        let stored = read.map_err(|error| missing(&format!("pack {key}"), error))?;
+        let stored = read.map_err(|error| missing_pack(&key, error))?;
         let opener = self.opened.opener.clone();
         let work = move || pages(opener.as_ref(), &key, &Pieces::from([(place.offset, stored)]), &extents);
         for (_, frame) in beside(work).await?? {

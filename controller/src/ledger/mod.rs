@@ -223,7 +223,9 @@ fn subject(state: &State, event: &Event) -> (String, String) {
     };
     match event {
         Event::LeaseSet { .. } | Event::ClusterNamed { .. } | Event::HostSeen { .. } => (String::new(), String::new()),
-        Event::ContractFrozen { vm, .. } | Event::GenerationSeen { vm, .. } | Event::PagesArrived { vm, .. } => (vm.clone(), String::new()),
+        Event::ContractFrozen { vm, .. } | Event::GenerationSeen { vm, .. } | Event::PagesArrived { vm, .. } => {
+            (vm.clone(), String::new())
+        }
         Event::CheckpointFound { entry } => (entry.vm.clone(), String::new()),
         Event::ObjectsDamaged { vm_id, .. } => (state.name_of(vm_id).to_owned(), String::new()),
         Event::OperationBegan { plan, .. } => (plan.vm.clone(), plan.task.label().to_owned()),

@@ -212,6 +212,11 @@ impl State {
         there.or_else(kept).unwrap_or_default()
     }
 
+    /// Whether pages of some guest still come from a checkpoint of this VM.
+    pub fn feeds(&self, vm_id: &str) -> bool {
+        self.checkpoints.values().any(|entry| entry.vm_id == vm_id && self.fed_by(&entry.id).is_some())
+    }
+
     /// The operation that holds a lock.
     pub fn lock_holder(&self, lock: &str) -> Option<&Arc<Operation>> {
         self.active().find(|operation| operation.plan.locks.iter().any(|held| held == lock))
@@ -345,6 +350,9 @@ impl State {
             Task::Restore { new: true, .. } if vm.is_some() => Err(Refusal::Stale("the VM exists")),
             Task::RemoveCheckpoint { checkpoint, .. } if self.fed_by(checkpoint).is_some() => {
                 Err(Refusal::Stale("a VM still runs from the checkpoint"))
+            }
+            Task::Sweep { live_percent_min: 1.. } if self.feeds(&plan.vm_id) => {
+                Err(Refusal::Stale("a VM still runs from a checkpoint whose packs would be rewritten"))
             }
             Task::Create { .. }
             | Task::Verify { .. }
@@ -480,9 +488,17 @@ impl State {
     }
 
     fn adopt(&mut self, record: &Record, plan: &Plan) {
-        let Task::Restore { checkpoint, target, config, capabilities, on_isolation, lazy, .. } = &plan.task else {
-        let Task::Restore { target, config, capabilities, on_isolation, checkpoint_policy, .. } = &plan.task else {
-        let Task::Restore { target, config, capabilities, on_isolation, checkpoint_policy, drill, .. } = &plan.task
+        let Task::Restore {
+            checkpoint,
+            target,
+            config,
+            capabilities,
+            on_isolation,
+            lazy,
+            checkpoint_policy,
+            drill,
+            ..
+        } = &plan.task
         else {
             return;
         };
