@@ -17,8 +17,7 @@ use proto::status::Code;
 use proto::v1::lane_message::Message as Said;
 use proto::v1::lanes_server::{Lanes, LanesServer};
 use proto::v1::{
-    Chunk, DiskConfig, Hello, MachineConfig, MachineDigest, PagesAnswered, PagesWanted, RoundEnd, Section, StateEnd,
-    Ticket, WorkingSet,
+    Chunk, DiskConfig, Hello, MachineConfig, MachineDigest, RoundEnd, Section, StateEnd, Ticket, WorkingSet,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
@@ -35,7 +34,6 @@ use super::pack::Pack;
 use super::read::Reader;
 use super::receive::{Expected, Ingest};
 use super::relay::Relay;
-use super::supply::Supply;
 use super::{Road, Routes, said, say};
 use crate::agents::host_identity;
 use crate::bucket::file::tests::Scratch;

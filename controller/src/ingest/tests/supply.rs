@@ -3,8 +3,10 @@
 //! business of the other tests.
 
 use proto::v1::pages_part::Part;
+use proto::v1::{PagesAnswered, PagesWanted};
 
 use super::*;
+use crate::ingest::supply::Supply;
 
 /// What a stream is sent for these requests: pages by number, and the answers in order.
 async fn supplied(supply: &Arc<Supply>, asked: Vec<PagesWanted>) -> Result<(Contents, Vec<PagesAnswered>), Failure> {
