@@ -1,20 +1,20 @@
 //! A restore: the controller is the source of the lanes, and what it sends comes from packs.
 //!
-//! Packs are read ahead, a few at a time, opened and checked page by page against the page maps, and only what is current
-//! is sent, spread over the lanes. There is one round, and it is the last. Zero pages are never stored and never sent.
+//! Packs are read ahead, a few at a time, opened and checked page by page against the page maps beside what is being sent, and
+//! only what is current is sent, spread over the lanes. There is one round, and it is the last. Zero pages are never stored
+//! and never sent.
 
 use std::collections::VecDeque;
-use std::pin::Pin;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use proto::seal::Opener;
 use proto::status::Code;
 use proto::v1::lane_message::Message as Said;
 use proto::v1::lanes_client::LanesClient;
 use proto::v1::{Chunk, Hello, MachineDigest, RoundEnd, StateEnd, Ticket, TransferProgress};
 use tokio::sync::mpsc;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
@@ -35,10 +35,12 @@ const LANES: u32 = 2;
 const HELLO_MAX: Duration = Duration::from_secs(30);
 /// The only round.
 const ROUND: u32 = 1;
-/// Packs that are read at a time.
+/// Packs that are read and opened at a time.
 const READS_MAX: usize = 3;
-/// Pages that are opened in one go beside the runtime: as many as the lanes can hold.
-const GROUP_PAGES: u32 = 2048;
+/// Pages that are opened in one go beside the runtime.
+const GROUP_PAGES: u32 = 1024;
+/// Groups of a pack that are open and not yet sent.
+const GROUPS_AHEAD: usize = 1;
 
 /// What is sent, and where to.
 pub struct Load<'a> {
@@ -95,10 +97,13 @@ impl Load<'_> {
         let mut next = packs.into_iter();
         loop {
             ahead.extend(next.by_ref().take(READS_MAX - ahead.len()).map(|(pack, extents)| self.read(pack, extents)));
-            let Some(reading) = ahead.pop_front() else { break };
-            let (pack, extents, pieces) = reading.await.map_err(|_| Failure::new(Code::Internal, "a reader ended"))?;
-            left -= extents.iter().map(|e| u64::from(e.pages)).sum::<u64>();
-            session.send_pack(&pack, extents, pieces?).await?;
+            let Some(mut reading) = ahead.pop_front() else { break };
+            while let Some(group) = reading.groups.recv().await {
+                for frame in group? {
+                    session.send_pages(frame).await?;
+                }
+            }
+            left -= reading.pages;
             progress(session.progress(left * 4096));
         }
         let digest = session.finish().await?;
@@ -107,12 +112,33 @@ impl Load<'_> {
         Ok(digest)
     }
 
+    /// Reads a pack and opens it, as far ahead as there is room.
     fn read(&self, pack: PackAt, extents: Vec<Extent>) -> Reading {
-        let (reader, key) = (self.reader.clone(), pack_key(&self.opened.manifest, &pack));
-        AbortOnDrop(tokio::spawn(async move {
-            let pieces = reader.pieces(&key, &pack, &extents).await;
-            (pack, extents, pieces)
-        }))
+        let (out, groups) = mpsc::channel(GROUPS_AHEAD);
+        let pages = extents.iter().map(|extent| u64::from(extent.pages)).sum();
+        let (reader, key, opener) =
+            (self.reader.clone(), pack_key(&self.opened.manifest, &pack), self.opened.opener.clone());
+        tokio::spawn(async move {
+            // Nobody listens any more when the restore is over.
+            let pieces = tokio::select! {
+                pieces = reader.pieces(&key, &pack, &extents) => pieces,
+                () = out.closed() => return,
+            };
+            let mut rest = &extents[..];
+            let pieces = match pieces {
+                Ok(pieces) => pieces,
+                Err(failure) => return drop(out.send(Err(failure)).await),
+            };
+            while !rest.is_empty() {
+                let group = take_frames(&mut rest).to_vec();
+                let opened = open_group(opener.clone(), key.clone(), pieces.clone(), group).await;
+                let failed = opened.is_err();
+                if out.send(opened).await.is_err() || failed {
+                    return;
+                }
+            }
+        });
+        Reading { groups, pages }
     }
 
     async fn connect(&self) -> Result<Session<'_>, Failure> {
@@ -163,24 +189,6 @@ impl Load<'_> {
 }
 
 impl Session<'_> {
-    async fn send_pack(&mut self, pack: &PackAt, extents: Vec<Extent>, pieces: Pieces) -> Result<(), Failure> {
-        let key = pack_key(&self.load.opened.manifest, pack);
-        let mut rest = &extents[..];
-        while !rest.is_empty() {
-            let group = take_frames(&mut rest).to_vec();
-            let (opener, key, pieces) = (self.load.opened.opener.clone(), key.clone(), pieces.clone());
-            let work = move || -> Result<Vec<Bytes>, Failure> {
-                let opened = frames(&group).map(|extents| pages(opener.as_ref(), &key, &pieces, extents));
-                let opened: Vec<_> = opened.collect::<Result<_, _>>()?;
-                Ok(opened.into_iter().flatten().map(|(_, frame)| frame).collect())
-            };
-            for frame in beside(work).await?? {
-                self.send_pages(frame).await?;
-            }
-        }
-        Ok(())
-    }
-
     async fn send_pages(&mut self, frame: Bytes) -> Result<(), Failure> {
         self.bytes += frame.len() as u64;
         if self.load.bandwidth > 0 {
@@ -280,23 +288,25 @@ pub(super) fn take_frames<'a>(rest: &mut &'a [Extent]) -> &'a [Extent] {
     group
 }
 
-/// A pack that is being read; ends with whoever waits for it.
-type Reading = AbortOnDrop<(PackAt, Vec<Extent>, Result<Pieces, Failure>)>;
-
-struct AbortOnDrop<T>(JoinHandle<T>);
-
-impl<T> Drop for AbortOnDrop<T> {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
+/// A pack that is being read and opened; it ends with whoever waits for it.
+struct Reading {
+    /// Frames to send, by group.
+    groups: mpsc::Receiver<Result<Vec<Bytes>, Failure>>,
+    pages: u64,
 }
 
-impl<T> Future for AbortOnDrop<T> {
-    type Output = Result<T, tokio::task::JoinError>;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.0).poll(context)
-    }
+async fn open_group(
+    opener: Option<Opener>,
+    key: String,
+    pieces: Pieces,
+    group: Vec<Extent>,
+) -> Result<Vec<Bytes>, Failure> {
+    let work = move || -> Result<Vec<Bytes>, Failure> {
+        let opened = frames(&group).map(|extents| pages(opener.as_ref(), &key, &pieces, extents));
+        let opened: Vec<_> = opened.collect::<Result<_, _>>()?;
+        Ok(opened.into_iter().flatten().map(|(_, frame)| frame).collect())
+    };
+    beside(work).await?
 }
 
 async fn listen(lane: usize, target: String, mut incoming: tonic::Streaming<Chunk>, tell: mpsc::Sender<Heard>) {

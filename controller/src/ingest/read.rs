@@ -198,13 +198,19 @@ impl Reader {
     /// # Errors
     /// [`Code::Corrupt`] naming the pack, or the bucket's.
     pub async fn pack(&self, key: &str, pack: &PackAt) -> Result<Bytes, Failure> {
-        let bytes = self.bucket.get(key).await.map_err(|error| missing_pack(key, error))?;
-        if bytes.len() as u64 != pack.bytes {
-            return Err(hurt(key, "", cut(bytes.len() as u64, pack.bytes)));
-        }
+        let bytes = self.whole(key, pack).await?;
         let (id, checked) = (pack.id, bytes.clone());
         beside(move || pack::check_name(&checked, id)).await?.map_err(|error| hurt(key, "", error))?;
         Ok(bytes)
+    }
+
+    /// Reads the pack that lies under a key, whatever its bytes are.
+    async fn whole(&self, key: &str, pack: &PackAt) -> Result<Bytes, Failure> {
+        let bytes = self.bucket.get(key).await.map_err(|error| missing_pack(key, error))?;
+        match bytes.len() as u64 {
+            length if length == pack.bytes => Ok(bytes),
+            length => Err(hurt(key, "", cut(length, pack.bytes))),
+        }
     }
 
     /// Reads a pack and compares its bytes with its name; how many they are.
@@ -220,14 +226,15 @@ impl Reader {
         Ok(length)
     }
 
-    /// The frames of these extents: all of a pack of which much is needed, otherwise pieces.
+    /// The frames of these extents: all of a pack of which much is needed, otherwise pieces. Its name is not compared: whoever
+    /// opens them compares each page with its page map.
     ///
     /// # Errors
     /// As [`Reader::pack`].
     pub async fn pieces(&self, key: &str, pack: &PackAt, extents: &[Extent]) -> Result<Pieces, Failure> {
         let frames: BTreeMap<u64, u64> = extents.iter().map(|e| (e.place.offset, u64::from(e.place.bytes))).collect();
         if frames.values().sum::<u64>() * PIECES_BELOW > pack.bytes {
-            return Ok(Pieces::from([(0, self.pack(key, pack).await?)]));
+            return Ok(Pieces::from([(0, self.whole(key, pack).await?)]));
         }
         let mut spans: Vec<(u64, u64)> = Vec::new();
         for (offset, bytes) in frames {

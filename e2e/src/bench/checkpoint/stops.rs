@@ -10,6 +10,8 @@ use crate::cluster::Cluster;
 const CASES: [(&str, u64); 4] = [("ram-512m", GIB / 2), ("ram-1g", GIB), ("ram-2g", 2 * GIB), ("ram-4g", 4 * GIB)];
 /// 25 MB/s.
 const PAGES_PER_S: u64 = 6400;
+/// Increments of a run: stops are short, and their clock is coarse.
+const STOPS: usize = 5;
 /// What a stop may grow from 1 GiB to 4 GiB.
 const RATIO_AIM: f64 = 1.3;
 
@@ -41,11 +43,15 @@ fn stops(suite: &Suite<'_>, case: &str, ram_bytes: u64) -> Result<Vec<f64>, Stri
             return Err(format!("{case}: a first checkpoint has {} bytes of {}", taken.stored, program.region_bytes));
         }
         first.push(taken.stop_ms);
-        // A second of changes.
+        // A second of changes; then less, for more stops.
         cluster.goes_on("vm1", 50);
         let taken = take(&cluster, "hostA", "vm1")?;
         later.push(taken.stop_ms);
         totals.push(taken.total_ms);
+        for _ in 1..STOPS {
+            cluster.goes_on("vm1", 5);
+            later.push(take(&cluster, "hostA", "vm1")?.stop_ms);
+        }
         forget(&cluster, "vm1");
     }
     cluster.goes_on("vm1", 5);
