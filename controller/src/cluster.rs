@@ -37,6 +37,8 @@ use crate::schedule::{Schedule, SystemClock};
 use crate::sweep::Sweeper;
 use crate::tls::{Tls, TlsError};
 
+/// How long a controller waits for the one before it, which was killed, to be gone.
+const LEDGER_PATIENCE: Duration = Duration::from_secs(15);
 /// How long operations may take to end at shutdown.
 const DRAIN_MAX: Duration = Duration::from_secs(10);
 /// Accepted connections that wait for the server.
@@ -90,7 +92,7 @@ impl Controller {
     pub async fn build(config: Config) -> Result<Controller, ClusterError> {
         let tls = Arc::new(Tls::load(&config.tls)?);
         let actor = tls.identity().to_string();
-        let ledger = Ledger::open(&config.store)?;
+        let ledger = Ledger::open_when_free(&config.store, LEDGER_PATIENCE).await?;
         // Until the leases of a longer lease have ended, they count: `Agents` takes the larger of the two.
         let lease = Duration::from_millis(config.lease_ms.max(ledger.state().lease_ms));
         let bucket = Bucket::with(&config.bucket, ledger.state().checkpoints.is_empty())?;

@@ -15,9 +15,9 @@ pub mod state;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use proto::status::Code;
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
@@ -29,6 +29,9 @@ use self::state::{Refusal, State};
 use crate::failure::Failure;
 
 const EVENTS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("events");
+
+/// A file that is in use is tried again after so long.
+const BUSY_STEP: Duration = Duration::from_millis(50);
 
 /// Why the ledger cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +47,9 @@ pub enum LedgerError {
         /// What is wrong.
         reason: String,
     },
+    /// Another process has the file.
+    #[error("the ledger {0} is in use: another controller runs on it")]
+    Busy(PathBuf),
     /// The file cannot be opened, read or written.
     #[error("the ledger's store failed: {0}")]
     Store(#[from] Box<redb::Error>),
@@ -67,6 +73,7 @@ impl From<LedgerError> for Failure {
             LedgerError::Refused(Refusal::Illegal(_) | Refusal::Stale(_)) => {
                 Failure::new(Code::Conflict, error.to_string())
             }
+            LedgerError::Busy(_) => Failure::new(Code::Conflict, error.to_string()).hint("end that one first"),
             LedgerError::Corrupt { .. } => Failure::new(Code::Corrupt, error.to_string()),
             LedgerError::Store(_) | LedgerError::Unsure => Failure::new(Code::Exhausted, error.to_string())
                 .hint("check the free space and the health of the disk that holds the store"),
@@ -103,9 +110,27 @@ impl Ledger {
     /// Opens or makes the file and folds all of it.
     ///
     /// # Errors
-    /// [`LedgerError::Store`], [`LedgerError::Corrupt`].
+    /// [`LedgerError::Busy`], [`LedgerError::Store`], [`LedgerError::Corrupt`].
     pub fn open(path: &Path) -> Result<Ledger, LedgerError> {
-        Ledger::fold(Database::create(path).map_err(store)?)
+        let database = Database::create(path).map_err(|error| match error {
+            redb::DatabaseError::DatabaseAlreadyOpen => LedgerError::Busy(path.to_owned()),
+            other => store(other),
+        });
+        Ledger::fold(database?)
+    }
+
+    /// The same, and waits for another process to let go of the file: one that was killed holds it until it is gone.
+    ///
+    /// # Errors
+    /// As [`Ledger::open`].
+    pub async fn open_when_free(path: &Path, patience: Duration) -> Result<Ledger, LedgerError> {
+        let deadline = Instant::now() + patience;
+        loop {
+            match Ledger::open(path) {
+                Err(LedgerError::Busy(_)) if Instant::now() < deadline => tokio::time::sleep(BUSY_STEP).await,
+                opened => return opened,
+            }
+        }
     }
 
     /// A ledger that is gone with its last handle.

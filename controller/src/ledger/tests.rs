@@ -1,6 +1,8 @@
 //! Promises of the ledger: nothing is forgotten, nothing is reordered, one append decides. Also the histories that
 //! other rooms' property tests run over.
 
+use std::time::Duration;
+
 use proptest::prelude::*;
 use proto::capability::{CapabilitySet, Facts};
 use proto::v1::{MachineConfig, TransferPolicy};
@@ -357,4 +359,19 @@ fn a_lazily_restored_vm_keeps_its_checkpoint_until_its_pages_have_arrived() {
     assert!(matches!(append(&mut state, arrived(2)), Err(Refusal::Stale(_))), "once");
     let plan = simple_plan(&state, "vm1", remove);
     append(&mut state, began("op6", plan)).unwrap();
+}
+
+#[tokio::test]
+async fn a_ledger_in_use_is_said_to_be_and_waited_for() {
+    let folder = std::env::temp_dir().join(format!("godwit-{}", super::saved::to_hex(&crate::entropy::bytes::<8>())));
+    std::fs::create_dir_all(&folder).unwrap();
+    let path = folder.join("ledger.redb");
+    let first = Ledger::open(&path).unwrap();
+    assert!(matches!(Ledger::open_when_free(&path, Duration::ZERO).await, Err(LedgerError::Busy(_))));
+    let (path_too, patience) = (path.clone(), Duration::from_secs(60));
+    let second = tokio::spawn(async move { Ledger::open_when_free(&path_too, patience).await.map(drop) });
+    tokio::task::yield_now().await;
+    drop(first);
+    second.await.unwrap().unwrap();
+    std::fs::remove_dir_all(&folder).unwrap();
 }

@@ -46,9 +46,10 @@ impl ProcessId {
         format!("{} {}\n", self.pid, self.start)
     }
 
-    /// Does it run (and is it still the same)?
+    /// Does it run (and is it still the same)? One that was killed does not, though it may take a while to be gone.
     pub fn alive(self) -> bool {
-        stat(self.pid).is_some_and(|(state, start)| start == self.start && !"ZX".contains(state))
+        let runs = stat(self.pid).is_some_and(|(state, start)| start == self.start && !"ZX".contains(state));
+        runs && !is_killed(self.pid)
     }
 
     /// Asks it to end (SIGTERM).
@@ -98,6 +99,14 @@ fn stat(pid: u32) -> Option<(char, u64)> {
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
     let state = fields.next()?.chars().next()?;
     Some((state, fields.nth(18)?.parse().ok()?))
+}
+
+/// Whether SIGKILL waits for a process or its first thread (proc(5), `status`: masks in which signal 1 is bit 0).
+fn is_killed(pid: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let masks = status.lines().filter_map(|line| line.strip_prefix("SigPnd:").or(line.strip_prefix("ShdPnd:")));
+    let kill = 1 << (Signal::KILL.as_raw() - 1);
+    masks.filter_map(|mask| u64::from_str_radix(mask.trim(), 16).ok()).any(|mask| mask & kill != 0)
 }
 
 /// Starts a daemon in a session of its own, with its words in its log, and records who it is.
@@ -181,6 +190,19 @@ mod tests {
         assert!(id.end(Duration::from_secs(10)));
         assert!(!id.alive());
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_process_that_was_killed_does_not_run_any_more() {
+        for _ in 0..50 {
+            let mut child = sleeper();
+            let id = ProcessId::of(child.id()).unwrap();
+            assert!(id.alive());
+            child.kill().unwrap();
+            assert!(!id.alive(), "it is dying, or nobody has asked yet how it ended");
+            child.wait().unwrap();
+            assert!(!id.alive());
+        }
     }
 
     #[test]
