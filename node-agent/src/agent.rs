@@ -4,7 +4,7 @@
 //! and beats. Shutdown ends the services; guests go on: an agent can be killed or replaced at any time.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -22,6 +22,9 @@ use crate::{heartbeat, host, metrics, rpc};
 
 /// How often certificate files are looked at.
 const CERTIFICATE_INTERVAL: Duration = Duration::from_secs(5);
+/// How long an agent waits for the one before it, which was killed, to be gone.
+const LOCK_PATIENCE: Duration = Duration::from_secs(15);
+const LOCK_STEP: Duration = Duration::from_millis(50);
 /// How long calls under way may take to end after a shutdown.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -76,7 +79,7 @@ impl Agent {
         if own.role != "host" || own.name != config.name {
             return Err(AgentError::Name { found: own.to_string(), name: config.name.clone() });
         }
-        let lock = lock(&config.state_dir)?;
+        let lock = lock(&config.state_dir, LOCK_PATIENCE).await?;
         let store = Store::open(&config.state_dir)?;
         let listener =
             TcpListener::bind(&config.listen).await.map_err(|e| AgentError::Listen(config.listen.clone(), e))?;
@@ -155,12 +158,36 @@ impl Agent {
     }
 }
 
-/// One agent per state directory: two would fight over the runners' sockets.
-fn lock(state_dir: &std::path::Path) -> Result<std::fs::File, AgentError> {
+/// One agent per state directory: two would fight over the runners' sockets. One that was killed holds it until it is gone.
+async fn lock(state_dir: &std::path::Path, patience: Duration) -> Result<std::fs::File, AgentError> {
     let path = state_dir.join("agent.lock");
     let locked = || AgentError::Locked(state_dir.to_owned());
     let _there_already = std::fs::create_dir_all(state_dir);
     let file = std::fs::File::create(path).map_err(|_| locked())?;
-    rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|_| locked())?;
-    Ok(file)
+    let deadline = Instant::now() + patience;
+    loop {
+        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => tokio::time::sleep(LOCK_STEP).await,
+            Err(_) => return Err(locked()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_directory_in_use_is_said_to_be_and_waited_for() {
+        let directory = std::env::temp_dir().join(format!("godwit-agent-lock-{}", std::process::id()));
+        let first = lock(&directory, Duration::ZERO).await.unwrap();
+        assert!(matches!(lock(&directory, Duration::ZERO).await, Err(AgentError::Locked(_))));
+        let waiting = directory.clone();
+        let second = tokio::spawn(async move { lock(&waiting, Duration::from_secs(60)).await.map(drop) });
+        tokio::task::yield_now().await;
+        drop(first);
+        second.await.unwrap().unwrap();
+        std::fs::remove_dir_all(&directory).unwrap();
+    }
 }
