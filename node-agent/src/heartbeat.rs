@@ -21,7 +21,7 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Beats until `shutdown`.
 pub async fn run(vms: Arc<Vms>, controller: String, version: String, shutdown: CancellationToken) {
-    let identity = Identity { role: "controller".to_owned(), name: "main".to_owned() };
+    let identity = Identity::controller();
     let mut client: Option<FleetClient<Channel>> = None;
     let mut silent = false;
     loop {

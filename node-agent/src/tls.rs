@@ -50,6 +50,11 @@ impl fmt::Display for Identity {
 }
 
 impl Identity {
+    /// Of the cluster's controller.
+    pub fn controller() -> Identity {
+        Identity { role: "controller".to_owned(), name: "main".to_owned() }
+    }
+
     /// From `role/name`, with or without the trust domain in front.
     pub fn parse(text: &str) -> Option<Identity> {
         let (role, name) = text.strip_prefix(TRUST_DOMAIN).unwrap_or(text).split_once('/')?;

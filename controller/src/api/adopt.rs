@@ -12,7 +12,7 @@ use proto::v1::AdoptReply;
 
 use super::Api;
 use crate::abreast::abreast;
-use crate::bucket::{Bucket, Object, VMS, checkpoints_prefix, generation_folder, key_object, vm_prefix};
+use crate::bucket::{Bucket, Object, VMS, checkpoint_of, checkpoints_prefix, generation_folder, key_object, vm_prefix};
 use crate::failure::Failure;
 use crate::ingest::manifest::{entry, pack_key, packs};
 use crate::ingest::read::Reader;
@@ -180,12 +180,6 @@ fn readable<T>(read: Result<T, Failure>) -> Result<Result<T, String>, Failure> {
 
 fn knows(state: &State, key: &str) -> bool {
     checkpoint_of(key).is_some_and(|id| state.checkpoints.contains_key(id))
-}
-
-/// The checkpoint whose manifest has this key.
-fn checkpoint_of(key: &str) -> Option<&str> {
-    let (_, name) = key.split_once("/checkpoints/")?;
-    name.strip_suffix(".manifest")
 }
 
 /// A URL in the form in which two are compared: how a server is reached does not make another bucket.

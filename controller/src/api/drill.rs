@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use proto::ids::OperationId;
 use proto::status::Code;
-use proto::v1::operation_event::Event as Said;
 use proto::v1::{ConsoleInput, DrillReply, DrillRequest, VmRef};
 use tokio::time::Instant;
 use tokio_stream::StreamExt;
@@ -18,7 +17,6 @@ use tokio_stream::wrappers::ReceiverStream;
 use super::{Api, plans};
 use crate::failure::Failure;
 use crate::ledger::event::{Event, Plan, Task};
-use crate::saga::voice::Voice;
 
 /// Longest that a sign of life is waited for, milliseconds.
 pub const TIMEOUT_MS_MAX: u64 = 3_600_000;
@@ -92,7 +90,7 @@ impl Api {
     async fn live(&self, actor: &str, plan: Plan, asked: &DrillRequest, reply: &mut DrillReply) -> Result<(), Failure> {
         let (name, generation) = (plan.vm.clone(), plan.generation);
         let began = Instant::now();
-        ended(self.sagas.begin(actor, plan).await?).await.map_err(|failure| failure.at("the restore failed"))?;
+        self.sagas.begin(actor, plan).await?.ended().await.map_err(|failure| failure.at("the restore failed"))?;
         (reply.restore_ms, reply.host) = (ms(began), self.host_of(&name).unwrap_or(reply.host.clone()));
         let timeout = Duration::from_millis(if asked.timeout_ms == 0 { TIMEOUT_MS } else { asked.timeout_ms });
         let began = Instant::now();
@@ -163,7 +161,12 @@ impl Api {
             return Ok(());
         }
         let plan = plans::power(&state, vm, |_| Task::Remove)?;
-        ended(self.sagas.begin(actor, plan).await?).await.map_err(|failure| failure.at("the drill's VM is still there"))
+        self.sagas
+            .begin(actor, plan)
+            .await?
+            .ended()
+            .await
+            .map_err(|failure| failure.at("the drill's VM is still there"))
     }
 
     /// Removes what drills of a controller before this one left.
@@ -174,17 +177,6 @@ impl Api {
                 tracing::warn!(vm = vm.name, %failure, "left by a drill; `ctl vm rm` removes it");
             }
         }
-    }
-}
-
-/// Waits for the end of an operation.
-async fn ended(voice: Voice) -> Result<(), Failure> {
-    let last = voice.listen().filter_map(Result::ok).fold(None, |_, event| event.event).await;
-    match last {
-        Some(Said::Failed(failed)) => {
-            Err(Failure::new(Code::from_number(failed.code), failed.message).hint(failed.hint))
-        }
-        _ => Ok(()),
     }
 }
 

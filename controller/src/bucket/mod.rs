@@ -510,6 +510,12 @@ pub fn manifest_key(vm_id: &str, checkpoint: CheckpointId) -> String {
     format!("{}{checkpoint}.manifest", checkpoints_prefix(vm_id))
 }
 
+/// The checkpoint, in hex, whose manifest has this key.
+pub fn checkpoint_of(key: &str) -> Option<&str> {
+    let (_, name) = key.split_once("/checkpoints/")?;
+    name.strip_suffix(".manifest")
+}
+
 /// Where the manifests of a VM lie; ends in `/`.
 pub fn checkpoints_prefix(vm_id: &str) -> String {
     format!("vms/{vm_id}/checkpoints/")
@@ -528,6 +534,13 @@ pub fn working_set_key(vm_id: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_manifests_are_checkpoints() {
+        let key = manifest_key("00", CheckpointId([0x11; 8]));
+        assert_eq!(checkpoint_of(&key), Some("1111111111111111"));
+        assert_eq!(checkpoint_of("vms/00/g00000001/packs/0011"), None);
+    }
 
     #[test]
     fn keys_cannot_lead_out_of_the_bucket() {

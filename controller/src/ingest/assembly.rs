@@ -22,7 +22,8 @@ use proto::v1::lane_message::Message as Said;
 use proto::v1::{LaneMessage, MachineConfig, MachineDigest, PackEntry, RoundEnd, Section, StateEnd};
 
 use super::map::{PackAt, Place, REGION_PAGES};
-use super::pack::{Pack, PackWriter};
+use super::pack::Pack;
+use super::packs::{Packs, Pending};
 
 /// Most sections of a machine.
 const SECTIONS_MAX: usize = 4096;
@@ -164,11 +165,8 @@ struct Space {
 
 /// A frame of pages that arrived.
 struct Arrived {
-    /// Index of its pack among those of this checkpoint.
-    pack: u32,
-    offset: u64,
+    place: Pending,
     first_page: u64,
-    bytes: u32,
 }
 
 #[derive(Clone, Default)]
@@ -182,9 +180,6 @@ struct Lane {
 
 /// A checkpoint that is being received.
 pub struct Assembly {
-    checkpoint: String,
-    generation: Generation,
-    sealer: Arc<Sealer>,
     /// Nothing lies below: a page of which nothing is said is zero.
     full: bool,
     spaces: Vec<Space>,
@@ -193,8 +188,7 @@ pub struct Assembly {
     /// (number, last) of each round that some lane has ended.
     rounds: Vec<(u32, bool)>,
     acked: usize,
-    writer: PackWriter,
-    packs: Vec<PackAt>,
+    packs: Packs,
     sections: BTreeMap<String, (Section, Bytes)>,
     section_bytes: usize,
     state_end: Option<StateEnd>,
@@ -236,17 +230,13 @@ impl Assembly {
     ) -> Assembly {
         let space = |pages: u64| Space { pages, regions: vec![None; pages.div_ceil(REGION_PAGES) as usize] };
         Assembly {
-            checkpoint: checkpoint.into(),
-            generation,
-            sealer,
             full,
             spaces: spaces(config).into_iter().map(space).collect(),
             arrived: Vec::new(),
             lanes: vec![Lane::default(); lanes],
             rounds: Vec::new(),
             acked: 0,
-            writer: PackWriter::new(checkpoint),
-            packs: Vec::new(),
+            packs: Packs::new(checkpoint, generation, sealer),
             sections: BTreeMap::new(),
             section_bytes: 0,
             state_end: None,
@@ -332,19 +322,11 @@ impl Assembly {
     fn store(&mut self, run: &PageRun, bytes: &[u8], effects: &mut Vec<Effect>) -> Result<u32, IngestError> {
         let entry =
             PackEntry { space: run.space.into(), first_page: run.first_page, pages: run.pages, ..PackEntry::default() };
-        if !self.writer.fits(bytes.len(), "") {
-            effects.push(Effect::Put(self.seal()));
-        }
-        let (pack, offset) = (self.packs.len() as u32, self.writer.push(bytes, entry));
-        self.arrived.push(Arrived { pack, offset, first_page: run.first_page, bytes: bytes.len() as u32 });
+        let (place, full) = self.packs.push(bytes, entry);
+        effects.extend(full.map(Effect::Put));
+        self.arrived.push(Arrived { place, first_page: run.first_page });
         let index = self.arrived.len() as u32 - 1;
         if index < ZERO { Ok(index) } else { Err(IngestError::TooLarge("more frames than a page map can name")) }
-    }
-
-    fn seal(&mut self) -> Pack {
-        let pack = std::mem::replace(&mut self.writer, PackWriter::new(&self.checkpoint)).seal(&self.sealer);
-        self.packs.push(PackAt { generation: self.generation, id: pack.id, bytes: pack.bytes.len() as u64 });
-        pack
     }
 
     fn section(&mut self, lane: usize, section: Section, bytes: Bytes) -> Result<(), IngestError> {
@@ -408,17 +390,18 @@ impl Assembly {
     /// [`IngestError::Protocol`] if it is not complete.
     pub fn finish(mut self) -> Result<(Received, Option<Pack>), IngestError> {
         let end = self.state_end.take().ok_or_else(|| protocol(0, "the state did not arrive"))?;
-        let rest = if self.writer.is_empty() { None } else { Some(self.seal()) };
+        let rest = self.packs.close();
+        let packs = self.packs.into_named();
         let place = |arrived: &Arrived| Place {
-            pack: self.packs[arrived.pack as usize],
-            offset: arrived.offset,
-            bytes: arrived.bytes,
+            pack: packs[arrived.place.pack as usize],
+            offset: arrived.place.offset,
+            bytes: arrived.place.bytes,
             first_page: arrived.first_page,
         };
         let received = Received {
             places: self.arrived.iter().map(place).collect(),
             touched: self.spaces.into_iter().map(|space| space.regions).collect(),
-            packs: self.packs,
+            packs,
             sections: self.sections,
             stopped_us: end.stopped_us,
             digest: end.digest.unwrap_or_default(),

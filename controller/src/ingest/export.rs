@@ -16,7 +16,7 @@ use super::assembly::spaces;
 use super::load::take_frames;
 use super::manifest::{pack_key, regions};
 use super::map::{Extent, Region};
-use super::read::{Opened, Reader, beside, by_pack, frames, pages};
+use super::read::{Opened, Reader, by_pack, pages_beside};
 use crate::failure::Failure;
 
 /// Where an export goes.
@@ -79,10 +79,7 @@ async fn send_extents(reader: &Reader, opened: &Opened, extents: Vec<Extent>, ou
             let group = take_frames(&mut rest).to_vec();
             sent += group.iter().map(|extent| u64::from(extent.pages)).sum::<u64>();
             let (opener, key, pieces) = (opened.opener.clone(), key.clone(), pieces.clone());
-            let work = move || -> Result<Vec<_>, Failure> {
-                frames(&group).map(|extents| pages(opener.as_ref(), &key, &pieces, extents)).collect()
-            };
-            for (_, frame) in beside(work).await??.into_iter().flatten() {
+            for (_, frame) in pages_beside(opener, key, pieces, group).await? {
                 let message = ExportMessage { message: Some(Said::Pages(Chunk { frame })) };
                 let gone = |_| Failure::new(Code::Cancelled, "nobody listens to the export any more");
                 out.send(Ok(message)).await.map_err(gone)?;

@@ -18,7 +18,8 @@ use super::assembly::{Desk, IngestError, Received, Touched, compare};
 use super::digest::{machine_digest, state_digest};
 use super::manifest::{self, regions, roots};
 use super::map::{PackAt, Place, Region, worth_rewriting};
-use super::pack::{Pack, PackWriter};
+use super::pack::Pack;
+use super::packs::{Packs, Pending, Table};
 use super::read::{Opened, Reader};
 use crate::failure::Failure;
 
@@ -68,35 +69,6 @@ pub struct Layers<'a, S> {
     pub generation: proto::ids::Generation,
 }
 
-/// Packs of layers and sections that are being written. They have no name until they are full.
-struct Own {
-    writer: PackWriter,
-    full: Vec<PackAt>,
-}
-
-/// A reference into [`Own`]: the pack's number, and the place in it.
-struct Pending {
-    pack: usize,
-    offset: u64,
-    bytes: u32,
-}
-
-/// The packs of a manifest, each once.
-#[derive(Default)]
-struct Table {
-    packs: Vec<PackAt>,
-    numbers: BTreeMap<PackAt, u32>,
-}
-
-impl Table {
-    fn number(&mut self, pack: PackAt) -> u32 {
-        *self.numbers.entry(pack).or_insert_with(|| {
-            self.packs.push(pack);
-            self.packs.len() as u32 - 1
-        })
-    }
-}
-
 /// A region of the base.
 #[derive(Clone, Copy)]
 struct Under<'a> {
@@ -130,7 +102,7 @@ impl<S: Sink> Layers<'_, S> {
     /// [`Code::Corrupt`] if the digest is not the source's or the base is damaged, or the bucket's.
     pub async fn lay(mut self, received: Received) -> Result<Laid, Failure> {
         let Received { mut touched, places, sections, digest, .. } = received;
-        let mut own = Own { writer: PackWriter::new(self.checkpoint), full: Vec::new() };
+        let mut own = Packs::new(self.checkpoint, self.generation, self.desk.sealer.clone());
         let (mut table, mut laid, mut pending) = (Table::default(), Vec::new(), Vec::new());
         let spaces = self.spaces.to_vec();
         for (number, (space, first_page, pages)) in regions(&spaces).enumerate() {
@@ -149,16 +121,16 @@ impl<S: Sink> Layers<'_, S> {
             laid.push(region);
         }
         let (sections, state): (Vec<_>, Vec<Section>) = self.sections(sections, &mut own).await;
-        if !own.writer.is_empty() {
-            self.full(&mut own).await;
+        if let Some(pack) = own.close() {
+            self.sink.put(pack).await;
         }
         for (region, (layer, pages)) in pending {
-            let pack = table.number(own.full[layer.pack]);
+            let pack = table.number(own.of(&layer));
             laid[region].layers.push(LayerRef { pack, offset: layer.offset, bytes: layer.bytes, pages });
         }
         let sections = sections.into_iter().map(|(name, at)| SectionRef {
             name,
-            pack: table.number(own.full[at.pack]),
+            pack: table.number(own.of(&at)),
             offset: at.offset,
             bytes: at.bytes,
         });
@@ -166,13 +138,19 @@ impl<S: Sink> Layers<'_, S> {
         self.trusted(&table)?;
         let computed = machine_digest(&roots(&laid, spaces.len()), state_digest(&state));
         compare(&digest, &computed)?;
-        Ok(Laid { regions: laid, sections, packs: table.packs, digest: computed, stopped_us: received.stopped_us })
+        Ok(Laid {
+            regions: laid,
+            sections,
+            packs: table.into_packs(),
+            digest: computed,
+            stopped_us: received.stopped_us,
+        })
     }
 
     /// What a base has lost is in no checkpoint that builds on it.
     fn trusted(&self, table: &Table) -> Result<(), Failure> {
         let Some(base) = self.base else { return Ok(()) };
-        match table.packs.iter().find(|pack| base.lost.contains(pack)) {
+        match table.packs().iter().find(|pack| base.lost.contains(pack)) {
             None => Ok(()),
             Some(pack) => {
                 let text = format!("the source did not send again what pack {} held, which is lost", pack.id);
@@ -199,7 +177,7 @@ impl<S: Sink> Layers<'_, S> {
         under: Option<Under<'_>>,
         said: Touched,
         places: &[Place],
-        own: &mut Own,
+        own: &mut Packs,
         table: &mut Table,
     ) -> Result<(MapRegion, Option<(Pending, u32)>), Failure> {
         let below = match under {
@@ -233,7 +211,7 @@ impl<S: Sink> Layers<'_, S> {
     async fn sections(
         &mut self,
         sections: BTreeMap<String, (Section, Bytes)>,
-        own: &mut Own,
+        own: &mut Packs,
     ) -> (Vec<(String, Pending)>, Vec<Section>) {
         let (mut places, mut state) = (Vec::new(), Vec::new());
         for (name, (section, sealed)) in sections {
@@ -244,19 +222,12 @@ impl<S: Sink> Layers<'_, S> {
         (places, state)
     }
 
-    async fn push(&mut self, own: &mut Own, frame: &[u8], entry: PackEntry) -> Pending {
-        if !own.writer.fits(frame.len(), &entry.section) {
-            self.full(own).await;
+    async fn push(&mut self, own: &mut Packs, frame: &[u8], entry: PackEntry) -> Pending {
+        let (place, full) = own.push(frame, entry);
+        if let Some(pack) = full {
+            self.sink.put(pack).await;
         }
-        let offset = own.writer.push(frame, entry);
-        Pending { pack: own.full.len(), offset, bytes: frame.len() as u32 }
-    }
-
-    async fn full(&mut self, own: &mut Own) {
-        let writer = std::mem::replace(&mut own.writer, PackWriter::new(self.checkpoint));
-        let pack = writer.seal(&self.desk.sealer);
-        own.full.push(PackAt { generation: self.generation, id: pack.id, bytes: pack.bytes.len() as u64 });
-        self.sink.put(pack).await;
+        place
     }
 }
 

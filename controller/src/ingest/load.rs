@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use bytes::Bytes;
-use proto::seal::Opener;
+use proto::frame::PageRun;
 use proto::status::Code;
 use proto::v1::lane_message::Message as Said;
 use proto::v1::lanes_client::LanesClient;
@@ -24,7 +24,7 @@ use tonic::transport::Channel;
 use super::assembly::compare;
 use super::manifest::pack_key;
 use super::map::{Extent, PackAt};
-use super::read::{Opened, Pieces, Reader, beside, by_pack, frames, pages};
+use super::read::{Opened, Reader, by_pack, frames, pages_beside};
 use super::{LANE_DEPTH, PROTOCOL, said, say};
 use crate::agents::link::MESSAGE_MAX;
 use crate::failure::Failure;
@@ -99,7 +99,7 @@ impl Load<'_> {
             ahead.extend(next.by_ref().take(READS_MAX - ahead.len()).map(|(pack, extents)| self.read(pack, extents)));
             let Some(mut reading) = ahead.pop_front() else { break };
             while let Some(group) = reading.groups.recv().await {
-                for frame in group? {
+                for (_, frame) in group? {
                     session.send_pages(frame).await?;
                 }
             }
@@ -131,7 +131,7 @@ impl Load<'_> {
             };
             while !rest.is_empty() {
                 let group = take_frames(&mut rest).to_vec();
-                let opened = open_group(opener.clone(), key.clone(), pieces.clone(), group).await;
+                let opened = pages_beside(opener.clone(), key.clone(), pieces.clone(), group).await;
                 let failed = opened.is_err();
                 if out.send(opened).await.is_err() || failed {
                     return;
@@ -291,22 +291,8 @@ pub(super) fn take_frames<'a>(rest: &mut &'a [Extent]) -> &'a [Extent] {
 /// A pack that is being read and opened; it ends with whoever waits for it.
 struct Reading {
     /// Frames to send, by group.
-    groups: mpsc::Receiver<Result<Vec<Bytes>, Failure>>,
+    groups: mpsc::Receiver<Result<Vec<(PageRun, Bytes)>, Failure>>,
     pages: u64,
-}
-
-async fn open_group(
-    opener: Option<Opener>,
-    key: String,
-    pieces: Pieces,
-    group: Vec<Extent>,
-) -> Result<Vec<Bytes>, Failure> {
-    let work = move || -> Result<Vec<Bytes>, Failure> {
-        let opened = frames(&group).map(|extents| pages(opener.as_ref(), &key, &pieces, extents));
-        let opened: Vec<_> = opened.collect::<Result<_, _>>()?;
-        Ok(opened.into_iter().flatten().map(|(_, frame)| frame).collect())
-    };
-    beside(work).await?
 }
 
 async fn listen(lane: usize, target: String, mut incoming: tonic::Streaming<Chunk>, tell: mpsc::Sender<Heard>) {

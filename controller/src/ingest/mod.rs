@@ -20,6 +20,7 @@ pub mod manifest;
 pub mod map;
 pub mod owner;
 pub mod pack;
+pub mod packs;
 pub mod read;
 pub mod receive;
 pub mod relay;

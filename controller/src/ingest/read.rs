@@ -5,6 +5,7 @@
 //! states. What is missing, cut, changed or swapped is named with its key and place. [`Reader::verify`] reads everything.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use proto::frame::{self, Encoding, FrameError, Kind, PAGE_BYTES, PageRun};
@@ -111,20 +112,11 @@ impl Reader {
     pub async fn region(&self, opened: &Opened, stated: &MapRegion, zero: Region) -> Result<Region, Failure> {
         let mut region = zero;
         for layer in &stated.layers {
-            let key = pack_key(&opened.manifest, &manifest::pack(&opened.manifest, layer.pack));
-            let place = format!(", page map at byte {}", layer.offset);
-            let read = self.bucket.get_range(&key, layer.offset, layer.bytes as usize).await;
-            let sealed = read.map_err(|error| missing_pack(&key, error))?;
-            let (opener, below) = (opened.opener.clone(), region);
-            let work = move || lay(opener.as_ref(), &sealed, below).map_err(|why| hurt(&key, &place, why));
-            region = beside(work).await??;
+            let pack = manifest::pack(&opened.manifest, layer.pack);
+            let message = self.layer(opened, &pack, layer.offset, layer.bytes).await?;
+            region = laid(opened, &pack, layer.offset, Arc::new(message), region).await?;
         }
-        if region.groups() != stated.groups {
-            let what = format!("checkpoint {}", opened.manifest.checkpoint);
-            let (page, space) = (stated.first_page, stated.space);
-            let why = format!("its page maps at page {page} of space {space} do not add up");
-            return Err(damaged(&what, why).object(manifest::key(&opened.manifest)));
-        }
+        made_of(opened, stated, &region)?;
         Ok(region)
     }
 
@@ -138,7 +130,7 @@ impl Reader {
         let sealed = read.map_err(|error| missing_pack(&key, error))?;
         let opener = opened.opener.clone();
         let work = move || {
-            let hurt = |why: &dyn std::fmt::Display| hurt(&key, &format!(", page map at byte {offset}"), why);
+            let hurt = |why: &dyn std::fmt::Display| hurt(&key, &page_map_at(offset), why);
             let plain = open(opener.as_ref(), &sealed).map_err(|error| hurt(&error))?;
             frame::decode_message(Kind::PageMap, &plain).map_err(|error| hurt(&error))
         };
@@ -297,6 +289,7 @@ impl Reader {
     ///
     /// # Errors
     /// [`Code::Corrupt`] naming the first thing that is damaged, or the bucket's.
+    #[cfg(test)]
     pub async fn verify(&self, opened: &Opened, progress: impl Fn(usize, usize)) -> Result<(), Failure> {
         match self.examine(opened, progress).await?.into_iter().next() {
             None => Ok(()),
@@ -358,11 +351,37 @@ fn note<T>(result: Result<T, Failure>, found: &mut Damaged) -> Result<Option<T>,
     }
 }
 
-fn lay(opener: Option<&Opener>, sealed: &Bytes, mut region: Region) -> Result<Region, String> {
-    let plain = open(opener, sealed).map_err(|error| error.to_string())?;
-    let layer: MapLayer = frame::decode_message(Kind::PageMap, &plain).map_err(|error| error.to_string())?;
-    region.lay(&layer).map_err(|error| error.to_string())?;
-    Ok(region)
+fn page_map_at(offset: u64) -> String {
+    format!(", page map at byte {offset}")
+}
+
+/// What is below with a layer, which lies at this place, laid over it.
+///
+/// # Errors
+/// [`Code::Corrupt`] naming the layer.
+pub async fn laid(
+    opened: &Opened,
+    pack: &PackAt,
+    offset: u64,
+    layer: Arc<MapLayer>,
+    below: Region,
+) -> Result<Region, Failure> {
+    let laid = beside(move || below.laid(&layer)).await?;
+    laid.map_err(|error| hurt(&pack_key(&opened.manifest, pack), &page_map_at(offset), error))
+}
+
+/// The layers of a region add up to what the manifest states of it.
+///
+/// # Errors
+/// [`Code::Corrupt`] naming the manifest.
+pub fn made_of(opened: &Opened, stated: &MapRegion, made: &Region) -> Result<(), Failure> {
+    if made.groups() == stated.groups {
+        return Ok(());
+    }
+    let what = format!("checkpoint {}", opened.manifest.checkpoint);
+    let (page, space) = (stated.first_page, stated.space);
+    let why = format!("its page maps at page {page} of space {space} do not add up");
+    Err(damaged(&what, why).object(manifest::key(&opened.manifest)))
 }
 
 fn open(opener: Option<&Opener>, stored: &Bytes) -> Result<Bytes, SealError> {
@@ -403,6 +422,23 @@ pub fn pages(
     let plain = open(opener, &stored).map_err(|error| hurt(&error))?;
     let held = frame::decode_pages(&plain).map_err(|error| hurt(&error))?;
     extents.iter().map(|extent| current(&plain, &held, extent).map_err(|why| hurt(&why))).collect()
+}
+
+/// The same of many frames, opened beside the runtime, in order.
+///
+/// # Errors
+/// As [`pages`].
+pub async fn pages_beside(
+    opener: Option<Opener>,
+    key: String,
+    pieces: Pieces,
+    extents: Vec<Extent>,
+) -> Result<Vec<(PageRun, Bytes)>, Failure> {
+    let work = move || -> Result<Vec<_>, Failure> {
+        let opened = frames(&extents).map(|extents| pages(opener.as_ref(), &key, &pieces, extents));
+        Ok(opened.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect())
+    };
+    beside(work).await?
 }
 
 fn current(plain: &Bytes, held: &frame::Pages<'_>, extent: &Extent) -> Result<(PageRun, Bytes), String> {

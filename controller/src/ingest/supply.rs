@@ -5,7 +5,8 @@
 //! ```
 //! A frame is sent with all of its pages that are current, asked for or not: reading them is what costs, and who wants
 //! one page wants its neighbours soon. A stream is sent no frame twice. Whatever fails ends the stream; who asks
-//! asks again, for ever. The pages that guests of a VM waited for are kept for its next lazy restore, as advice. It knows no VM: who may ask is decided by who opens it.
+//! asks again, for ever. The pages that guests of a VM waited for are kept for its next lazy restore, as advice. It knows no
+//! VM: who may ask is decided by who opens it.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -24,7 +25,7 @@ use tonic::Status;
 use super::assembly::spaces;
 use super::manifest::{self, pack_key, regions};
 use super::map::{Extent, Place, Region};
-use super::read::{Opened, Pieces, Reader, beside, missing_pack, pages};
+use super::read::{Opened, Pieces, Reader, beside, missing_pack, pages_beside};
 use crate::bucket::{BucketError, working_set_key};
 use crate::failure::Failure;
 
@@ -255,9 +256,8 @@ impl Supply {
         let key = pack_key(&self.opened.manifest, &place.pack);
         let read = self.reader.bucket.get_range(&key, place.offset, place.bytes as usize).await;
         let stored = read.map_err(|error| missing_pack(&key, error))?;
-        let opener = self.opened.opener.clone();
-        let work = move || pages(opener.as_ref(), &key, &Pieces::from([(place.offset, stored)]), &extents);
-        for (_, frame) in beside(work).await?? {
+        let (opener, pieces) = (self.opened.opener.clone(), Pieces::from([(place.offset, stored)]));
+        for (_, frame) in pages_beside(opener, key, pieces, extents).await? {
             let _gone = out.send(Ok(PagesPart { part: Some(Part::Frame(frame)) })).await;
         }
         Ok(())

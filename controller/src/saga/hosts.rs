@@ -116,19 +116,12 @@ impl Hosts {
     ) -> Result<CheckpointEntry, Failure> {
         let sent = self.transfer(host, self.to_this_controller(request), voice);
         tokio::pin!(sent);
-        let handed_over = tokio::select! {
-            sent = &mut sent => match sent {
-                Ok(handed_over) => handed_over,
-                // The ingest knows better why, if it is the one that gave up.
-                Err(failure) => return Err(ingest.failure().unwrap_or(failure)),
-            },
-            finished = ingest.finished() => { finished?; sent.await? }
-        };
-        let mut entry = ingest.finished().await?;
-        if handed_over.stopped_us > 0 {
-            entry.stop_us = handed_over.stopped_us;
+        tokio::select! {
+            // The ingest knows better why, if it is the one that gave up.
+            sent = &mut sent => drop(sent.map_err(|failure| ingest.failure().unwrap_or(failure))?),
+            finished = ingest.finished() => { finished?; sent.await?; }
         }
-        Ok(entry)
+        ingest.finished().await
     }
 
     /// A claim in this controller's name.

@@ -6,11 +6,15 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use proto::status::Code;
 use proto::v1::operation_event::Event;
 use proto::v1::{OperationEvent, TransferEvent};
 use tokio::sync::{mpsc, watch};
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
+
+use crate::failure::Failure;
 
 /// Logs that are kept.
 const LOGS_MAX: usize = 256;
@@ -93,6 +97,20 @@ impl Voice {
             log.events.len()
         };
         self.entry.length.send_replace(length);
+    }
+
+    /// Waits for the end of the operation.
+    ///
+    /// # Errors
+    /// What it failed with.
+    pub async fn ended(&self) -> Result<(), Failure> {
+        let last = self.listen().filter_map(Result::ok).fold(None, |_, event| event.event).await;
+        match last {
+            Some(Event::Failed(failed)) => {
+                Err(Failure::new(Code::from_number(failed.code), failed.message).hint(failed.hint))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// A step begins.

@@ -19,9 +19,7 @@ mod tests;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use proto::status::Code;
 use proto::v1::CheckpointsKept;
-use tokio_stream::StreamExt;
 use tokio_util::sync::CancellationToken;
 
 use self::book::{Action, Book, Standing};
@@ -200,7 +198,7 @@ impl<W: World> Schedule<W> {
     /// # Errors
     /// [`Code::Conflict`] if something else holds the VM's packs; what a removal failed with.
     pub async fn prune(&self, actor: &str, vm: &str) -> Result<u32, Failure> {
-        let Inner { ledger, sagas, pruning, .. } = &*self.inner;
+        let Inner { ledger, pruning, .. } = &*self.inner;
         let _alone = pruning.lock().await;
         let mut count = 0;
         loop {
@@ -212,14 +210,7 @@ impl<W: World> Schedule<W> {
             };
             let task = Task::RemoveCheckpoint { checkpoint: entry.id.clone(), generation: entry.generation };
             let plan = plans::on_checkpoint(&state, &entry.id, |_| task)?;
-            if actor != self.inner.actor {
-                self.make_way(&plan.locks).await;
-            }
-            let voice = sagas.begin(actor, plan).await?;
-            let last = voice.listen().filter_map(Result::ok).fold(None, |_, event| event.event).await;
-            if let Some(proto::v1::operation_event::Event::Failed(failed)) = last {
-                return Err(Failure::new(Code::from_number(failed.code), failed.message).hint(failed.hint));
-            }
+            self.to_the_end(actor, plan).await?;
             count += 1;
         }
     }

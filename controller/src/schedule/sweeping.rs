@@ -7,8 +7,6 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use proto::status::Code;
-use proto::v1::operation_event::Event as Said;
-use tokio_stream::StreamExt;
 use tokio_util::sync::CancellationToken;
 
 use super::Schedule;
@@ -87,10 +85,7 @@ impl<W: World> Schedule<W> {
             self.make_way(&plan.locks).await;
         }
         let voice = sagas.begin(actor, plan).await?;
-        let last = voice.listen().filter_map(Result::ok).fold(None, |_, event| event.event).await;
-        if let Some(Said::Failed(failed)) = last {
-            return Err(Failure::new(Code::from_number(failed.code), failed.message).hint(failed.hint));
-        }
+        voice.ended().await?;
         Ok(ledger.state().operations.get(voice.operation()).and_then(|operation| operation.result.clone()))
     }
 

@@ -11,7 +11,7 @@ use proto::status::Code;
 use proto::v1::Owner;
 
 use crate::abreast::abreast;
-use crate::bucket::{Bucket, Object, generation_folder, vm_prefix};
+use crate::bucket::{Bucket, Object, checkpoint_of, generation_folder, vm_prefix};
 use crate::failure::Failure;
 use crate::ingest::manifest::pack_keys;
 use crate::ingest::owner::{Claim, owner};
@@ -86,7 +86,7 @@ impl Marks {
         read.for_each(|(generation, owner)| drop(self.claims().insert((vm_id.to_owned(), generation), owner)));
         let mut owners: Vec<Owner> = generations.iter().filter_map(known).collect();
         owners.sort_by_key(|owner| std::cmp::Reverse(owner.generation));
-        let is_manifest = |object: &Object| object.key.contains("/checkpoints/") && object.key.ends_with(".manifest");
+        let is_manifest = |object: &Object| checkpoint_of(&object.key).is_some();
         Ok(Ground { packs, manifests: rest.into_iter().filter(is_manifest).collect(), owners })
     }
 

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use self::mark::{Ground, Marks};
 use self::repack::Repack;
 use crate::abreast::abreast;
-use crate::bucket::{Bucket, Object, generation_of};
+use crate::bucket::{Bucket, Object, checkpoint_of, generation_of};
 use crate::failure::Failure;
 use crate::ingest::owner::Claim;
 use crate::ingest::read::Reader;
@@ -212,9 +212,8 @@ fn changed(marked: &BTreeMap<String, Arc<BTreeSet<String>>>, ground: &Ground) ->
     let bytes: BTreeMap<&String, u64> = ground.packs.iter().map(|pack| (&pack.key, pack.bytes)).collect();
     let of = |manifest: &Object| {
         let packs = marked.get(&manifest.key)?;
-        let (_, name) = manifest.key.split_once("/checkpoints/")?;
         Some(Changed {
-            checkpoint: name.strip_suffix(".manifest")?.to_owned(),
+            checkpoint: checkpoint_of(&manifest.key)?.to_owned(),
             pack_keys: packs.iter().cloned().collect(),
             stored_bytes: packs.iter().filter_map(|key| bytes.get(key)).sum::<u64>() + manifest.bytes,
         })

@@ -23,15 +23,16 @@ use proto::v1::{MapLayer, PackEntry, PackRef};
 use super::Request;
 use super::mark::Ground;
 use super::shape::{
-    At, LayerAt, Layers, Live, Moved, NewLayer, NewRegion, NewVersion, Out, Pending, Versions, Work, bug, extents,
-    replaced, transformed, versions,
+    At, LayerAt, Layers, Live, Moved, NewLayer, NewRegion, NewVersion, Versions, Work, bug, extents, replaced,
+    transformed, versions,
 };
 use crate::bucket;
 use crate::failure::Failure;
 use crate::ingest::manifest::{self, pack_key};
 use crate::ingest::map::{Extent, PackAt, Place, Region};
-use crate::ingest::pack::{Pack, PackWriter};
-use crate::ingest::read::{Opened, Reader, beside, by_pack, frames, pages};
+use crate::ingest::pack::Pack;
+use crate::ingest::packs::{Packs, Pending};
+use crate::ingest::read::{Opened, Reader, beside, by_pack, frames, laid, made_of, pages};
 
 /// Bytes of manifests that are held at a time.
 const MANIFESTS_MAX: u64 = 256 << 20;
@@ -93,13 +94,14 @@ impl<S: Fn(String) + Sync> Repack<'_, S> {
         ));
         // New packs are this generation's: nobody else may write any.
         self.request.claim.make(&self.reader.bucket).await?;
-        let mut pages = self.out(&work);
+        let mut pages = self.packs(&work);
         self.copy(&mut work, &mut pages).await?;
-        self.flush(&work, &mut pages, &mut done).await?;
-        let mut maps = self.out(&work);
-        let new = self.map(&mut work, &pages.full, &mut maps, &mut done).await?;
-        self.flush(&work, &mut maps, &mut done).await?;
-        self.swap(&work, new, &maps.full, &mut done).await?;
+        self.write(&mut work, pages.close()).await?;
+        let mut maps = self.packs(&work);
+        let new = self.map(&mut work, &pages, &mut maps).await?;
+        self.write(&mut work, maps.close()).await?;
+        self.swap(&work, new, &maps, &mut done).await?;
+        done.written_bytes = work.written_bytes;
         Ok(done)
     }
 
@@ -136,6 +138,9 @@ impl<S: Fn(String) + Sync> Repack<'_, S> {
             layers: BTreeMap::new(),
             sections: BTreeMap::new(),
             sealer: Arc::new(Sealer::new(&key, vm, proto::seal::salt())),
+            vm,
+            key,
+            written_bytes: 0,
         }))
     }
 
@@ -159,18 +164,9 @@ impl<S: Fn(String) + Sync> Repack<'_, S> {
                     read
                 }
             };
-            let below = made;
-            made = beside(move || below.laid(&message)).await?.map_err(|error| {
-                let key = pack_key(&opened.manifest, &layer.pack);
-                Failure::new(Code::Corrupt, format!("pack {key}, page map at byte {}: {error}", layer.offset))
-                    .object(key)
-            })?;
+            made = laid(opened, &layer.pack, layer.offset, message, made).await?;
         }
-        if made.groups() != opened.manifest.regions[at.region].groups {
-            let (id, page) = (&opened.manifest.checkpoint, region.first_page);
-            let text = format!("checkpoint {id}: its page maps at page {page} of space {} do not add up", region.space);
-            return Err(Failure::new(Code::Corrupt, text).object(work.keys[at.checkpoint].clone()));
-        }
+        made_of(opened, &opened.manifest.regions[at.region], &made)?;
         Ok(made)
     }
 
@@ -252,45 +248,31 @@ impl<S: Fn(String) + Sync> Repack<'_, S> {
         Ok(total)
     }
 
-    fn out(&self, work: &Work) -> Out {
+    /// New packs of one kind, in the name of the newest checkpoint.
+    fn packs(&self, work: &Work) -> Packs {
         let newest = work.checkpoints.iter().max_by_key(|opened| opened.manifest.created_unix_ms);
         let id = newest.map_or("", |opened| opened.manifest.checkpoint.as_str());
-        Out { writer: PackWriter::new(id), full: Vec::new() }
+        Packs::new(id, self.request.claim.generation, work.sealer.clone())
     }
 
-    async fn push(
-        &self,
-        work: &Work,
-        out: &mut Out,
-        frame: &[u8],
-        entry: PackEntry,
-        done: Option<&mut Repacked>,
-    ) -> Result<Pending, Failure> {
-        if !out.writer.fits(frame.len(), &entry.section) {
-            let mut unheard = Repacked::default();
-            self.flush(work, out, done.unwrap_or(&mut unheard)).await?;
-        }
-        let offset = out.writer.push(frame, entry);
-        Ok(Pending { pack: out.full.len(), offset, bytes: frame.len() as u32 })
+    async fn push(&self, work: &mut Work, out: &mut Packs, frame: &[u8], entry: PackEntry) -> Result<Pending, Failure> {
+        let (place, full) = out.push(frame, entry);
+        self.write(work, full).await?;
+        Ok(place)
     }
 
-    /// Writes the pack that is open, if something is in it.
-    async fn flush(&self, work: &Work, out: &mut Out, done: &mut Repacked) -> Result<(), Failure> {
-        if out.writer.is_empty() {
-            return Ok(());
+    /// Writes a pack that is complete, if there is one.
+    async fn write(&self, work: &mut Work, pack: Option<Pack>) -> Result<(), Failure> {
+        if let Some(Pack { id, bytes }) = pack {
+            let key = bucket::pack_key(&self.request.claim.vm_id, self.request.claim.generation, id);
+            work.written_bytes += bytes.len() as u64;
+            self.reader.bucket.put(&key, bytes).await?;
         }
-        let next = self.out(work).writer;
-        let Pack { id, bytes } = std::mem::replace(&mut out.writer, next).seal(&work.sealer);
-        let at = PackAt { generation: self.request.claim.generation, id, bytes: bytes.len() as u64 };
-        let key = bucket::pack_key(&self.request.claim.vm_id, at.generation, id);
-        self.reader.bucket.put(&key, bytes).await?;
-        done.written_bytes += at.bytes;
-        out.full.push(at);
         Ok(())
     }
 
     /// Copies the live pages of victims.
-    async fn copy(&self, work: &mut Work, out: &mut Out) -> Result<(), Failure> {
+    async fn copy(&self, work: &mut Work, out: &mut Packs) -> Result<(), Failure> {
         for number in 0..work.regions.len() {
             let region = &work.regions[number];
             let mut held = Layers::default();
@@ -317,7 +299,7 @@ impl<S: Fn(String) + Sync> Repack<'_, S> {
         work: &mut Work,
         pack: &PackAt,
         extents: &[Extent],
-        out: &mut Out,
+        out: &mut Packs,
     ) -> Result<(), Failure> {
         let key = pack_key(&work.checkpoints[0].manifest, pack);
         let pieces = self.reader.pieces(&key, pack, extents).await?;
@@ -331,21 +313,15 @@ impl<S: Fn(String) + Sync> Repack<'_, S> {
             for (run, frame) in sealed.await?? {
                 let (first_page, pages) = (run.first_page, run.pages);
                 let entry = PackEntry { space: run.space.into(), first_page, pages, ..PackEntry::default() };
-                let Pending { pack, offset, bytes } = self.push(work, out, &frame, entry, None).await?;
-                work.moved.entry(place).or_default().push(Moved { first_page, pages, pack, offset, bytes });
+                let moved = Moved { first_page, pages, place: self.push(work, out, &frame, entry).await? };
+                work.moved.entry(place).or_default().push(moved);
             }
         }
         Ok(())
     }
 
     /// Rewrites what names a victim or lies in one; what each region of each checkpoint is going to be.
-    async fn map(
-        &self,
-        work: &mut Work,
-        new_pages: &[PackAt],
-        out: &mut Out,
-        done: &mut Repacked,
-    ) -> Result<Vec<NewVersion>, Failure> {
+    async fn map(&self, work: &mut Work, new_pages: &Packs, out: &mut Packs) -> Result<Vec<NewVersion>, Failure> {
         let mut new = Vec::new();
         for number in 0..work.regions.len() {
             let (mut held, mut anew) = (Layers::default(), HashMap::new());
@@ -360,7 +336,7 @@ impl<S: Fn(String) + Sync> Repack<'_, S> {
                 let mut written = Vec::new();
                 for layer in layers {
                     let (message, is) =
-                        self.layer(work, number, layer, there[0], new_pages, &mut held, &mut anew, out, done).await?;
+                        self.layer(work, number, layer, there[0], new_pages, &mut held, &mut anew, out).await?;
                     after = after.laid(&message).map_err(|error| bug(&error.to_string()))?;
                     written.push(is);
                 }
@@ -380,7 +356,7 @@ impl<S: Fn(String) + Sync> Repack<'_, S> {
                     let key = pack_key(&work.checkpoints[number].manifest, &pack);
                     let frame = self.reader.bucket.get_range(&key, section.offset, section.bytes as usize).await?;
                     let entry = PackEntry { section: section.name.clone(), ..PackEntry::default() };
-                    let place = self.push(work, out, &frame, entry, Some(done)).await?;
+                    let place = self.push(work, out, &frame, entry).await?;
                     work.sections.insert(at, place);
                 }
             }
@@ -396,11 +372,10 @@ impl<S: Fn(String) + Sync> Repack<'_, S> {
         number: usize,
         layer: LayerAt,
         at: At,
-        new_pages: &[PackAt],
+        new_pages: &Packs,
         held: &mut Layers,
         anew: &mut HashMap<LayerAt, Arc<MapLayer>>,
-        out: &mut Out,
-        done: &mut Repacked,
+        out: &mut Packs,
     ) -> Result<(Arc<MapLayer>, NewLayer), Failure> {
         if let (Some(message), Some(is)) = (anew.get(&layer), work.layers.get(&layer)) {
             return Ok((message.clone(), *is));
@@ -423,7 +398,7 @@ impl<S: Fn(String) + Sync> Repack<'_, S> {
             } else {
                 let sealed = work.sealer.seal(&frame::encode_message(Kind::PageMap, &*message));
                 let entry = PackEntry { space: message.space, first_page: message.first_page, ..PackEntry::default() };
-                NewLayer::Written(self.push(work, out, &sealed, entry, Some(done)).await?, pages)
+                NewLayer::Written(self.push(work, out, &sealed, entry).await?, pages)
             };
             (message, is)
         };
@@ -433,19 +408,14 @@ impl<S: Fn(String) + Sync> Repack<'_, S> {
     }
 
     /// Replaces every manifest that needs a victim.
-    async fn swap(
-        &self,
-        work: &Work,
-        new: Vec<NewVersion>,
-        maps: &[PackAt],
-        done: &mut Repacked,
-    ) -> Result<(), Failure> {
+    async fn swap(&self, work: &Work, new: Vec<NewVersion>, maps: &Packs, done: &mut Repacked) -> Result<(), Failure> {
         let mut by_checkpoint: BTreeMap<usize, BTreeMap<usize, NewRegion>> = BTreeMap::new();
         for NewVersion { at, layers, uses } in new {
             let place = |layer: NewLayer| match layer {
                 NewLayer::Kept(layer) => Some(layer),
-                NewLayer::Written(Pending { pack, offset, bytes }, pages) => {
-                    Some(LayerAt { pack: maps[pack], offset, bytes, pages })
+                NewLayer::Written(place, pages) => {
+                    let Pending { offset, bytes, .. } = place;
+                    Some(LayerAt { pack: maps.of(&place), offset, bytes, pages })
                 }
                 NewLayer::Empty => None,
             };
@@ -458,9 +428,7 @@ impl<S: Fn(String) + Sync> Repack<'_, S> {
             }
             let manifest = replaced(work, opened, by_checkpoint.remove(&number).unwrap_or_default(), maps)?;
             manifest::check(&manifest).map_err(|error| bug(&error.to_string()))?;
-            let vm = manifest.vm_id.parse().map_err(|_| bug("no id of a VM"))?;
-            let key = self.reader.keys.data_key(&self.reader.bucket, vm).await?;
-            let bytes = manifest::encode(&manifest, &work.sealer, self.reader.keys.wrap(vm, &key))
+            let bytes = manifest::encode(&manifest, &work.sealer, self.reader.keys.wrap(work.vm, &work.key))
                 .map_err(|error| Failure::new(Code::Exhausted, error.to_string()))?;
             self.reader.bucket.put(&work.keys[number], bytes).await?;
             done.manifests.push(work.keys[number].clone());

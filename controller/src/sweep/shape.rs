@@ -4,14 +4,15 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use proto::seal::Sealer;
+use proto::ids::VmId;
+use proto::seal::{DataKey, Sealer};
 use proto::status::Code;
 use proto::v1::{LayerRef, Manifest, MapLayer, PackUse, SectionRef};
 
 use crate::failure::Failure;
 use crate::ingest::manifest::{self, regions};
 use crate::ingest::map::{Extent, PackAt, Place, Region};
-use crate::ingest::pack::PackWriter;
+use crate::ingest::packs::{Packs, Pending, Table};
 use crate::ingest::read::Opened;
 
 /// Bytes of layers of a region that are held at a time.
@@ -52,23 +53,7 @@ pub(super) struct Live {
 pub(super) struct Moved {
     pub(super) first_page: u64,
     pub(super) pages: u32,
-    pub(super) pack: usize,
-    pub(super) offset: u64,
-    pub(super) bytes: u32,
-}
-
-/// New packs of one kind.
-pub(super) struct Out {
-    pub(super) writer: PackWriter,
-    pub(super) full: Vec<PackAt>,
-}
-
-/// A place in [`Out`].
-#[derive(Clone, Copy)]
-pub(super) struct Pending {
-    pub(super) pack: usize,
-    pub(super) offset: u64,
-    pub(super) bytes: u32,
+    pub(super) place: Pending,
 }
 
 /// A layer after the rewriting: where it was, or written anew; none: nothing of it is alive.
@@ -111,7 +96,11 @@ pub(super) struct Work {
     pub(super) moved: BTreeMap<Place, Vec<Moved>>,
     pub(super) layers: BTreeMap<LayerAt, NewLayer>,
     pub(super) sections: BTreeMap<(PackAt, u64, u32), Pending>,
+    pub(super) vm: VmId,
+    pub(super) key: DataKey,
     pub(super) sealer: Arc<Sealer>,
+    /// Bytes of new packs.
+    pub(super) written_bytes: u64,
 }
 
 impl Layers {
@@ -172,7 +161,7 @@ pub(super) fn transformed(
     work: &Work,
     region: &Versions,
     old: &MapLayer,
-    new_pages: &[PackAt],
+    new_pages: &Packs,
 ) -> Result<MapLayer, Failure> {
     let alone = Region::zero(region.space, region.first_page, region.pages);
     let mut alone = alone.laid(old).map_err(|error| bug(&error.to_string()))?;
@@ -187,8 +176,9 @@ pub(super) fn transformed(
             let moved = work.moved.get(&place).into_iter().flatten();
             let inside =
                 |moved: &&Moved| (moved.first_page..moved.first_page + u64::from(moved.pages)).contains(&number);
-            if let Some(Moved { first_page, pack, offset, bytes, .. }) = moved.into_iter().find(inside) {
-                let place = Place { pack: new_pages[*pack], offset: *offset, bytes: *bytes, first_page: *first_page };
+            if let Some(Moved { first_page, place, .. }) = moved.into_iter().find(inside) {
+                let Pending { offset, bytes, .. } = *place;
+                let place = Place { pack: new_pages.of(place), offset, bytes, first_page: *first_page };
                 let frame = *added.entry(place).or_insert_with(|| alone.frame(place));
                 let leaf = alone.leaf(page);
                 alone.set(page, leaf, Some(frame));
@@ -204,16 +194,10 @@ pub(super) fn replaced(
     work: &Work,
     opened: &Opened,
     mut new: BTreeMap<usize, NewRegion>,
-    maps: &[PackAt],
+    maps: &Packs,
 ) -> Result<Manifest, Failure> {
     let old = &opened.manifest;
-    let (mut packs, mut numbers) = (Vec::new(), BTreeMap::new());
-    let mut number = |pack: PackAt| {
-        *numbers.entry(pack).or_insert_with(|| {
-            packs.push(pack);
-            packs.len() as u32 - 1
-        })
-    };
+    let mut table = Table::default();
     let mut regions = Vec::new();
     for (at, region) in old.regions.iter().enumerate() {
         let NewRegion { layers, uses } = new.remove(&at).unwrap_or(NewRegion { layers: vec![], uses: vec![] });
@@ -222,24 +206,27 @@ pub(super) fn replaced(
         }
         let mut region = proto::v1::MapRegion { layers: vec![], packs: vec![], ..region.clone() };
         for LayerAt { pack, offset, bytes, pages } in layers {
-            region.layers.push(LayerRef { pack: number(pack), offset, bytes, pages });
+            region.layers.push(LayerRef { pack: table.number(pack), offset, bytes, pages });
         }
-        region.packs = uses.into_iter().map(|(pack, pages)| PackUse { pack: number(pack), pages }).collect();
+        region.packs = uses.into_iter().map(|(pack, pages)| PackUse { pack: table.number(pack), pages }).collect();
         regions.push(region);
     }
     let mut sections = Vec::new();
     for section in &old.sections {
         let pack = manifest::pack(old, section.pack);
         sections.push(match work.sections.get(&(pack, section.offset, section.bytes)) {
-            Some(Pending { pack, offset, bytes }) => {
-                SectionRef { pack: number(maps[*pack]), offset: *offset, bytes: *bytes, ..section.clone() }
-            }
-            None => SectionRef { pack: number(pack), ..section.clone() },
+            Some(place) => SectionRef {
+                pack: table.number(maps.of(place)),
+                offset: place.offset,
+                bytes: place.bytes,
+                ..section.clone()
+            },
+            None => SectionRef { pack: table.number(pack), ..section.clone() },
         });
     }
-    if packs.iter().any(|pack| work.victims.contains(pack)) {
+    if table.packs().iter().any(|pack| work.victims.contains(pack)) {
         return Err(bug("a pack that was rewritten is still needed"));
     }
-    let packs = packs.iter().map(PackAt::message).collect();
+    let packs = table.packs().iter().map(PackAt::message).collect();
     Ok(Manifest { regions, sections, packs, ..old.clone() })
 }

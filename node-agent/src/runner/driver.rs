@@ -231,7 +231,9 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
             started_ns: 0,
             first: First::No,
         };
-        driver.note_answer();
+        if let Some(answer) = &driver.terms.standing_answer {
+            *answer.lock().unwrap_or_else(PoisonError::into_inner) = driver.attached();
+        }
         driver
     }
 
@@ -272,7 +274,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
     /// [`Closed`].
     pub fn step(&mut self) -> Result<Wait, Closed> {
         self.note_running(true)?;
-        self.note_answer();
+        self.note_state();
         if !self.running {
             return Ok(Wait::Input);
         }
@@ -570,7 +572,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
                 };
             }
             Request::Throttle(throttle) => {
-                let until_ns = self.clock.boottime_ns().saturating_add(u64::from(throttle.valid_ms) * 1_000_000);
+                let until_ns = self.valid_until_ns(throttle.valid_ms);
                 let rest_until_ns = self.throttle.map_or(0, |before| before.rest_until_ns);
                 let percent = u64::from(throttle.percent.min(THROTTLE_PERCENT_MAX));
                 self.throttle = (percent > 0).then_some(Throttle { percent, until_ns, rest_until_ns });
@@ -601,6 +603,11 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         Ok(Reply::State(self.state()))
     }
 
+    /// Until when holds what is asked for so many milliseconds.
+    fn valid_until_ns(&self, valid_ms: u32) -> u64 {
+        self.clock.boottime_ns().saturating_add(u64::from(valid_ms) * 1_000_000)
+    }
+
     fn attached(&self) -> RunnerAttached {
         RunnerAttached {
             config: Some(self.terms.config.clone()),
@@ -610,10 +617,10 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         }
     }
 
-    /// Before this thread may sleep on a missing page.
-    fn note_answer(&self) {
+    /// Before this thread may sleep on a missing page. Between two slices nothing of the answer changes but the state.
+    fn note_state(&self) {
         if let Some(answer) = &self.terms.standing_answer {
-            *answer.lock().unwrap_or_else(PoisonError::into_inner) = self.attached();
+            answer.lock().unwrap_or_else(PoisonError::into_inner).state = Some(self.state());
         }
     }
 

@@ -182,20 +182,17 @@ impl SharedPages {
             return Ok(joined(self.filled(self.whole())?, &self.since(instant.saturating_add(1))?));
         }
         let Some(kept) = &self.kept else { return self.since(mark) };
-        let mut runs: Vec<Run> = Vec::new();
-        for run in self.since(mark)? {
-            let stamps = self.stamps(run)?;
-            let later = stamps.iter().any(|stamp| *stamp > instant);
-            let settled = match later {
-                true => kept.settled(run.first, run.pages).map_err(host("read what is kept"))?,
-                false => Vec::new(),
-            };
-            for (at, stamp) in (0..).zip(&stamps) {
-                let foreign = *stamp > instant && settled[at as usize] == instant;
-                push_page(&mut runs, run.first + at, !foreign);
-            }
+        let (mut runs, mut later): (Vec<Run>, Vec<Run>) = (Vec::new(), Vec::new());
+        self.scan(|page, stamp| {
+            push_page(&mut runs, page, (mark..=instant).contains(&stamp));
+            push_page(&mut later, page, stamp > instant);
+        })?;
+        let mut wanted: Vec<Run> = Vec::new();
+        for run in later {
+            let settled = kept.settled(run.first, run.pages).map_err(host("read what is kept"))?;
+            (run.first..).zip(settled).for_each(|(page, settled)| push_page(&mut wanted, page, settled != instant));
         }
-        Ok(runs)
+        Ok(joined(runs, &wanted))
     }
 
     /// Appends whole pages as they were at a frozen instant, and tells the process that they need not be kept any more.

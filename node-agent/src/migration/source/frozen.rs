@@ -80,12 +80,8 @@ impl Frozen {
         match (input, step) {
             (Input::Frozen { epoch, sections, stopped_us }, FrozenStep::Freezing) => {
                 let stop = PhaseReport { phase: "stop".to_owned(), ms: ms(stopped_us) };
-                let round = Effect::SendRound {
-                    round: 1,
-                    since: plan.mark,
-                    last: true,
-                    instant: Some(epoch.saturating_sub(1)),
-                };
+                let instant = Some(epoch.saturating_sub(1));
+                let round = Effect::SendRound { round: 1, since: plan.mark, last: true, instant };
                 let quiet = Quiet::from(now_us);
                 let reading = Reading { sections, mark: epoch, stopped_us, quiet, flight: Flight::default() };
                 let state = Self { plan, began_us: now_us, step: FrozenStep::Reading(reading) };
@@ -93,38 +89,37 @@ impl Frozen {
             }
             (Input::RoundSent(totals), FrozenStep::Reading(mut reading)) if reading.flight.sent.is_none() => {
                 let landed = reading.flight.sent(totals);
+                let mut step = reading.after_flight(plan, began_us, landed, now_us);
                 // Everything has been read.
-                let effects = vec![Effect::Thaw];
-                Self { plan, began_us, step: FrozenStep::Freezing }.after_flight(reading, landed, effects, now_us)
+                step.effects.insert(0, Effect::Thaw);
+                step
             }
             (Input::Acked { round: 1 }, FrozenStep::Reading(mut reading)) if !reading.flight.acked => {
                 let landed = reading.flight.acked();
-                Self { plan, began_us, step: FrozenStep::Freezing }.after_flight(reading, landed, vec![], now_us)
+                reading.after_flight(plan, began_us, landed, now_us)
             }
             (other, FrozenStep::Freezing | FrozenStep::Reading(_)) => {
                 fail(other.misplaced("reading a frozen instant"), false, true)
             }
         }
     }
+}
 
+impl Reading {
     /// Goes on when everything is sent and acknowledged.
-    fn after_flight(
-        self,
-        reading: Reading,
-        landed: Option<RoundTotals>,
-        mut effects: Vec<Effect>,
-        now_us: u64,
-    ) -> Step {
+    fn after_flight(self, plan: Plan, began_us: u64, landed: Option<RoundTotals>, now_us: u64) -> Step {
         let Some(totals) = landed else {
-            let state = Self { step: FrozenStep::Reading(reading), ..self };
-            return Step { state: Source::Frozen(state), effects };
+            let state = Frozen { plan, began_us, step: FrozenStep::Reading(self) };
+            return Step { state: Source::Frozen(state), effects: vec![] };
         };
-        let Reading { sections, mark, stopped_us, .. } = reading;
-        effects.push(report(1, totals, now_us.saturating_sub(self.began_us), Dirty::default(), 0));
-        effects.push(phase("pages", self.began_us, now_us));
-        effects.push(Effect::Digest { sections: sections.clone(), verify_full: false });
+        let Self { sections, mark, stopped_us, .. } = self;
+        let effects = vec![
+            report(1, totals, now_us.saturating_sub(began_us), Dirty::default(), 0),
+            phase("pages", began_us, now_us),
+            Effect::Digest { sections: sections.clone(), verify_full: false },
+        ];
         let state = Comparing {
-            plan: self.plan,
+            plan,
             mark,
             pause: Pause::Over(stopped_us),
             began_us: now_us,

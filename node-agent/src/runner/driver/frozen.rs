@@ -94,10 +94,6 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         }
         None
     }
-
-    fn valid_until_ns(&self, valid_ms: u32) -> u64 {
-        self.clock.boottime_ns().saturating_add(u64::from(valid_ms) * 1_000_000)
-    }
 }
 
 fn lost() -> RunnerFailure {

@@ -3,7 +3,8 @@
 //! ```text
 //! missing --a frame brings it--> here          missing --answered without a frame--> zero (a hole until it is touched)
 //! ```
-//! What is asked for ahead are the pages that an earlier guest touched first, then it goes upwards from where the guest last waited, and round: memory that is used is used
+//! What is asked for ahead are the pages that an earlier guest touched first, then it goes upwards from where the guest last waited,
+//! and round: memory that is used is used
 //! in neighbourhoods. Nothing here is kept on disk: what is here is seen in RAM itself, zero pages are asked for again.
 
 use vmcb_engine::memory::shared::Run;

@@ -335,7 +335,7 @@ impl Shared {
     }
 
     async fn talk(&self, link: Link, answers: &AtomicU64) -> Result<Over, Ended> {
-        let controller = Identity { role: "controller".to_owned(), name: "main".to_owned() };
+        let controller = Identity::controller();
         let broken = |text: String| Failure::new(Code::Unreachable, text);
         let channel = self.host.tls.connect(&self.host.controller, &controller, migration::tune_endpoint).await;
         let channel = channel.map_err(|error| broken(super::actor::chain(&error)))?;
