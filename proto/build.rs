@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["machine", "device", "bucket", "transfer", "agent", "controller", "runner"]
+    let files = ["machine", "device", "bucket", "transfer", "agent", "controller", "runner", "journal"]
         .map(|name| format!("proto/godwit/v1/{name}.proto"));
     println!("cargo:rerun-if-changed=proto");
     let mut compiler = protox::Compiler::new([Path::new("proto")])?;

@@ -62,6 +62,8 @@ pub enum Kind {
     PageMap = 8,
     /// An `Envelope`: a sealed manifest and what it takes to open it.
     Envelope = 9,
+    /// An `ExportHead`: first of a recording's file.
+    Recording = 10,
 }
 
 impl Kind {
@@ -77,6 +79,7 @@ impl Kind {
             Kind::Sealed,
             Kind::PageMap,
             Kind::Envelope,
+            Kind::Recording,
         ]
         .into_iter()
         .find(|kind| *kind as u16 == number)
@@ -87,7 +90,7 @@ impl Kind {
         match self {
             Kind::Pages => PAGES_PREFIX_BYTES + PAGES_MAX as usize * PAGE_BYTES,
             Kind::Section | Kind::Control | Kind::Journal | Kind::PageMap => 8 << 20,
-            Kind::Manifest | Kind::PackIndex | Kind::Sealed | Kind::Envelope => 256 << 20,
+            Kind::Manifest | Kind::PackIndex | Kind::Sealed | Kind::Envelope | Kind::Recording => 256 << 20,
         }
     }
 

@@ -10,7 +10,9 @@ mod samples;
 
 use proto::frame::{self, Encoding, FrameError, Kind, PAGE_BYTES, PageRun};
 use proto::leaf::leaf;
-use proto::v1::{ClockV1, LaneMessage, Manifest, PackIndex, RunnerReply, RunnerRequest, Section};
+use proto::v1::{
+    ClockV1, ExportHead, JournalBlock, LaneMessage, Manifest, PackIndex, RunnerReply, RunnerRequest, Section,
+};
 use samples::golden;
 
 /// Decodes a file as whoever reads it would.
@@ -25,6 +27,8 @@ fn accept(name: &str, bytes: &[u8]) -> Result<(), FrameError> {
         "frame-runner-request.bin" => frame::decode_message::<RunnerRequest>(Kind::Control, bytes).map(drop),
         "frame-runner-reply.bin" => frame::decode_message::<RunnerReply>(Kind::Control, bytes).map(drop),
         "frame-journal.bin" => frame::decode(bytes).map(drop),
+        "frame-journal-block.bin" => frame::decode_message::<JournalBlock>(Kind::Journal, bytes).map(drop),
+        "frame-recording.bin" => frame::decode_message::<ExportHead>(Kind::Recording, bytes).map(drop),
         _ if name.starts_with("frame-control-") => frame::decode_message::<LaneMessage>(Kind::Control, bytes).map(drop),
         _ => panic!("{name} is nobody's"),
     }
@@ -110,6 +114,14 @@ fn a_journal_s_frame_is_read() {
     let bytes = golden("frame-journal.bin");
     let (header, body) = frame::decode(&bytes).unwrap();
     assert_eq!((header.kind, header.version, body), (Kind::Journal, 0x0100, samples::JOURNAL));
+}
+
+#[test]
+fn a_block_and_the_head_of_a_recording_are_read() {
+    let block: JournalBlock = frame::decode_message(Kind::Journal, &golden("frame-journal-block.bin")).unwrap();
+    assert_eq!(block, samples::block());
+    let head: ExportHead = frame::decode_message(Kind::Recording, &golden("frame-recording.bin")).unwrap();
+    assert_eq!(head, samples::head());
 }
 
 #[test]

@@ -13,10 +13,10 @@ use proto::frame::{self, Encoding, Kind, PAGE_BYTES, PageRun};
 use proto::ids::Digest;
 use proto::v1::lane_message::Message as Said;
 use proto::v1::{
-    Abort, BootSource, CapabilityAtom, CapabilityRule, CapabilitySet, ClockV1, DiskConfig, Hello, HelloReply,
-    LaneMessage, MachineConfig, MachineDigest, Manifest, NetConfig, PackEntry, PackIndex, PackRef, PageExtent, PageMap,
-    Ready, RoundAck, RoundEnd, RunnerLease, RunnerReply, RunnerRequest, RunnerState, Section, SectionRef, StateEnd,
-    VmState, runner_reply, runner_request,
+    Abort, BootSource, CapabilityAtom, CapabilityRule, CapabilitySet, CheckpointRecord, ClockV1, DiskConfig,
+    ExportHead, Hello, HelloReply, JournalBlock, JournalCut, LaneMessage, MachineConfig, MachineDigest, Manifest,
+    NetConfig, PackEntry, PackIndex, PackRef, PageExtent, PageMap, Position, Ready, RoundAck, RoundEnd, RunnerLease,
+    RunnerReply, RunnerRequest, RunnerState, Section, SectionRef, StateEnd, VmState, runner_reply, runner_request,
 };
 
 /// Pages of RAM of the machine.
@@ -279,6 +279,46 @@ pub fn reply() -> RunnerReply {
 /// Body of the journal's frame. For this crate a block of a journal is bytes.
 pub const JOURNAL: &[u8] = b"a block of a journal is bytes to this crate\x00\xff";
 
+/// The first block of a recording: something was typed, and a packet came.
+pub fn block() -> JournalBlock {
+    let mut events = vec![1, 16, 0, 3];
+    events.extend(b"ls\n");
+    events.extend([2, 0xac, 0x02, 7, 0, 4, 0xde, 0xad, 0xbe, 0xef]);
+    let cut = JournalCut {
+        semantics: 1,
+        state_digest: digest().state,
+        config_digest: blake3::hash(&config().encode_to_vec()).as_bytes().to_vec(),
+        ..Default::default()
+    };
+    JournalBlock {
+        recording: (0xa0..0xb0).collect(),
+        sequence: 0,
+        previous: Vec::new(),
+        start: Some(Position { retired: 1_000_000, skipped_tsc: 250, ..Default::default() }),
+        end: Some(Position { retired: 1_000_316, skipped_tsc: 257, ..Default::default() }),
+        realtime_ns: 1_767_225_600_000_000_000,
+        events,
+        event_count: 2,
+        cut: Some(cut),
+        ended: String::new(),
+        ..Default::default()
+    }
+}
+
+/// The head of a recording's file.
+pub fn head() -> ExportHead {
+    let checkpoint = CheckpointRecord {
+        id: CHECKPOINT.into(),
+        vm: "vm1".into(),
+        vm_id: VM_ID.into(),
+        generation: 3,
+        digest: Some(digest()),
+        ..Default::default()
+    };
+    let (checkpoint, config) = (Some(checkpoint), Some(config()));
+    ExportHead { checkpoint, config, sections: vec![section()], pages: 2, ..Default::default() }
+}
+
 /// Every golden file of one frame, with the frame that this release writes for it.
 pub fn frames() -> Vec<(&'static str, Vec<u8>)> {
     let control = |said| frame::encode_message(Kind::Control, &LaneMessage { message: Some(said) });
@@ -291,6 +331,8 @@ pub fn frames() -> Vec<(&'static str, Vec<u8>)> {
         ("frame-manifest.bin", frame::encode_message(Kind::Manifest, &manifest())),
         ("frame-pack-index.bin", frame::encode_message(Kind::PackIndex, &index())),
         ("frame-journal.bin", frame::encode(Kind::Journal, JOURNAL)),
+        ("frame-journal-block.bin", frame::encode_message(Kind::Journal, &block())),
+        ("frame-recording.bin", frame::encode_message(Kind::Recording, &head())),
         ("frame-runner-request.bin", frame::encode_message(Kind::Control, &request())),
         ("frame-runner-reply.bin", frame::encode_message(Kind::Control, &reply())),
     ]);
