@@ -1,16 +1,19 @@
 //! x87 in 80 bits (APM5): from an escape opcode and its ModRM byte to the function that does it.
 //!
-//! [`native`] computes by the host's x87, [`stack`] keeps registers and exceptions, [`arithmetic`] and [`control`] are the
+//! [`native`] computes by the host's x87, [`transcendental`] what hosts do not agree on, [`stack`] keeps registers and exceptions, [`arithmetic`] and [`control`] are the
 //! instructions.
 
 mod arithmetic;
 mod control;
 mod native;
 mod stack;
+mod transcendental;
+mod wide;
 
 use self::arithmetic as a;
 use self::native as n;
 use self::stack::{begin, get, pop, push, status};
+use self::transcendental as t;
 use super::core::{Core, Step};
 use super::decode::Row;
 use super::op::{Meaning, Op, straight};
@@ -377,22 +380,22 @@ fn special(modrm: u8) -> Option<Row> {
         0xec => constant!(0x9a20_9a84_fbcf_f798, 0x3ffd, nearest_above),
         0xed => constant!(0xb172_17f7_d1cf_79ab, 0x3ffe, nearest_above),
         0xee => constant!(0, 0, exact),
-        0xf0 => unary!(n::power_of_two, 0),
-        0xf1 => of_two_popping!(n::logarithm),
-        0xf2 => two_results!(n::tangent, true),
-        0xf3 => of_two_popping!(n::arctangent),
+        0xf0 => unary!(t::power_of_two, 0),
+        0xf1 => of_two_popping!(t::logarithm),
+        0xf2 => two_results!(t::tangent, true),
+        0xf3 => of_two_popping!(t::arctangent),
         0xf4 => two_results!(n::extract, false),
         0xf5 => of_two!(n::remainder_ieee, status::C0 | status::C2 | status::C3),
         0xf6 => row(control::decrement_top),
         0xf7 => row(control::increment_top),
         0xf8 => of_two!(n::remainder, status::C0 | status::C2 | status::C3),
-        0xf9 => of_two_popping!(n::logarithm_plus_one),
+        0xf9 => of_two_popping!(t::logarithm_plus_one),
         0xfa => unary!(n::square_root, 0),
-        0xfb => two_results!(n::sine_cosine, true),
+        0xfb => two_results!(t::sine_cosine, true),
         0xfc => unary!(n::round, 0),
         0xfd => of_two!(n::scale, 0),
-        0xfe => unary!(n::sine, status::C2),
-        0xff => unary!(n::cosine, status::C2),
+        0xfe => unary!(t::sine, status::C2),
+        0xff => unary!(t::cosine, status::C2),
         _ => None,
     }
 }
