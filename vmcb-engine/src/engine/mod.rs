@@ -4,12 +4,16 @@
 //! An engine refuses to know devices: what the guest asks of the world goes through [`Platform`], synchronously, and
 //! what the world asks of the guest (interrupts, deadlines) is fetched from it between two instructions.
 
+use std::any::Any;
 use std::fmt;
 
 use crate::cpu::CpuState;
 use crate::vmcb::Vmcb;
 
 pub mod soft;
+pub mod stops;
+
+pub use stops::{Stops, WatchKind, Watchpoint, Why};
 
 /// The machine's time. Guest TSC = `retired * tsc_per_instruction + skipped_tsc` (+ the vCPU's own offset).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -96,6 +100,13 @@ pub enum Exit {
     Shutdown,
     /// [`Platform::stopped`].
     Stopped,
+    /// One of the [`Stops`] that were set.
+    Stop {
+        /// The vCPU that met it.
+        vcpu: usize,
+        /// Which.
+        why: Why,
+    },
     /// The engine met something that it cannot do; the guest cannot go on.
     Failed(String),
 }
@@ -107,6 +118,7 @@ impl fmt::Display for Exit {
             Exit::Halted => f.write_str("halted"),
             Exit::Shutdown => f.write_str("triple fault"),
             Exit::Stopped => f.write_str("stopped by the guest"),
+            Exit::Stop { vcpu, why } => write!(f, "vCPU {vcpu}: {why}"),
             Exit::Failed(why) => write!(f, "engine cannot go on: {why}"),
         }
     }
@@ -123,6 +135,35 @@ pub enum LoadError {
     Illegal(String),
 }
 
+/// An engine between two instructions, in a form that only its kind knows.
+pub struct EngineRung {
+    kept: Box<dyn Any + Send>,
+    bytes: usize,
+}
+
+impl EngineRung {
+    /// Of what the engine keeps; `bytes` of host memory.
+    pub fn new(kept: impl Any + Send, bytes: usize) -> Self {
+        Self { kept: Box::new(kept), bytes }
+    }
+
+    /// What the engine kept, if it is of this type.
+    pub fn get<T: Any>(&self) -> Option<&T> {
+        self.kept.downcast_ref()
+    }
+
+    /// Bytes of host memory that it takes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl fmt::Debug for EngineRung {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EngineRung").field("bytes", &self.bytes).finish_non_exhaustive()
+    }
+}
+
 /// Runs the vCPUs of one machine. Owned by one thread.
 pub trait Engine {
     /// Runs until exactly `until_retired` instructions have retired over all vCPUs, or until an earlier [`Exit`].
@@ -133,6 +174,8 @@ pub trait Engine {
     fn set_clock(&mut self, clock: Clock);
     /// Architectural state of a vCPU. Forgets all cached translations, so that a restored machine behaves the same.
     fn store(&mut self, vcpu: usize) -> CpuState;
+    /// [`Engine::store`] without forgetting anything: the guest cannot tell that somebody looked.
+    fn peek(&self, vcpu: usize) -> CpuState;
     /// Loads architectural state.
     ///
     /// # Errors
@@ -140,6 +183,28 @@ pub trait Engine {
     fn load(&mut self, vcpu: usize, state: &CpuState) -> Result<(), LoadError>;
     /// The epoch of page stamps advanced: the next write to every page must be stamped again.
     fn rearm_stamps(&mut self);
+    /// Everything that a later run depends on, cached translations included, but RAM. The guest cannot tell that it was
+    /// taken.
+    fn rung(&self) -> EngineRung;
+    /// Makes the engine what it was, its time included; RAM is what it was already. Stops stay set.
+    ///
+    /// # Errors
+    /// The rung is of another engine; nothing has changed.
+    fn climb(&mut self, rung: &EngineRung) -> Result<(), LoadError>;
+    /// Comes back there from now on; replaces what was set before. The guest cannot tell. Running again after a
+    /// [`Why::Breakpoint`] executes the instruction.
+    fn set_stops(&mut self, stops: &Stops);
+    /// The instructions before which the vCPUs stand now are executed without a stop, as after a [`Why::Breakpoint`].
+    fn pass_breakpoints(&mut self);
+    /// The vCPU that runs, or ran last.
+    fn current(&self) -> usize {
+        0
+    }
+    /// Instructions that had retired over all vCPUs after this one's last; `None` if it has run none since the engine was made
+    /// or climbed to a rung.
+    fn last_ran(&self, vcpu: usize) -> Option<u64> {
+        (vcpu == 0).then_some(self.clock().retired)
+    }
     /// The VMCB that holds this vCPU now.
     fn vmcb(&self, vcpu: usize) -> Vmcb;
 }

@@ -10,8 +10,8 @@ use super::{Life, Machine, MachineError, Parts};
 use crate::capability::{CpuModel, Topology};
 use crate::cpu::{CpuState, RunState};
 use crate::device::bus::{Bus, CARDS_MAX, Fitting, VCPUS_MAX};
-use crate::engine::Engine;
-use crate::engine::soft::{SoftConfig, SoftEngine};
+use crate::engine::soft::{SoftConfig, SoftEngine, Tuning};
+use crate::engine::{Engine, Stops};
 use crate::memory::GuestMemory;
 use crate::vmcb::Vmcb;
 
@@ -34,6 +34,14 @@ impl Machine {
     /// # Errors
     /// A configuration that makes no machine, or does not fit the parts.
     pub fn build(config: &MachineConfig, parts: Parts) -> Result<Machine, MachineError> {
+        Self::build_tuned(config, parts, Tuning::default())
+    }
+
+    /// [`Machine::build`] with an engine that does its work otherwise, for tests and measurements.
+    ///
+    /// # Errors
+    /// As [`Machine::build`].
+    pub fn build_tuned(config: &MachineConfig, parts: Parts, tuning: Tuning) -> Result<Machine, MachineError> {
         let model = check(config, &parts)?;
         must(config.engine == "soft", "engine", &config.engine, "this release runs \"soft\"")?;
         let soft = SoftConfig {
@@ -41,6 +49,7 @@ impl Machine {
             model,
             tsc_hz: config.tsc_hz,
             tsc_per_instruction: config.tsc_per_instruction,
+            tuning,
         };
         Self::assemble(config, parts, move |memory| Box::new(SoftEngine::new(memory, &soft)))
     }
@@ -71,7 +80,17 @@ impl Machine {
         bus.set_epoch(memory.epoch());
         let engine = make_engine(Arc::clone(&memory));
         let make_engine = Box::new(make_engine);
-        Ok(Machine { config: config.clone(), memory, bus, engine, make_engine, life: Life::Empty, arrived: false })
+        let stops = Stops::default();
+        Ok(Machine {
+            config: config.clone(),
+            memory,
+            bus,
+            engine,
+            make_engine,
+            life: Life::Empty,
+            arrived: false,
+            stops,
+        })
     }
 }
 

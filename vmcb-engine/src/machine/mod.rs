@@ -4,6 +4,8 @@
 //! |---|---|
 //! | `build` | from a configuration and its parts to a machine |
 //! | `state` | capture, apply, digest |
+//! | `inspect` | registers, addresses and digests for whoever looks at it |
+//! | `rung` | states to come back to |
 //! | `identity` | a guest that began elsewhere learns that it is another one |
 //! | `platform` | the devices as an engine sees them |
 //!
@@ -13,12 +15,16 @@
 
 mod build;
 mod identity;
+mod inspect;
 mod platform;
+mod rung;
 mod state;
 
 use std::sync::Arc;
 
+pub use inspect::Probe;
 use proto::v1::MachineConfig;
+pub use rung::Rung;
 
 use crate::boot::{self, Boot, BootError};
 use crate::cpu;
@@ -26,7 +32,7 @@ use crate::device::block::DiskImage;
 use crate::device::bus::{Bus, RestoreError};
 use crate::device::net::NetLink;
 use crate::device::power::Stop;
-use crate::engine::{Engine, Exit, LoadError};
+use crate::engine::{Engine, Exit, LoadError, Stops, Why};
 use crate::memory::shared::PagesError;
 use crate::memory::{GuestMemory, Keeper};
 use crate::snapshot::SectionError;
@@ -118,6 +124,13 @@ pub enum Outcome {
     Reset,
     /// The guest's processor shut down.
     TripleFault,
+    /// One of the stops that were set; see [`Machine::set_stops`].
+    Stop {
+        /// The vCPU that met it.
+        vcpu: usize,
+        /// Which.
+        why: Why,
+    },
     /// The machine cannot go on; why.
     Failed(String),
 }
@@ -147,6 +160,8 @@ pub struct Machine {
     life: Life,
     /// It was put into a captured state and has not run since.
     arrived: bool,
+    /// Where a run comes back; an engine after a reset is told too.
+    stops: Stops,
 }
 
 impl std::fmt::Debug for Machine {
@@ -196,6 +211,7 @@ impl Machine {
         self.bus.reset();
         self.engine = (self.make_engine)(Arc::clone(&self.memory));
         self.engine.set_clock(clock);
+        self.engine.set_stops(&self.stops);
         self.boot(kernel, initrd)
     }
 
@@ -218,6 +234,7 @@ impl Machine {
             match self.engine.run(&mut self.bus, until_retired) {
                 Exit::Reached => return Outcome::Reached,
                 Exit::Shutdown => return Outcome::TripleFault,
+                Exit::Stop { vcpu, why } => return Outcome::Stop { vcpu, why },
                 Exit::Failed(why) => return Outcome::Failed(why),
                 Exit::Stopped if self.bus.stopped().is_none() => {
                     return Outcome::Failed("the engine says that the guest stopped, and it did not".to_owned());
@@ -243,9 +260,19 @@ impl Machine {
         self.bus.tick(tsc);
     }
 
+    /// TSC at which a device acts by itself next.
+    pub fn next_deadline(&self) -> Option<u64> {
+        self.bus.next_deadline()
+    }
+
     /// Guest instructions retired since the machine was built, over all vCPUs.
     pub fn retired(&self) -> u64 {
         self.engine.clock().retired
+    }
+
+    /// TSC ticks that passed while the machine was idle.
+    pub fn skipped_tsc(&self) -> u64 {
+        self.engine.clock().skipped_tsc
     }
 
     /// TSC ticks since the machine was built.
@@ -283,6 +310,21 @@ impl Machine {
     /// it runs again. False if there is no room.
     pub fn net_hold(&mut self, card: usize, packet: &[u8]) -> bool {
         self.bus.net_hold(card, packet)
+    }
+
+    /// True if packets are kept for the cards.
+    pub fn holds_packets(&self) -> bool {
+        self.bus.net_holds()
+    }
+
+    /// Gives the cards what was kept for them: what [`Machine::run`] and [`Machine::net_input`] begin with.
+    pub fn release_packets(&mut self) {
+        self.bus.net_release();
+    }
+
+    /// Lets nothing out of the network cards, as in a replay of what was sent before; or does again.
+    pub fn mute(&mut self, muted: bool) {
+        self.bus.mute(muted);
     }
 
     /// MAC of a network card; zeros if there is no such card.

@@ -8,7 +8,7 @@ use super::*;
 use crate::boot::layout::GENERATION_ID;
 use crate::cpu::{CpuState, RunState};
 use crate::device::bus::{IOAPIC_BASE, LAPIC_BASE, RESET_PORT, SLEEP_CONTROL_PORT, VIRTIO_BASE};
-use crate::engine::{Clock, Platform};
+use crate::engine::{Clock, EngineRung, Platform};
 use crate::memory::sized_memfd;
 use crate::vmcb::Vmcb;
 
@@ -35,6 +35,7 @@ struct Scripted {
     state: CpuState,
     clock: Clock,
     rearmed: u32,
+    stops: Stops,
 }
 
 impl Scripted {
@@ -95,6 +96,10 @@ impl Engine for Scripted {
         self.state.clone()
     }
 
+    fn peek(&self, _vcpu: usize) -> CpuState {
+        self.state.clone()
+    }
+
     fn load(&mut self, _vcpu: usize, state: &CpuState) -> Result<(), LoadError> {
         self.state = state.clone();
         Ok(())
@@ -102,6 +107,24 @@ impl Engine for Scripted {
 
     fn rearm_stamps(&mut self) {
         self.rearmed += 1;
+    }
+
+    fn rung(&self) -> EngineRung {
+        EngineRung::new((self.state.clone(), self.clock), 0)
+    }
+
+    fn climb(&mut self, rung: &EngineRung) -> Result<(), LoadError> {
+        let (state, clock) = rung.get::<(CpuState, Clock)>().ok_or(LoadError::NoVcpu(0))?;
+        (self.state, self.clock) = (state.clone(), *clock);
+        Ok(())
+    }
+
+    fn set_stops(&mut self, stops: &Stops) {
+        self.stops = stops.clone();
+    }
+
+    fn pass_breakpoints(&mut self) {
+        self.stops = Stops::default();
     }
 
     fn vmcb(&self, _vcpu: usize) -> Vmcb {
@@ -140,7 +163,7 @@ fn scripted(config: &MachineConfig, script: &[Op]) -> Machine {
     let state = CpuState::reset();
     let engine = move |memory| {
         let (script, state) = (script.clone(), state.clone());
-        Box::new(Scripted { memory, script, state, clock, rearmed: 0 }) as Box<dyn Engine>
+        Box::new(Scripted { memory, script, state, clock, rearmed: 0, stops: Stops::default() }) as Box<dyn Engine>
     };
     Machine::assemble(config, parts(), engine).unwrap()
 }
@@ -242,6 +265,28 @@ proptest! {
         run_all(&mut cut, until, &slices);
         prop_assert_eq!(whole.capture().unwrap(), cut.capture().unwrap());
         prop_assert_eq!(whole.digest().unwrap(), cut.digest().unwrap());
+    }
+
+    #[test]
+    fn a_machine_that_climbs_back_has_the_same_future(at in 1u64..400, more in 1u64..400) {
+        let mut first = machine(&ticking());
+        run_all(&mut first, at, &[37]);
+        first.console_input(b"typed");
+        first.take_console_output();
+        let mut ram = [0; 4096];
+        first.memory().read(0x5000, &mut ram).unwrap();
+        let rung = first.rung().unwrap();
+        let before = first.capture().unwrap();
+        run_all(&mut first, at + more, &[53]);
+        let (output, after) = (first.take_console_output(), first.digest().unwrap());
+        for _ in 0..2 {
+            first.memory().write(0x5000, &ram).unwrap();
+            first.climb(&rung).unwrap();
+            prop_assert_eq!(first.capture().unwrap(), before.clone());
+            run_all(&mut first, at + more, &[19]);
+            prop_assert_eq!(first.take_console_output(), output.clone());
+            prop_assert_eq!(first.digest().unwrap(), after.clone());
+        }
     }
 
     #[test]
@@ -527,4 +572,42 @@ fn a_machine_that_comes_back_learns_once_that_it_is_another_one() {
     }
     let odd = Machine::build(&MachineConfig { generation_id: vec![1; 7], ..config() }, parts());
     assert!(matches!(odd, Err(MachineError::Config { field: "generation_id", .. })));
+}
+
+#[test]
+fn a_look_is_invisible_and_sees_what_a_capture_has() {
+    let mut machine = machine(&ticking());
+    run_all(&mut machine, 123, &[50]);
+    let seen = machine.peek_cpu(0).unwrap();
+    let probe = machine.probe();
+    assert_eq!(machine.peek_cpu(1), None);
+    let captured = machine.capture().unwrap();
+    assert_eq!(captured[1].body, seen.to_bytes());
+    assert_eq!(machine.probe(), probe);
+    run_all(&mut machine, 124, &[1]);
+    let next = machine.probe();
+    assert_eq!(next.clock.retired, 124);
+    assert_ne!(next.cpus, probe.cpus);
+    machine.console_input(b"x");
+    assert_ne!(machine.probe().devices, next.devices);
+    assert_eq!(machine.probe().cpus, next.cpus);
+}
+
+#[test]
+fn registers_are_poked_or_refused_whole() {
+    let mut machine = machine(&ticking());
+    run_all(&mut machine, 20, &[20]);
+    let before = machine.peek_cpu(0).unwrap();
+    let mut state = CpuState { cr8: 7, rip: 9, ..before.clone() };
+    state.gprs[1] = 77;
+    machine.poke_cpu(0, &state).unwrap();
+    assert_eq!((machine.peek_cpu(0).unwrap(), machine.bus.cr8(0)), (state.clone(), 7));
+    let priority = CpuState { cr8: 16, ..state.clone() };
+    let mut other = state.clone();
+    other.msrs.insert(0x1234_5678, 1);
+    for (vcpu, bad) in [(0, priority), (0, other), (1, state.clone())] {
+        assert!(matches!(machine.poke_cpu(vcpu, &bad), Err(MachineError::Load { .. })));
+        assert_eq!(machine.peek_cpu(0).unwrap(), state);
+    }
+    assert!(matches!(scripted(&config(), &[]).poke_cpu(0, &state), Err(MachineError::Empty)));
 }

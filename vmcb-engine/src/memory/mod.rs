@@ -249,6 +249,20 @@ impl GuestMemory {
         Some(offset / PAGE_BYTES)
     }
 
+    /// Guest-physical address of a page of RAM, by its number.
+    pub fn gpa_of(&self, page: u64) -> u64 {
+        let offset = page * PAGE_BYTES;
+        if offset < HOLE_START { offset } else { offset - HOLE_START + HOLE_END }
+    }
+
+    /// Host address of a page of RAM, by its number. For the software engine's TLB only, as [`GuestMemory::host_page`].
+    pub(crate) fn host_of(&self, page: u64) -> Option<*mut u8> {
+        if page >= self.pages() {
+            return None;
+        }
+        self.host_page(self.gpa_of(page)).map(|(host, _)| host)
+    }
+
     /// Host address of the page that holds `gpa`, and its page number. For the software engine's TLB only: writes
     /// through it must stamp.
     pub(crate) fn host_page(&self, gpa: u64) -> Option<(*mut u8, u64)> {
@@ -317,6 +331,9 @@ mod tests {
         assert!(memory.write(HOLE_START, &[1]).is_err());
         memory.write(HOLE_END + 5, &[9]).unwrap();
         assert_eq!(memory.page_of(HOLE_END), Some((3 << 30) / PAGE_BYTES));
+        for gpa in [0, HOLE_START - PAGE_BYTES, HOLE_END, HOLE_END + 0x5000] {
+            assert_eq!(memory.gpa_of(memory.page_of(gpa).unwrap()), gpa);
+        }
         assert_eq!(memory.page_of(HOLE_END + (4 << 20)), None);
         assert_eq!(memory.stamps().stamp((3 << 30) / PAGE_BYTES), memory.epoch());
     }

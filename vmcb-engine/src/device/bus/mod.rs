@@ -212,6 +212,11 @@ impl Bus {
         self.vcpu = vcpu;
     }
 
+    /// The vCPU that the engine executes.
+    pub fn vcpu(&self) -> usize {
+        self.vcpu
+    }
+
     /// IN.
     pub fn io_read(&mut self, tsc: u64, port: u16, size: u8) -> u32 {
         let mut value = 0;
@@ -459,6 +464,11 @@ impl Bus {
         self.nets.get_mut(card).is_some_and(|net| net.hold(packet))
     }
 
+    /// True if [`Bus::net_release`] would do something.
+    pub fn net_holds(&self) -> bool {
+        self.nets.iter().any(Mmio::holds)
+    }
+
     /// The machine goes on: the guest gets what was kept for it.
     pub fn net_release(&mut self) {
         for card in 0..self.nets.len() {
@@ -476,6 +486,11 @@ impl Bus {
         net.set_link(up);
         let interrupt = net.interrupt();
         self.drive(VIRTIO_LINE as usize + self.disks.len() + card, interrupt);
+    }
+
+    /// Lets nothing out of the network cards, or does again.
+    pub fn mute(&mut self, muted: bool) {
+        self.nets.iter_mut().for_each(|net| net.device_mut().mute(muted));
     }
 
     /// MAC of a network card.

@@ -27,6 +27,8 @@ pub struct Net {
     mac: [u8; 6],
     link: Option<NetLink>,
     link_up: bool,
+    /// What the guest sends was sent before.
+    muted: bool,
     waiting: VecDeque<Vec<u8>>,
 }
 
@@ -40,12 +42,17 @@ impl Net {
     /// A card; without a link the cable is unplugged.
     pub fn new(mac: [u8; 6], link: Option<NetLink>) -> Self {
         let link_up = link.is_some();
-        Self { mac, link, link_up, waiting: VecDeque::new() }
+        Self { mac, link, link_up, muted: false, waiting: VecDeque::new() }
     }
 
     /// The card's address.
     pub fn mac(&self) -> [u8; 6] {
         self.mac
+    }
+
+    /// Lets nothing out, or does again. No part of the state, and the guest cannot tell.
+    pub fn mute(&mut self, muted: bool) {
+        self.muted = muted;
     }
 
     fn transmit(&mut self, queue: &mut Queue, memory: &GuestMemory) -> Result<bool, Broken> {
@@ -56,10 +63,13 @@ impl Net {
                 return Err(Broken("a packet without a header"));
             }
             let frame = slice(&chain.readable, HEADER_BYTES, u64::MAX);
-            if let Some(link) = self.link.as_mut().filter(|_| self.link_up && bytes <= PACKET_BYTES_MAX as u64) {
+            // Whether somebody listens is the host's: the guest must not be able to tell.
+            if self.link_up && bytes <= PACKET_BYTES_MAX as u64 {
                 let mut packet = vec![0; (bytes - HEADER_BYTES) as usize];
                 gather(memory, &frame, &mut packet)?;
-                link.send(&packet);
+                if let Some(link) = self.link.as_mut().filter(|_| !self.muted) {
+                    link.send(&packet);
+                }
             }
             queue.push(memory, &chain, 0)?;
             used = true;
@@ -153,8 +163,8 @@ mod saved {
     impl Mmio<Net> {
         /// The saved form.
         pub fn save(&self) -> VirtioNetV1 {
-            // The MAC is configuration, the link is the host's.
-            let Net { mac: _, link: _, link_up, waiting } = self.device();
+            // The MAC is configuration, the link is the host's, and so is whether anything is let out.
+            let Net { mac: _, link: _, link_up, muted: _, waiting } = self.device();
             let waiting = waiting.iter().cloned().collect();
             VirtioNetV1 { transport: Some(self.save_transport()), link_up: *link_up, waiting }
         }

@@ -214,6 +214,30 @@ impl Blocks {
         self.held.insert(block.settle(NO_SLOT)).ops.as_ptr()
     }
 
+    /// Lets go of the block that was run once. The caller forgets what returns know. False if there is none.
+    pub fn drop_held(&mut self) -> bool {
+        self.held.take().is_some()
+    }
+
+    /// The block with this key runs: nothing of it does any more but the instruction that does now. Returns the offsets of
+    /// its instructions.
+    pub fn stop_running(&mut self, gpa: u64, mode: Mode) -> Option<Vec<u16>> {
+        let is = |block: &&Block| block.gpa == gpa && block.mode == mode;
+        let offsets = |block: &Block| block.ops.iter().take(block.count as usize).map(|op| op.offset).collect();
+        if let Some(held) = self.held.as_deref().filter(is) {
+            held.stop();
+            return Some(offsets(held));
+        }
+        let slot = self.place_of(gpa | mode.key());
+        if let Some(kept) = self.slots[slot].as_deref().filter(is) {
+            let offsets = offsets(kept);
+            self.bury(slot as u32);
+            return Some(offsets);
+        }
+        // The instruction has overwritten itself.
+        self.dead.iter().rev().map(|block| &**block).find(is).map(offsets)
+    }
+
     /// Makes an exit of the block in slot `from` lead to the block at `gpa`. A block that is run once has no use for it.
     pub fn connect(&mut self, from: u32, exit: usize, gpa: u64, mode: Mode) {
         let key = gpa | mode.key();

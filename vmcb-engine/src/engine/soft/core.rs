@@ -223,6 +223,8 @@ pub struct Core {
     pub limits: crate::vmcb::check::Limits,
     /// Other processors run code out of the same RAM: they are told of what this one decodes and overwrites.
     pub shares_memory: bool,
+    /// Most operations of a block: [`super::block::OPS_MAX`] or fewer.
+    pub block_ops_max: usize,
     /// Pages in which this processor was the first to decode code, since somebody asked.
     pub new_code_pages: Vec<u64>,
     /// Software on this processor whose guest is loaded.
@@ -241,6 +243,12 @@ pub struct Core {
     pub returns: super::block::Returns,
     /// Set while an instruction is emulated for its host: accesses that are not RAM are recorded or answered here.
     pub mmio: super::svm::mmio::MmioPort,
+    /// Breakpoints and watchpoints, if any; see stops.rs.
+    pub stops: Option<Box<super::stops::Stopping>>,
+    /// Retired instructions and linear address of RIP where a breakpoint was met and need not be met again.
+    pub passed: Option<(u64, u64)>,
+    /// The same where a repeated instruction goes on.
+    pub repeating: Option<(u64, u64)>,
     /// Guest RAM.
     pub memory: Arc<GuestMemory>,
 }

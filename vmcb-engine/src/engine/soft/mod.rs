@@ -14,13 +14,15 @@ pub mod host;
 pub mod interp;
 pub mod op;
 pub mod run;
+pub mod rung;
 pub mod sse;
+pub mod stops;
 pub mod svm;
 pub mod tlb;
 pub mod walk;
 pub mod x87;
 
-pub use host::{SoftConfig, SoftEngine};
+pub use host::{SoftConfig, SoftEngine, Tuning};
 
 #[cfg(test)]
 mod tests;

@@ -455,6 +455,7 @@ fn leave(core: &mut Core, op: &Op, stop: Stop) -> Flow {
         Stop::Again => {
             core.rip = core.op_rip(op);
             core.budget += i64::from(op.remaining) - 1;
+            core.goes_on_repeating();
             return Flow::Next;
         }
         Stop::Fault => {

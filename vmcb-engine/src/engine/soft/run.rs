@@ -3,7 +3,7 @@
 //! Exactness does not depend on how code was split: a block longer than what is left of the budget is decoded again, only
 //! as long as that, outside the cache.
 
-use super::block::{Block, OPS_MAX};
+use super::block::Block;
 use super::core::{CS, Core, RIP_BASE};
 use super::decode;
 use super::op::{Flow, Op, count_of};
@@ -19,6 +19,8 @@ pub enum Ended {
     Reached,
     /// A #VMEXIT: [`Core::exit`].
     Exit,
+    /// A breakpoint or watchpoint, between two instructions: [`Core::take_stop`].
+    Stopped,
 }
 
 impl Core {
@@ -45,6 +47,9 @@ impl Core {
                 // Another one may be pending behind it.
                 continue;
             }
+            if self.stops.is_some() && self.must_stop() {
+                return Ended::Stopped;
+            }
             if self.budget <= 0 {
                 return Ended::Reached;
             }
@@ -53,7 +58,7 @@ impl Core {
             let alone = self.single_step();
             let limit = if alone { 1 } else { self.budget as usize };
             self.follow = if alone { 0 } else { FOLLOW };
-            let mut flow = self.run_block(limit);
+            let mut flow = self.run_from_loop(limit);
             if flow == Flow::Fault {
                 flow = self.deliver_fault();
             }
@@ -74,7 +79,7 @@ impl Core {
         self.sweep();
         self.single_step();
         self.follow = 0;
-        let flow = self.run_block(1);
+        let flow = self.run_from_loop(1);
         self.settle_mxcsr();
         match flow {
             Flow::Fault => self.deliver_fault(),
@@ -108,12 +113,21 @@ impl Core {
     #[cold]
     #[inline(never)]
     fn run_near_code_end(&mut self) -> Flow {
-        let decoded = match self.translate_code(self.rip).and_then(|fetched| decode::block(self, fetched, 1)) {
+        let decoded = match self.fetch().and_then(|fetched| decode::block(self, fetched, 1)) {
             Ok(decoded) => decoded,
             Err(stop) => return self.fetch_stopped(stop),
         };
         let ops = self.hold(decoded.block);
+        self.begin_block();
         self.enter(ops)
+    }
+
+    fn run_from_loop(&mut self, limit: usize) -> Flow {
+        let flow = self.run_block(limit);
+        if self.stops.is_some() {
+            self.block_ended(flow);
+        }
+        flow
     }
 
     fn run_block(&mut self, limit: usize) -> Flow {
@@ -121,7 +135,10 @@ impl Core {
             return self.run_near_code_end();
         }
         match self.block_at(self.rip) {
-            Some((_, ops)) if count_of(ops) as usize <= limit => self.enter(ops),
+            Some((_, ops)) if count_of(ops) as usize <= limit => {
+                self.begin_block();
+                self.enter(ops)
+            }
             _ => self.run_found(limit),
         }
     }
@@ -167,16 +184,18 @@ impl Core {
 
     #[inline(never)]
     fn run_found(&mut self, limit: usize) -> Flow {
-        let fetched = match self.translate_code(self.rip) {
+        let fetched = match self.fetch() {
             Ok(fetched) => fetched,
             Err(stop) => return self.fetch_stopped(stop),
         };
+        let limit = self.limit_of(limit);
         if let Some(ops) = self.blocks.find(fetched.gpa, self.mode)
             && count_of(ops) as usize <= limit
         {
+            self.begin_block();
             return self.enter(ops);
         }
-        let decoded = match decode::block(self, fetched, limit.min(OPS_MAX)) {
+        let decoded = match decode::block(self, fetched, limit.min(self.block_ops_max)) {
             Ok(decoded) => decoded,
             Err(stop) => return self.fetch_stopped(stop),
         };
@@ -191,10 +210,12 @@ impl Core {
             }
             self.memory.stamps().add_code_lines(page, lines);
         }
-        // Not kept: a block that was cut short by the budget, and one whose last instruction crosses into another page,
-        // which could change unseen.
-        let keep = decoded.second.is_none() && (limit >= OPS_MAX || (count as usize) < limit);
+        // Not kept: a block that was cut short by the budget, one whose last instruction crosses into another page, which
+        // could change unseen, and one before which the loop must be passed.
+        let whole = decoded.second.is_none() && (limit >= self.block_ops_max || (count as usize) < limit);
+        let keep = whole && !self.is_suspect(fetched.gpa);
         let ops = if keep { self.blocks.insert(decoded.block) } else { self.hold(decoded.block) };
+        self.begin_block();
         self.enter(ops)
     }
 }

@@ -3,15 +3,20 @@
 //! An entry holds a tag (the linear page) and an addend (host address minus linear address; for code guest-physical minus
 //! linear, since blocks are found by that), so a hit costs one compare.
 //! What must be seen is kept out of the write table: pages not yet dirty in the guest's page tables, pages not stamped in
-//! this epoch (the tag is marked [`REARM`], the translation kept), pages with decoded code, and everything not RAM.
+//! this epoch (the tag is marked [`REARM`], the translation kept), pages with decoded code, and everything not RAM. Watched
+//! pages are marked in the same way, in the read table too.
 //!
-//! Geometry and replacement are guest-visible through stale translations, so they belong to the engine's semantics.
+//! Geometry and replacement are guest-visible through stale translations (a guest that changes a table and does not flush
+//! may see the old one as long as it is cached), so they belong to the engine's semantics. [`Tlb::halve`] makes tables that
+//! behave as smaller ones, for tests that show that nothing else depends on them.
 #![allow(unsafe_code, reason = "hot path: a slot is read by address, without a look at which set is in use")]
 
 use super::block::lines_of;
 
 /// Entries of one table and set.
 pub const ENTRIES: usize = 1024;
+/// Most halvings: four entries are left.
+pub const HALVINGS_MAX: u32 = 8;
 /// Never the page of anything.
 const EMPTY: u64 = u64::MAX;
 /// The translation is good but the page must be stamped before the next write.
@@ -72,6 +77,8 @@ pub struct Tlb {
     read_extra: [Extra; 2 * ENTRIES],
     write_extra: [Extra; 2 * ENTRIES],
     execute_extra: [Extra; 2 * ENTRIES],
+    /// Each table behaves as if it had so many times half the entries.
+    halvings: u32,
 }
 
 /// A translation as the walker found it.
@@ -85,6 +92,21 @@ pub struct Translation {
     pub gpa: u64,
     /// Survives CR3 loads.
     pub global: bool,
+}
+
+/// A translation as it is kept outside of the TLB.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Cached {
+    /// Table, set and slot.
+    at: u16,
+    /// Survives CR3 loads.
+    global: bool,
+    /// Linear address of the page.
+    linear: u64,
+    /// Guest-physical address of the page.
+    gpa: u64,
+    /// Page number of RAM.
+    page: u64,
 }
 
 /// Which table.
@@ -113,7 +135,14 @@ impl Tlb {
             read_extra: [Extra::default(); 2 * ENTRIES],
             write_extra: [Extra::default(); 2 * ENTRIES],
             execute_extra: [Extra::default(); 2 * ENTRIES],
+            halvings: 0,
         })
+    }
+
+    /// Makes each table behave as if it had half the entries, so many times; 8 at most, since two pages that follow each
+    /// other must not share a slot. For an empty TLB.
+    pub fn halve(&mut self, halvings: u32) {
+        self.halvings = halvings.min(HALVINGS_MAX);
     }
 
     /// Address of a set's entries: what [`Tlb::read_entry`] and its like take. Right as long as the TLB stays in its box.
@@ -165,7 +194,9 @@ impl Tlb {
             Access::Write => (self.write[at], self.write_extra[at]),
             Access::Execute => (self.execute[at], self.execute_extra[at]),
         };
-        (entry.tag == linear & PAGE_MASK).then_some(Translation {
+        // Reads of watched pages are marked as writes are that wait to be stamped.
+        let tag = if access == Access::Read { entry.tag & !REARM } else { entry.tag };
+        (tag == linear & PAGE_MASK).then_some(Translation {
             host: extra.host as *mut u8,
             page: extra.page,
             gpa: extra.gpa,
@@ -182,12 +213,80 @@ impl Tlb {
         let (entries, extras) = self.table(access);
         entries[at] = Entry { tag: page, addend: base.wrapping_sub(page) };
         extras[at] = Extra { page: found.page, gpa, host, global: found.global };
+        if self.halvings > 0 {
+            self.empty_twins(at, access);
+        }
     }
 
-    /// Adds a translation for writes that the next write completes: it is stamped then.
-    pub fn insert_armed(&mut self, linear: u64, set: usize, found: Translation) {
-        self.insert(linear, set, Access::Write, found);
-        self.write[slot(linear, set)].tag |= REARM;
+    /// Empties the slots that would be this one if the tables were smaller.
+    #[cold]
+    fn empty_twins(&mut self, at: usize, access: Access) {
+        let step = ENTRIES >> self.halvings;
+        let (set, slot) = (at / ENTRIES * ENTRIES, at % ENTRIES);
+        let (entries, _) = self.table(access);
+        for twin in (slot % step..ENTRIES).step_by(step).filter(|twin| *twin != slot) {
+            entries[set + twin] = Entry::NONE;
+        }
+    }
+
+    /// Adds a translation that only the slow path uses: for writes, the next one completes it and stamps the page.
+    pub fn insert_armed(&mut self, linear: u64, set: usize, access: Access, found: Translation) {
+        self.insert(linear, set, access, found);
+        let (entries, _) = self.table(access);
+        entries[slot(linear, set)].tag |= REARM;
+    }
+
+    /// Loads from these pages go through the slow path, with their translations kept.
+    pub fn arm_reads(&mut self, is_watched: impl Fn(u64) -> bool) {
+        let watched = self.read.iter_mut().filter(|entry| entry.tag != EMPTY && is_watched(entry.tag));
+        watched.for_each(|entry| entry.tag |= REARM);
+    }
+
+    /// Every translation. By which path it is used is left out: two processors that agree here cannot be told apart by
+    /// their guests.
+    pub fn contents(&self) -> Vec<Cached> {
+        let tables =
+            [(&self.read, &self.read_extra), (&self.write, &self.write_extra), (&self.execute, &self.execute_extra)];
+        let all = tables.into_iter().flat_map(|(entries, extras)| entries.iter().zip(extras));
+        let found = all.enumerate().filter(|(_, (entry, _))| entry.tag != EMPTY);
+        let cached = |(at, (entry, extra)): (usize, (&Entry, &Extra))| Cached {
+            at: at as u16,
+            global: extra.global,
+            linear: entry.tag & PAGE_MASK,
+            gpa: extra.gpa,
+            page: extra.page,
+        };
+        found.map(cached).collect()
+    }
+
+    /// Makes the contents these and no others. Each write is stamped again; no read is watched. `host_of` finds the host
+    /// address of a page of RAM; what it does not find is forgotten.
+    pub fn replace(&mut self, contents: &[Cached], host_of: impl Fn(u64) -> Option<*mut u8>) {
+        self.flush();
+        for cached in contents {
+            let Cached { at, global, linear, gpa, page } = *cached;
+            let (table, set) = (usize::from(at) / TABLE, usize::from(at) % TABLE / ENTRIES * ENTRIES);
+            let access = match table {
+                0 => Access::Read,
+                1 => Access::Write,
+                _ => Access::Execute,
+            };
+            if let Some(host) = host_of(page) {
+                self.insert(linear, set, access, Translation { host, page, gpa, global });
+            }
+        }
+        self.rearm();
+    }
+
+    /// All loads are fast again.
+    pub fn disarm_reads(&mut self) {
+        self.read.iter_mut().filter(|entry| entry.tag != EMPTY).for_each(|entry| entry.tag &= !REARM);
+    }
+
+    /// Guest-physical address and number of the page of code at `linear`, in either set.
+    pub fn code_pages(&self, linear: u64) -> [Option<(u64, u64)>; 2] {
+        let in_set = |set| self.cached(linear, set, Access::Execute).map(|found| (found.gpa, found.page));
+        [in_set(0), in_set(ENTRIES)]
     }
 
     fn table(&mut self, access: Access) -> (&mut [Entry; 2 * ENTRIES], &mut [Extra; 2 * ENTRIES]) {

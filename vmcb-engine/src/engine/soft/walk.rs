@@ -11,6 +11,7 @@ use std::mem::MaybeUninit;
 
 use super::core::{CS, Core, Fault, Step, Stop, rflags};
 use super::decode::Fetched;
+use super::stops::Use;
 use super::svm::nested::{ADDRESS, ADDRESS_RESERVED, NestedFault, Purpose, RamPage};
 use super::tlb::{Access, Translation, Word, written_lines};
 use crate::addr::is_canonical;
@@ -41,6 +42,16 @@ enum Target {
     Ram(Translation),
     /// Guest-physical address of the first byte.
     Device(u64),
+}
+
+impl Target {
+    /// Guest-physical address of `linear`, which led here.
+    fn gpa(self, linear: u64) -> u64 {
+        match self {
+            Target::Ram(found) => found.gpa & !0xfff | linear & 0xfff,
+            Target::Device(gpa) => gpa,
+        }
+    }
 }
 
 /// What the guest's tables say of a page.
@@ -94,6 +105,9 @@ impl Core {
         let low = self.read_target(first)?;
         let room = (0x1000 - (first & 0xfff) as usize).min(into.len());
         let high = if let Some(second) = second { Some(self.read_target(second)?) } else { None };
+        if self.stops.is_some() {
+            self.note_pieces((low, first), second.zip(high), into.len(), false);
+        }
         self.read_from(low, first, &mut into[..room]);
         if let (Some(high), Some(second)) = (high, second) {
             self.read_from(high, second, &mut into[room..]);
@@ -108,6 +122,9 @@ impl Core {
         let low = self.write_target(first)?;
         let room = (0x1000 - (first & 0xfff) as usize).min(from.len());
         let high = if let Some(second) = second { Some(self.write_target(second)?) } else { None };
+        if self.stops.is_some() {
+            self.note_pieces((low, first), second.zip(high), from.len(), true);
+        }
         self.write_to(low, first, &from[..room]);
         if let (Some(high), Some(second)) = (high, second) {
             self.write_to(high, second, &from[room..]);
@@ -161,6 +178,16 @@ impl Core {
         result
     }
 
+    /// Tells the watchpoints of an access that cannot fault any more.
+    #[cold]
+    fn note_pieces(&mut self, (low, first): (Target, u64), high: Option<(u64, Target)>, bytes: usize, write: bool) {
+        let room = (0x1000 - (first & 0xfff) as usize).min(bytes);
+        self.note_use(Use { linear: first, gpa: low.gpa(first), bytes: room, write });
+        if let Some((second, high)) = high {
+            self.note_use(Use { linear: second, gpa: high.gpa(second), bytes: bytes - room, write });
+        }
+    }
+
     fn read_target(&mut self, linear: u64) -> Step<Target> {
         match self.tlb.cached(linear, self.tlb_set, Access::Read) {
             Some(found) => Ok(Target::Ram(found)),
@@ -199,7 +226,8 @@ impl Core {
                     std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len());
                 }
                 let free = self.page_written(found.page, linear, from.len());
-                if free && !self.bypasses_tlb(None) && self.tlb.rearmed(linear, self.tlb_set).is_some() {
+                let fast = free && !self.bypasses_tlb(None) && !self.watches_writes(linear, found.page);
+                if fast && self.tlb.rearmed(linear, self.tlb_set).is_some() {
                     self.tlb.insert(linear, self.tlb_set, Access::Write, found);
                 }
             }
@@ -210,6 +238,9 @@ impl Core {
     /// Stamps a page of RAM that was written at these bytes, and ends what was decoded from them. True if the page holds
     /// no decoded code any more.
     pub(crate) fn page_written(&mut self, page: u64, address: u64, bytes: usize) -> bool {
+        if self.stops.is_some() {
+            self.note_store(page, address, bytes);
+        }
         self.memory.stamps().mark(page);
         let code = self.memory.stamps().code_lines(page);
         if code == 0 {
@@ -293,9 +324,15 @@ impl Core {
         };
         let host = page.at(0);
         let found = Translation { host, page: page.page, gpa: mapping.gpa & !0xfff, global: mapping.global };
+        if access == Access::Execute && self.stops.is_some() {
+            self.suspect_page(linear, found.gpa, found.page);
+        }
         if !self.bypasses_tlb(Some(&mapping)) {
             match access {
-                Access::Write => self.tlb.insert_armed(linear, self.tlb_set, found),
+                Access::Write => self.tlb.insert_armed(linear, self.tlb_set, access, found),
+                Access::Read if self.watches_reads(linear) => {
+                    self.tlb.insert_armed(linear, self.tlb_set, access, found);
+                }
                 _ => self.tlb.insert(linear, self.tlb_set, access, found),
             }
         }

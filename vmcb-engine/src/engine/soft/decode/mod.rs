@@ -59,7 +59,7 @@ pub struct Selector {
 /// What decode needs to know of such an instruction. Its `Op` has `reg`/`rm` with REX applied, `immediate` = imm8 if any.
 #[derive(Clone, Copy)]
 pub struct Row {
-    /// Runs it.
+    /// Runs it; another instruction may follow it in its block.
     pub run: Handler,
     /// An 8-bit immediate follows.
     pub immediate: bool,
@@ -145,6 +145,9 @@ pub fn block(core: &mut Core, fetched: Fetched, limit: usize) -> Step<Decoded> {
     let mut ops = Vec::with_capacity(limit.min(OPS_MAX) + 1);
     let (mut at, mut standing, mut second) = (0usize, Standing::Inside, None);
     while ops.len() < limit.min(OPS_MAX) && at < in_page && matches!(standing, Standing::Inside) {
+        if at > 0 && core.is_suspect(fetched.gpa + at as u64) {
+            break;
+        }
         let mut cursor = Cursor::new(core, fetched, at, ops.is_empty());
         match insn::decode(&mut cursor, mode, at as u16) {
             Ok((op, place)) => {

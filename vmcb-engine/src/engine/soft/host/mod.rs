@@ -6,6 +6,7 @@
 //! | `exits` | what the host does with each #VMEXIT |
 //! | `msr` | MSRs that the host keeps for the guest |
 //! | `state` | between `CpuState` and processor plus VMCB |
+//! | `rung` | all of it, to come back to |
 //! | `wake` | interrupts, INIT, start-up, NMI: what starts and stops a vCPU |
 //!
 //! The loop stops at `until`, at the platform's next deadline, and at exits; only there does the outside world reach the
@@ -17,20 +18,41 @@
 mod exits;
 mod msr;
 mod npt;
+mod rung;
 mod state;
 mod wake;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::block::OPS_MAX;
 use super::core::Core;
 use super::svm::enter::HostTsc;
+use super::tlb::Cached;
 use crate::capability::{CpuModel, Topology};
 use crate::cpu::{CpuState, RunState};
-use crate::engine::{Clock, Engine, Exit, LoadError, Platform};
+use crate::engine::{Clock, Engine, EngineRung, Exit, LoadError, Platform, Stops};
 use crate::memory::GuestMemory;
 use crate::vmcb::control::V_INTR_MASKING;
+use crate::vmcb::registers::{cr0, efer};
 use crate::vmcb::{Intercept, Vmcb, tlb_control};
+
+/// How the engine does its work. No guest can tell one tuning from another but by stale translations: a guest that changes its
+/// page tables and relies on what is cached sees how many entries the TLB has, so that the default's are part of
+/// [`crate::journal::SEMANTICS`]. For tests and measurements; no configuration reaches it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Tuning {
+    /// How often the tables of the TLB are halved; see [`super::tlb::Tlb::halve`].
+    pub tlb_halvings: u32,
+    /// Most operations of a decoded block, 1 to [`OPS_MAX`].
+    pub block_ops_max: usize,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self { tlb_halvings: 0, block_ops_max: OPS_MAX }
+    }
+}
 
 /// What a software engine is built for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -43,6 +65,8 @@ pub struct SoftConfig {
     pub tsc_hz: u64,
     /// TSC ticks that an instruction takes.
     pub tsc_per_instruction: u32,
+    /// How it does its work.
+    pub tuning: Tuning,
 }
 
 /// One vCPU: its processor, its VMCB, and what neither holds.
@@ -69,6 +93,9 @@ pub struct SoftEngine {
     current: usize,
     model: CpuModel,
     clock: Clock,
+    stops: Stops,
+    /// What `clock` said after the last instruction of each vCPU; 0 if it has run none in this engine. No state.
+    last_ran: Vec<u64>,
 }
 
 /// What the host does intercept. CR8 writes, so that the local APIC sees every change of priority at once.
@@ -109,6 +136,8 @@ impl Vcpu {
         core.limits = config.model.limits();
         core.tsc_per_instruction = config.tsc_per_instruction.into();
         core.shares_memory = config.vcpus > 1;
+        core.tlb.halve(config.tuning.tlb_halvings);
+        core.block_ops_max = config.tuning.block_ops_max.clamp(1, OPS_MAX);
         let mut vmcb = Vmcb::boxed();
         let control = &mut vmcb.control;
         for which in INTERCEPTS {
@@ -138,9 +167,15 @@ impl Vcpu {
 impl SoftEngine {
     /// An engine whose vCPUs are as the model powers them up.
     pub fn new(memory: Arc<GuestMemory>, config: &SoftConfig) -> Self {
-        let vcpus = (0..config.vcpus.max(1)).map(|vcpu| Vcpu::new(&memory, config, vcpu)).collect();
+        let vcpus: Vec<Vcpu> = (0..config.vcpus.max(1)).map(|vcpu| Vcpu::new(&memory, config, vcpu)).collect();
         let clock = Clock { retired: 0, skipped_tsc: 0, tsc_per_instruction: config.tsc_per_instruction };
-        Self { vcpus, memory, current: 0, model: config.model, clock }
+        let last_ran = vec![0; vcpus.len()];
+        Self { vcpus, memory, current: 0, model: config.model, clock, stops: Stops::default(), last_ran }
+    }
+
+    /// What a vCPU has cached: see [`super::tlb::Tlb::contents`].
+    pub fn translations(&self, vcpu: usize) -> Vec<Cached> {
+        self.vcpus[vcpu].core.tlb.contents()
     }
 
     /// The vCPU that runs now, woken if it must be; `None` if all sleep.
@@ -221,8 +256,17 @@ impl Engine for SoftEngine {
             self.switch_to(platform, index);
             self.vcpus[index].offer_interrupts(platform);
             let stop_at = self.stop_point(platform, until_retired);
-            if let Err(exit) = self.enter(platform, stop_at) {
-                return exit;
+            let before = self.clock.retired;
+            let entered = self.enter(platform, stop_at);
+            if self.clock.retired > before {
+                self.last_ran[index] = self.clock.retired;
+            }
+            // Whatever ended it: what was met is told now or never.
+            let met = self.vcpus[index].core.take_stop();
+            match (entered, met) {
+                (Err(exit), _) => return exit,
+                (Ok(()), Some(why)) => return Exit::Stop { vcpu: index, why },
+                (Ok(()), None) => {}
             }
         }
     }
@@ -242,6 +286,10 @@ impl Engine for SoftEngine {
         self.vcpus[vcpu].store()
     }
 
+    fn peek(&self, vcpu: usize) -> CpuState {
+        self.vcpus[vcpu].peek()
+    }
+
     fn load(&mut self, vcpu: usize, state: &CpuState) -> Result<(), LoadError> {
         self.vcpus.get_mut(vcpu).ok_or(LoadError::NoVcpu(vcpu))?.load(state)
     }
@@ -250,6 +298,39 @@ impl Engine for SoftEngine {
         for vcpu in &mut self.vcpus {
             vcpu.core.tlb.rearm();
         }
+    }
+
+    fn rung(&self) -> EngineRung {
+        self.take_rung()
+    }
+
+    fn climb(&mut self, rung: &EngineRung) -> Result<(), LoadError> {
+        self.climb_to(rung)
+    }
+
+    fn set_stops(&mut self, stops: &Stops) {
+        self.stops = stops.clone();
+        for vcpu in &mut self.vcpus {
+            vcpu.core.set_stops(stops);
+        }
+    }
+
+    fn pass_breakpoints(&mut self) {
+        for vcpu in &mut self.vcpus {
+            vcpu.core.set_retired(self.clock.retired);
+            let save = &vcpu.vmcb.save;
+            let long = save.efer & efer::LME != 0 && save.cr0 & cr0::PG != 0 && save.cs.long();
+            let linear = if long { save.rip } else { save.rip.wrapping_add(save.cs.base) & 0xffff_ffff };
+            vcpu.core.pass_breakpoint(linear);
+        }
+    }
+
+    fn current(&self) -> usize {
+        self.current
+    }
+
+    fn last_ran(&self, vcpu: usize) -> Option<u64> {
+        self.last_ran.get(vcpu).copied().filter(|retired| *retired > 0)
     }
 
     fn vmcb(&self, vcpu: usize) -> Vmcb {

@@ -15,10 +15,18 @@ impl Vcpu {
     /// The state now. Forgets cached translations, so that a machine that goes on and one that is restored from this
     /// state behave the same.
     pub(super) fn store(&mut self) -> CpuState {
-        self.core.vmsave(&mut self.vmcb.save);
+        let state = self.peek();
+        self.forget();
+        state
+    }
+
+    /// The state now; nothing is forgotten.
+    pub(super) fn peek(&self) -> CpuState {
+        let mut vmcb = self.vmcb.clone();
+        self.core.vmsave(&mut vmcb.save);
         let mut state = CpuState::reset();
         state.msrs = self.msrs.clone();
-        state.from_vmcb(&self.vmcb);
+        state.from_vmcb(&vmcb);
         for register in (0..16).filter(|register| !matches!(register, 0 | 4)) {
             state.gprs[register] = self.core.gprs[register];
         }
@@ -30,7 +38,6 @@ impl Vcpu {
         state.nmi_masked = self.core.events.nmi_masked;
         state.nmi_pending = self.nmi_pending;
         state.run_state = self.run_state;
-        self.forget();
         state
     }
 

@@ -17,7 +17,7 @@ mod strings;
 pub use operand::{mmx_ready, sse_ready};
 
 use super::decode::{Row, Selector};
-use super::op::{Meaning, last, straight};
+use super::op::{Meaning, straight};
 
 /// A row without an immediate.
 fn row(meaning: impl Meaning) -> Option<Row> {
@@ -27,11 +27,6 @@ fn row(meaning: impl Meaning) -> Option<Row> {
 /// A row with an 8-bit immediate.
 fn row_immediate(meaning: impl Meaning) -> Option<Row> {
     Some(Row { run: straight(meaning), immediate: true })
-}
-
-/// A row that ends its block.
-fn row_last(meaning: impl Meaning) -> Option<Row> {
-    Some(Row { run: last(meaning), immediate: false })
 }
 
 /// The instruction that a selector names, if this processor has it.

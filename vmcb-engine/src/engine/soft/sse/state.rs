@@ -2,7 +2,7 @@
 //! (APM2 11.4.4).
 
 use super::operand::{aligned, sse_ready};
-use super::{Row, Selector, row, row_last};
+use super::{Row, Selector, row};
 use crate::engine::soft::core::{Core, Step};
 use crate::engine::soft::fpu::Fpu;
 use crate::engine::soft::op::{Op, form};
@@ -174,7 +174,7 @@ pub fn lookup(s: Selector) -> Option<Row> {
     }
     match (s.memory, s.reg) {
         (true, 0) => row(save),
-        (true, 1) => row_last(restore),
+        (true, 1) => row(restore),
         (true, 2) => row(load_mxcsr),
         (true, 3) => row(store_mxcsr),
         (true, 7) => row(flush_line),

@@ -57,6 +57,7 @@ impl Core {
             arena: Default::default(),
             limits: super::enter::LIMITS,
             shares_memory: false,
+            block_ops_max: crate::engine::soft::block::OPS_MAX,
             new_code_pages: Vec::new(),
             hosted: None,
             stop_at: 0,
@@ -65,6 +66,9 @@ impl Core {
             blocks: crate::engine::soft::block::Blocks::new(),
             returns: Default::default(),
             mmio: Default::default(),
+            stops: None,
+            passed: None,
+            repeating: None,
             memory,
         });
         core.segments[CS] = Segment::new(0xf000, 0x9b, 0xffff, 0xffff_0000);

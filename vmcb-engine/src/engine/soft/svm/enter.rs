@@ -30,7 +30,7 @@ impl Core {
         if self.load_guest(vmcb, tsc).is_none() {
             return refuse(vmcb);
         }
-        if self.run_until(stop_at) == Ended::Reached {
+        if self.run_until(stop_at) != Ended::Exit {
             self.exit = SvmExit::default();
         }
         self.save_guest(vmcb)

@@ -7,6 +7,7 @@ use crate::vmcb::registers::cr0;
 use crate::vmcb::{ExitCode, SaveArea, Segment, Vmcb};
 
 /// State of software on this processor while a guest of its own runs (what VM_HSAVE_PA stands for).
+#[derive(Clone)]
 pub struct Hosted {
     vmcb: u64,
     segments: [Segment; 4],

@@ -95,6 +95,11 @@ impl Nested {
         self.enabled
     }
 
+    /// The tables in use; `None` without nested paging.
+    pub fn root(&self) -> Option<u64> {
+        self.enabled.then_some(self.root)
+    }
+
     /// Forgets all translations.
     pub fn flush(&mut self) {
         for entry in self.entries.iter_mut() {

@@ -40,7 +40,7 @@ fn program(a: &mut CodeAssembler) {
     a.hlt().unwrap();
 }
 
-fn guest() -> Guest {
+pub fn guest() -> Guest {
     let mut guest = Guest::new(program);
     let memory = &guest.memory;
     memory
@@ -65,7 +65,7 @@ fn guest() -> Guest {
     guest
 }
 
-fn ram_digest(memory: &GuestMemory) -> blake3::Hash {
+pub fn ram_digest(memory: &GuestMemory) -> blake3::Hash {
     let mut bytes = vec![0; 4 << 20];
     memory.read(0, &mut bytes).unwrap();
     blake3::hash(&bytes)
@@ -125,4 +125,23 @@ fn a_restored_machine_goes_on_as_the_one_it_came_from() {
         assert_eq!(first.state(), second.state(), "cut at {cut}");
         assert_eq!(ram_digest(&first.memory), ram_digest(&second.memory), "cut at {cut}");
     }
+}
+
+#[test]
+fn a_look_between_any_two_instructions_is_invisible() {
+    let mut alone = guest();
+    assert_eq!(alone.run(10_000), Exit::Halted);
+    let mut watched = guest();
+    let mut cut = guest();
+    while watched.engine.clock().retired < alone.engine.clock().retired {
+        let next = watched.engine.clock().retired + 1;
+        watched.run(next);
+        cut.run(next);
+        let seen = watched.engine.peek(0);
+        assert_eq!(seen, watched.engine.peek(0), "at {next}");
+        assert_eq!(seen.compare(&cut.state()), [], "at {next}");
+    }
+    assert_eq!(watched.world.log, alone.world.log);
+    assert_eq!(watched.engine.peek(0), alone.engine.peek(0));
+    assert_eq!(ram_digest(&watched.memory), ram_digest(&alone.memory));
 }

@@ -7,7 +7,9 @@ mod delivery;
 mod exact;
 mod host;
 mod paging;
+mod rungs;
 mod several;
+mod stops;
 mod vm;
 
 use std::collections::BTreeMap;
@@ -17,7 +19,7 @@ use iced_x86::code_asm::CodeAssembler;
 
 use super::core::{CS, Core, DS, ES, FS, GS, RSP, SS};
 use super::run::Ended;
-use super::{SoftConfig, SoftEngine};
+use super::{SoftConfig, SoftEngine, Tuning};
 use crate::capability::{CpuModel, Topology};
 use crate::cpu::CpuState;
 use crate::engine::{Engine, Exit, LoadError, Platform, Request};
@@ -185,7 +187,7 @@ pub fn long_state(memory: &Arc<GuestMemory>, rip: u64) -> CpuState {
 }
 
 /// A platform that does what a test says, and writes down what it was asked.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct World {
     pub log: Vec<String>,
     /// What a device register reads as; writes change it.
@@ -291,7 +293,8 @@ impl Guest {
     /// The first of several vCPUs runs the program; the others wait for INIT.
     pub fn with_vcpus(vcpus: u32, program: impl FnOnce(&mut CodeAssembler)) -> Self {
         let memory = ram();
-        let config = SoftConfig { vcpus, model: CpuModel::SoftV1, tsc_hz: 1_000_000_000, tsc_per_instruction: 1 };
+        let (tsc_hz, tuning) = (1_000_000_000, Tuning::default());
+        let config = SoftConfig { vcpus, model: CpuModel::SoftV1, tsc_hz, tsc_per_instruction: 1, tuning };
         let mut engine = SoftEngine::new(Arc::clone(&memory), &config);
         let state = long_state(&memory, CODE);
         memory.write(CODE, &assemble(64, CODE, program)).unwrap();

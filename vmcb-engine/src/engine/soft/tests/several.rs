@@ -8,7 +8,7 @@ use crate::cpu::RunState;
 /// Where the second vCPU starts, in real mode.
 const START: u64 = 0x7000;
 /// Counters that both raise.
-const COUNTER: u64 = 0x500;
+pub const COUNTER: u64 = 0x500;
 
 /// Starts the second vCPU, then raises the counter until the other has raised its own to 3000.
 fn first(a: &mut CodeAssembler) {
@@ -36,7 +36,7 @@ fn second(a: &mut CodeAssembler) {
     a.hlt().unwrap();
 }
 
-fn guest() -> Guest {
+pub fn guest() -> Guest {
     let guest = Guest::with_vcpus(2, first);
     guest.memory.write(START, &assemble(16, 0, second)).unwrap();
     // NMI in real mode: INC BX, IRET.
