@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use iced_x86::code_asm::{CodeAssembler, al, byte_ptr, eax, ecx, ptr, rax, rbx, rcx};
+use iced_x86::code_asm::{CodeAssembler, al, byte_ptr, eax, ecx, ptr, qword_ptr, rax, rbx, rcx};
 use iced_x86::{Decoder, DecoderOptions, FlowControl};
 use vmcb_engine::engine::soft::core::Core;
 use vmcb_engine::engine::soft::run::Ended;
@@ -128,14 +128,20 @@ fn a_run_in_pieces_equals_the_whole() {
 }
 
 fn run_code(assemble: impl FnOnce(&mut CodeAssembler)) -> Box<Core> {
+    let mut core = prepared(assemble);
+    assert_eq!(core.run_until(1000), Ended::Exit);
+    assert_eq!(core.exit.code.0, 0x46, "ended by UD2");
+    core
+}
+
+/// A processor before some code that ends with UD2.
+fn prepared(assemble: impl FnOnce(&mut CodeAssembler)) -> Box<Core> {
     let (mut core, memory) = processor();
     core.gprs[3] = DATA;
     let mut code = CodeAssembler::new(64).unwrap();
     assemble(&mut code);
     code.ud2().unwrap();
     memory.write(CODE, &code.assemble(CODE).unwrap()).unwrap();
-    assert_eq!(core.run_until(1000), Ended::Exit);
-    assert_eq!(core.exit.code.0, 0x46, "ended by UD2");
     core
 }
 
@@ -175,6 +181,63 @@ fn code_that_overwrites_a_loop_leaves_it() {
         code.jne(top).unwrap();
     });
     assert_eq!((core.gprs[0], core.gprs[1]), (5, 5));
+}
+
+#[test]
+fn every_instruction_ticks_once_wherever_its_block_ends() {
+    let code = |code: &mut CodeAssembler| {
+        code.fxsave64(ptr(rbx + 0x100)).unwrap();
+        code.inc(eax).unwrap();
+        code.fxrstor64(ptr(rbx + 0x100)).unwrap();
+        code.inc(eax).unwrap();
+        code.stmxcsr(ptr(rbx + 0x400)).unwrap();
+        code.ldmxcsr(ptr(rbx + 0x400)).unwrap();
+        code.inc(eax).unwrap();
+        code.fninit().unwrap();
+        code.emms().unwrap();
+        code.mfence().unwrap();
+        code.inc(eax).unwrap();
+    };
+    assert_eq!(run_code(code).retired(), 11);
+    for block_ops_max in [1, 2, 3] {
+        let mut core = prepared(code);
+        core.block_ops_max = block_ops_max;
+        assert_eq!(core.run_until(1000), Ended::Exit);
+        assert_eq!((core.retired(), core.gprs[0]), (11, 4));
+    }
+}
+
+#[test]
+fn the_size_of_the_tlb_shows_in_stale_translations_alone() {
+    // Loads a word, then one whose page has the same slot in a TLB of half the size, then the first one again.
+    let load = |code: &mut CodeAssembler| {
+        code.mov(rax, qword_ptr(rbx)).unwrap();
+        code.mov(rcx, qword_ptr(rbx + 0x20_0000)).unwrap();
+    };
+    let second_load = |tlb_halvings, flush: bool| {
+        let (mut core, memory) = processor();
+        core.tlb.halve(tlb_halvings);
+        core.gprs[3] = DATA;
+        let mut code = CodeAssembler::new(64).unwrap();
+        load(&mut code);
+        code.ud2().unwrap();
+        memory.write(CODE, &code.assemble(CODE).unwrap()).unwrap();
+        memory.write(DATA, &[1]).unwrap();
+        memory.write(DATA + 0x40_0000, &[2]).unwrap();
+        assert_eq!(core.run_until(1000), Ended::Exit);
+        assert_eq!(core.gprs[0], 1);
+        // Somebody changes the entry of its 2 MiB, and does not say so.
+        let entry = TABLES + 0x2000 + (DATA >> 21) * 8;
+        memory.write(entry, &((DATA + 0x40_0000) | 0x87).to_le_bytes()).unwrap();
+        if flush {
+            core.tlb.flush();
+        }
+        core.rip = CODE;
+        assert_eq!(core.run_until(1000), Ended::Exit);
+        core.gprs[0]
+    };
+    assert_eq!([0, 1].map(|halvings| second_load(halvings, false)), [1, 2]);
+    assert_eq!([0, 1].map(|halvings| second_load(halvings, true)), [2, 2]);
 }
 
 #[test]

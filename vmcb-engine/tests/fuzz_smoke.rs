@@ -98,6 +98,11 @@ fn frames_of_a_stranger() {
 }
 
 #[test]
+fn recordings_of_a_stranger() {
+    smoke("journal", 1500);
+}
+
+#[test]
 fn sections_of_a_stranger() {
     smoke("sections", 1500);
 }
@@ -141,6 +146,9 @@ fn seeds_reach_deep() {
         let (_, bytes) = (target("sections").seeds)().into_iter().find(|(seed, _)| *seed == name).unwrap();
         assert!(proto::v1::RunnerApply::decode(bytes.as_slice()).unwrap().sections.len() > 10);
         assert!(bodies::sections::is_accepted(&bytes), "{name}");
+    }
+    for (name, bytes) in (target("journal").seeds)().into_iter().filter(|(name, _)| *name != "packed") {
+        assert!(bodies::journal::is_replayed(&bytes), "{name}");
     }
     for (name, bytes) in (target("x86").seeds)() {
         let retired = bodies::x86::retires(&bytes);

@@ -5,6 +5,7 @@
 //! everybody.
 
 pub mod frame;
+pub mod journal;
 pub mod sections;
 pub mod virtqueue;
 pub mod vmcb;
@@ -27,8 +28,9 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 5] = [
+pub const TARGETS: [Target; 6] = [
     Target { name: "frame", run: frame::run, seeds: frame::seeds },
+    Target { name: "journal", run: journal::run, seeds: journal::seeds },
     Target { name: "sections", run: sections::run, seeds: sections::seeds },
     Target { name: "vmcb", run: vmcb::run, seeds: vmcb::seeds },
     Target { name: "x86", run: x86::run, seeds: x86::seeds },
