@@ -11,6 +11,7 @@
 //! | `godwit_agent_heartbeat_age_seconds` | gauge | | since the last answered heartbeat was sent, or since the start |
 //! | `godwit_agent_transfers_total` | counter | `kind`, `result` | transfers from here that ended |
 //! | `godwit_agent_sent_bytes_total` | counter | `kind` | bytes sent by transfers that were handed over |
+//! | `godwit_agent_journal_retries_total` | counter | | times that blocks of a journal could not be handed to the controller |
 //! | `godwit_agent_handshakes_refused_total` | counter | | connections refused before any call |
 //! | `godwit_agent_certificate_expiry_timestamp_seconds` | gauge | | when this host's certificate ends, Unix time |
 //! | `godwit_agent_certificate_refusals_total` | counter | | changed certificate files that could not be used |
@@ -39,6 +40,8 @@ pub const TRANSFERS: &str = "godwit_agent_transfers_total";
 /// See the table above.
 pub const SENT_BYTES: &str = "godwit_agent_sent_bytes_total";
 /// See the table above.
+pub const JOURNAL_RETRIES: &str = "godwit_agent_journal_retries_total";
+/// See the table above.
 pub const HANDSHAKES_REFUSED: &str = "godwit_agent_handshakes_refused_total";
 /// See the table above.
 pub const CERTIFICATE_REFUSALS: &str = "godwit_agent_certificate_refusals_total";
@@ -61,7 +64,7 @@ enum Kind {
 }
 
 /// Every metric: name, kind, what it says.
-const METRICS: [(&str, Kind, &str); 12] = [
+const METRICS: [(&str, Kind, &str); 13] = [
     (INFO, Kind::Gauge, "always 1"),
     (VMS, Kind::Gauge, "VMs by state"),
     (VM_RETIRED, Kind::Gauge, "guest instructions retired since the VM was built"),
@@ -71,6 +74,7 @@ const METRICS: [(&str, Kind, &str); 12] = [
     (HEARTBEAT_AGE, Kind::Gauge, "since the last answered heartbeat was sent, or since the start"),
     (TRANSFERS, Kind::Counter, "transfers from here that ended"),
     (SENT_BYTES, Kind::Counter, "bytes sent by transfers that were handed over"),
+    (JOURNAL_RETRIES, Kind::Counter, "times that blocks of a journal could not be handed to the controller"),
     (HANDSHAKES_REFUSED, Kind::Counter, "connections refused before any call"),
     (CERTIFICATE_EXPIRY, Kind::Gauge, "when this host's certificate ends, Unix time"),
     (CERTIFICATE_REFUSALS, Kind::Counter, "changed certificate files that could not be used"),
@@ -143,6 +147,7 @@ fn introduce() {
         metrics::counter!(SENT_BYTES, "kind" => kind).increment(0);
     }
     metrics::counter!(HANDSHAKES_REFUSED).increment(0);
+    metrics::counter!(JOURNAL_RETRIES).increment(0);
     metrics::counter!(CERTIFICATE_REFUSALS).increment(0);
 }
 

@@ -16,6 +16,8 @@ pub enum Message {
     Pages(Bytes),
     /// A section.
     Section(Section),
+    /// A block of a recording, whole and unopened.
+    Journal(Bytes),
     /// First from the source.
     Hello(Hello),
     /// First from the target.
@@ -42,6 +44,7 @@ impl Message {
     pub fn decode(bytes: &Bytes) -> Result<Self, FrameError> {
         match frame::Header::parse(bytes)?.kind {
             Kind::Pages => Ok(Self::Pages(bytes.clone())),
+            Kind::Journal => Ok(Self::Journal(bytes.clone())),
             Kind::Section => frame::decode_message(Kind::Section, bytes).map(Self::Section),
             Kind::Control => {
                 let message: LaneMessage = frame::decode_message(Kind::Control, bytes)?;
@@ -50,17 +53,17 @@ impl Message {
             }
             found @ (Kind::Manifest
             | Kind::PackIndex
-            | Kind::Journal
             | Kind::Sealed
             | Kind::PageMap
-            | Kind::Envelope) => Err(FrameError::Unexpected { found, expected: Kind::Control }),
+            | Kind::Envelope
+            | Kind::Recording) => Err(FrameError::Unexpected { found, expected: Kind::Control }),
         }
     }
 
     /// The frame of a message.
     pub fn encode(self) -> Bytes {
         let case = match self {
-            Self::Pages(bytes) => return bytes,
+            Self::Pages(bytes) | Self::Journal(bytes) => return bytes,
             Self::Section(section) => return frame::encode_message(Kind::Section, &section).into(),
             Self::Hello(m) => Case::Hello(m),
             Self::HelloReply(m) => Case::HelloReply(m),
@@ -79,6 +82,7 @@ impl Message {
         match self {
             Self::Pages(_) => "Pages",
             Self::Section(_) => "Section",
+            Self::Journal(_) => "Journal",
             Self::Hello(_) => "Hello",
             Self::HelloReply(_) => "HelloReply",
             Self::BaseLeaves(_) => "BaseLeaves",
@@ -119,6 +123,7 @@ mod tests {
         for message in [
             Message::Pages(pages.into()),
             Message::Section(Section { name: "clock".into(), ..Default::default() }),
+            Message::Journal(frame::encode(Kind::Journal, b"block").into()),
             Message::Hello(Hello { lane: 3, ..Default::default() }),
             Message::HelloReply(HelloReply { protocol: 1 }),
             Message::RoundEnd(RoundEnd { round: 2, frames: 7, last: true }),
@@ -129,6 +134,7 @@ mod tests {
                 verify_full: true,
                 stopped_us: 5,
                 ram_follows: false,
+                replay_until: Some(proto::v1::Position { retired: 7, skipped_tsc: 8 }),
             }),
             Message::Ready(Ready { digest: None }),
             Message::Abort(Abort { code: 9, reason: "x".into() }),

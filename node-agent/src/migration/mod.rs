@@ -100,6 +100,8 @@ pub trait TargetVm: Send + 'static {
     fn apply(&mut self, sections: Vec<Section>) -> impl Future<Output = Result<(), Failure>> + Send;
     /// Captures the sections again, to prove that they arrived.
     fn capture(&mut self) -> impl Future<Output = Result<Vec<Section>, Failure>> + Send;
+    /// Goes through a recording that began with what was applied.
+    fn replay(&mut self, replay: target::Replay) -> impl Future<Output = Result<(), Failure>> + Send;
 }
 
 /// The pages of a VM: RAM is space 0, local disks are 1, 2, ... in order of the configuration (shared disks have none).

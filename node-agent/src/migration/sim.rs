@@ -529,6 +529,7 @@ impl<'a> World<'a> {
                     verify_full,
                     stopped_us,
                     ram_follows: false,
+                    replay_until: None,
                 };
                 sections.into_iter().for_each(|section| self.tell_target(0, Message::Section(section)));
                 self.tell_target(0, Message::StateEnd(end));
@@ -608,6 +609,7 @@ impl<'a> World<'a> {
             Ok(Message::Hello(hello)) => target::Input::Hello(hello),
             Ok(Message::RoundEnd(end)) => target::Input::RoundEnd { lane, end },
             Ok(Message::Section(section)) => target::Input::Section { lane, section },
+            Ok(Message::Journal(frame)) => target::Input::Journal { lane, frame },
             Ok(Message::StateEnd(end)) => target::Input::StateEnd { lane, end },
             Ok(Message::Abort(abort)) => {
                 target::Input::Aborted(Failure::new(Code::from_number(abort.code), abort.reason))

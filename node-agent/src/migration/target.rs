@@ -7,9 +7,10 @@
 //!
 //! It never starts the guest: `Ready` is the last thing it can say, and only the controller goes on from there.
 
+use bytes::Bytes;
 use proto::ids::Digest;
 use proto::status::Code;
-use proto::v1::{Hello, MachineDigest, RoundEnd, Section, StateEnd, Ticket};
+use proto::v1::{Hello, MachineDigest, Position, RoundEnd, Section, StateEnd, Ticket};
 use vmcb_engine::snapshot::{first_difference, machine_digest, state_digest};
 
 use super::{Failure, PROTOCOL, differing_parts};
@@ -19,6 +20,8 @@ pub const LANES_MAX: u32 = 16;
 /// Most sections, and bytes of sections, that a target holds before it applies them.
 const SECTIONS_MAX: usize = 1024;
 const SECTION_BYTES_MAX: usize = 64 << 20;
+/// Longest recording that is gone through before a guest runs. Checkpoints that are further apart need more.
+const JOURNAL_BYTES_MAX: usize = 256 << 20;
 
 /// What happened.
 #[derive(Debug, Clone)]
@@ -43,6 +46,13 @@ pub enum Input {
         lane: u32,
         /// The section.
         section: Section,
+    },
+    /// A block of a recording.
+    Journal {
+        /// Which lane.
+        lane: u32,
+        /// The frame.
+        frame: Bytes,
     },
     /// The sections are complete.
     StateEnd {
@@ -80,6 +90,15 @@ pub enum Input {
     },
 }
 
+/// A recording that is gone through before the guest runs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Replay {
+    /// Frames of kind Journal, in order.
+    pub blocks: Vec<Bytes>,
+    /// Where it ends.
+    pub until: Position,
+}
+
 /// What is to be done, in order.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Effect {
@@ -108,6 +127,8 @@ pub enum Effect {
         /// Pages of RAM follow while the guest runs: their root is believed to be this one. A target that was not prepared
         /// for that must refuse it.
         ram: Option<Digest>,
+        /// Then go through these blocks of a recording, to that position.
+        replay: Option<Replay>,
     },
     /// `Ready` on lane 0.
     SayReady(MachineDigest),
@@ -168,6 +189,8 @@ struct Lane {
 pub struct Sections {
     sections: Vec<Section>,
     bytes: usize,
+    blocks: Vec<Bytes>,
+    block_bytes: usize,
 }
 
 /// State [`Target::Applying`].
@@ -210,6 +233,7 @@ impl Target {
                 Input::Pages { .. }
                 | Input::RoundEnd { .. }
                 | Input::Section { .. }
+                | Input::Journal { .. }
                 | Input::StateEnd { .. }
                 | Input::Bad(_)
                 | Input::Applied { .. }
@@ -226,6 +250,7 @@ impl Target {
             (Self::Receiving(state), Input::Pages { lane }) => state.pages(lane),
             (Self::Receiving(state), Input::RoundEnd { lane, end }) => state.round_end(lane, end),
             (Self::Sections(state), Input::Section { lane: 0, section }) => state.section(section),
+            (Self::Sections(state), Input::Journal { lane: 0, frame }) => state.journal(frame),
             (Self::Sections(state), Input::StateEnd { lane: 0, end }) => state.state_end(end),
             (Self::Applying(state), Input::Applied { sections, ram, disks }) => state.applied(&sections, ram, &disks),
             (
@@ -233,6 +258,7 @@ impl Target {
                 input @ (Input::Pages { .. }
                 | Input::RoundEnd { .. }
                 | Input::Section { .. }
+                | Input::Journal { .. }
                 | Input::StateEnd { .. }
                 | Input::Applied { .. }),
             ) => state.misplaced(&input),
@@ -256,6 +282,7 @@ impl Target {
             Input::Pages { lane } => ("Pages", lane),
             Input::RoundEnd { lane, .. } => ("RoundEnd", lane),
             Input::Section { lane, .. } => ("Section", lane),
+            Input::Journal { lane, .. } => ("Journal", lane),
             Input::StateEnd { lane, .. } => ("StateEnd", lane),
             Input::Hello(_)
             | Input::Bad(_)
@@ -406,7 +433,8 @@ impl Receiving {
     fn next_round(mut self, last: bool) -> Step {
         let effects = vec![Effect::Ack { round: self.round }, Effect::Settle];
         if last {
-            let state = Target::Sections(Sections { sections: Vec::new(), bytes: 0 });
+            let state =
+                Target::Sections(Sections { sections: Vec::new(), bytes: 0, blocks: Vec::new(), block_bytes: 0 });
             return Step { state, effects };
         }
         let Some(round) = self.round.checked_add(1) else {
@@ -431,8 +459,26 @@ impl Sections {
         Step { state: Target::Sections(self), effects: vec![] }
     }
 
+    fn journal(mut self, frame: Bytes) -> Step {
+        self.block_bytes = self.block_bytes.saturating_add(frame.len());
+        if self.block_bytes > JOURNAL_BYTES_MAX {
+            let text = "more than 256 MiB of a recording lie between the checkpoint and that instant";
+            return fail(Failure::new(Code::Exhausted, text));
+        }
+        self.blocks.push(frame);
+        Step { state: Target::Sections(self), effects: vec![] }
+    }
+
     fn state_end(self, end: StateEnd) -> Step {
-        let Self { sections, .. } = self;
+        let Self { sections, blocks, .. } = self;
+        let replay = match end.replay_until {
+            Some(until) => Some(Replay { blocks, until }),
+            None if blocks.is_empty() => None,
+            None => return fail(protocol("blocks of a recording, and no word on how far to go")),
+        };
+        if replay.is_some() && end.ram_follows {
+            return fail(protocol("a recording cannot be gone through while pages of RAM are missing"));
+        }
         if end.sections as usize != sections.len() {
             let words = format_args!("{} sections were sent, {} arrived", end.sections, sections.len());
             return fail(protocol(words));
@@ -448,7 +494,7 @@ impl Sections {
             Some(stated) => stated,
             None => None,
         };
-        let effects = vec![Effect::Apply { sections: sections.clone(), verify_full: end.verify_full, ram }];
+        let effects = vec![Effect::Apply { sections: sections.clone(), verify_full: end.verify_full, ram, replay }];
         Step { state: Target::Applying(Applying { sections, digest }), effects }
     }
 }
@@ -602,11 +648,44 @@ mod tests {
         }
     }
 
+    #[test]
+    fn blocks_of_a_recording_are_gone_through_before_it_is_ready() {
+        let frame = |byte: u8| Bytes::from(vec![byte; 100]);
+        let until = Position { retired: 9, skipped_tsc: 4 };
+        let digest = machine_digest(Digest([1; 32]), state_digest(&[]), &[]);
+        let state_end = |replay_until, ram_follows| {
+            let end = StateEnd { digest: Some(digest.clone()), replay_until, ram_follows, ..StateEnd::default() };
+            Input::StateEnd { lane: 0, end }
+        };
+        let blocks = |end: Input| {
+            let pages = [open_two().to_vec(), vec![end_of(0), end_of(1)]].concat();
+            let journal = [1, 2].map(|byte| Input::Journal { lane: 0, frame: frame(byte) });
+            run(waiting(), pages.into_iter().chain(journal).chain([end]))
+        };
+        let (_, effects) = blocks(state_end(Some(until), false));
+        let replay = Some(Replay { blocks: vec![frame(1), frame(2)], until });
+        assert_eq!(effects.last(), Some(&Effect::Apply { sections: vec![], verify_full: false, ram: None, replay }));
+        for (end, words) in
+            [(state_end(None, false), "no word on how far"), (state_end(Some(until), true), "pages of RAM are missing")]
+        {
+            let (state, _) = blocks(end);
+            let failure = failure(&state).unwrap();
+            assert!(failure.reason.contains(words), "{}", failure.reason);
+        }
+        let elsewhere =
+            [open_two().to_vec(), vec![end_of(0), end_of(1), Input::Journal { lane: 1, frame: frame(1) }]].concat();
+        let (state, _) = run(waiting(), elsewhere);
+        assert!(failure(&state).unwrap().reason.contains("Journal on lane 1"));
+    }
+
+    fn end_of(lane: u32) -> Input {
+        end(lane, 1, 0, true)
+    }
+
     fn applying(sections: Vec<Section>, ram: Digest) -> Target {
         let digest = machine_digest(ram, state_digest(&sections), &[]);
         let count = sections.len() as u32;
-        let end_of_state =
-            StateEnd { sections: count, digest: Some(digest), verify_full: false, stopped_us: 0, ram_follows: false };
+        let end_of_state = StateEnd { sections: count, digest: Some(digest), ..StateEnd::default() };
         let inputs = open_two()
             .into_iter()
             .chain([end(0, 1, 0, true), end(1, 1, 0, true)])

@@ -10,9 +10,9 @@ use proto::v1::agent_server::Agent;
 use proto::v1::runner_reply::Reply as RunnerSaid;
 use proto::v1::runner_request::Request as RunnerAsk;
 use proto::v1::{
-    ActivateReply, ActivateRequest, ConsoleInput, ConsoleOutput, CreateVmRequest, Empty, GetHostRequest, HostInfo,
-    MachineConfig, OperationRef, PrepareReply, PrepareRequest, RunnerVmcbs, SendRequest, StopVmRequest, TransferEvent,
-    VmInfo, VmRef, VmcbReply,
+    ActivateReply, ActivateRequest, ConsoleInput, ConsoleOutput, CreateVmRequest, DebugBytes, Empty, GetHostRequest,
+    HostInfo, MachineConfig, OperationRef, PrepareReply, PrepareRequest, RecordRequest, RunnerVmcbs, SendRequest,
+    StopVmRequest, TransferEvent, VmInfo, VmRef, VmcbReply,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -20,7 +20,7 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::console::Session;
-use super::{caller, status};
+use super::{caller, debug, short, status};
 use crate::facts;
 use crate::host;
 use crate::migration::Failure;
@@ -91,13 +91,10 @@ impl AgentService {
     }
 }
 
-fn short(name: &str) -> String {
-    name.chars().take(60).collect()
-}
-
 #[tonic::async_trait]
 impl Agent for AgentService {
     type ConsoleStream = Stream1<ConsoleOutput>;
+    type DebugStream = Stream1<DebugBytes>;
     type SendStream = Stream1<TransferEvent>;
 
     async fn get_host(&self, request: Request<GetHostRequest>) -> Result<Response<HostInfo>, Status> {
@@ -173,6 +170,21 @@ impl Agent for AgentService {
             RunnerSaid::Vmcbs(vmcbs) => Ok(Response::new(vmcbs)),
             _ => Err(status(Failure::new(Code::Protocol, "the runner answered something else"))),
         }
+    }
+
+    async fn record(&self, request: Request<RecordRequest>) -> Result<Response<VmInfo>, Status> {
+        caller(&request, CONTROLLER)?;
+        let request = request.into_inner();
+        let handle = self.existing(&request.vm)?;
+        handle.ask(|reply| Message::Record(request, reply)).await.map(Response::new).map_err(status)
+    }
+
+    async fn debug(&self, request: Request<Streaming<DebugBytes>>) -> Result<Response<Self::DebugStream>, Status> {
+        caller(&request, CONTROLLER)?;
+        let (outputs, outbound) = mpsc::channel(64);
+        // The headers of the answer go out at once; the first message names the VM.
+        tokio::spawn(debug::run(Arc::clone(&self.vms), request.into_inner(), outputs));
+        Ok(Response::new(Box::pin(ReceiverStream::new(outbound))))
     }
 
     async fn prepare(&self, request: Request<PrepareRequest>) -> Result<Response<PrepareReply>, Status> {

@@ -9,6 +9,7 @@
 
 mod agent_service;
 mod console;
+mod debug;
 mod lanes;
 
 use std::future::Future;
@@ -35,6 +36,11 @@ const HANDSHAKES_MAX: usize = 64;
 /// A failure as a gRPC status; its code survives the way.
 pub fn status(failure: Failure) -> Status {
     Status::new(failure.code.into(), failure.reason)
+}
+
+/// A name that somebody sent, short enough for a message.
+fn short(name: &str) -> String {
+    name.chars().take(60).collect()
 }
 
 /// Whose call this is, if the role may make it.

@@ -10,7 +10,9 @@
 //! transfer rests after each slice in proportion to how long it took; that is the driver's doing and no state of the guest. The driver knows no socket and
 //! no file: inputs and outputs are values, the clock is an argument.
 
+mod debugging;
 mod frozen;
+mod recording;
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
@@ -27,6 +29,7 @@ use proto::v1::{
 };
 use vmcb_engine::transfer::rounds::THROTTLE_PERCENT_MAX;
 
+use self::debugging::Debugger;
 use self::frozen::Frozen;
 use super::faults::Missing;
 use super::guest::{Guest, Outcome};
@@ -37,6 +40,8 @@ use crate::clock::Clock;
 /// A reset that comes within this much guest time of the last start is a quick one; so many in a row end the guest.
 const QUICK_RESET_NS: u64 = 1_000_000_000;
 const QUICK_RESETS_MAX: u32 = 5;
+/// Why a guest stands still that a debugger holds.
+pub const UNDER_DEBUGGER: &str = "under a debugger";
 /// Slices aim at this long.
 const SLICE_NS: u64 = 2_000_000;
 const SLICE_INSTRUCTIONS: std::ops::RangeInclusive<u64> = 10_000..=5_000_000;
@@ -75,7 +80,7 @@ pub enum Output {
     /// The console said this.
     Console(Vec<u8>),
     /// The state changed by itself.
-    Changed(RunnerState),
+    Changed(Box<RunnerState>),
     /// The next packet may come.
     PacketTaken,
 }
@@ -176,6 +181,9 @@ pub struct Driver<G, C, O> {
     booted_tsc: u64,
     throttle: Option<Throttle>,
     frozen: Option<Frozen>,
+    debugger: Option<Debugger>,
+    /// When the open block of a recording is closed.
+    block_until_ns: u64,
     running: bool,
     stopped_ns: u64,
     started_ns: u64,
@@ -226,6 +234,8 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
             booted_tsc: 0,
             throttle: None,
             frozen: None,
+            debugger: None,
+            block_until_ns: 0,
             running: false,
             stopped_ns,
             started_ns: 0,
@@ -275,12 +285,23 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
     pub fn step(&mut self) -> Result<Wait, Closed> {
         self.note_running(true)?;
         self.note_state();
+        self.keep_journal();
+        if self.guest.arriving().is_some() {
+            self.go_on_arriving()?;
+            return Ok(Wait::No);
+        }
         if !self.running {
             return Ok(Wait::Input);
         }
+        let wait = self.slice()?;
+        Ok(self.until_block_closes(wait))
+    }
+
+    fn slice(&mut self) -> Result<Wait, Closed> {
         self.feed_console();
         self.deliver_packets()?;
-        if let Some(instant) = self.resting().or_else(|| self.waits_for_room()) {
+        let full = |driver: &Self| driver.waits_for_journal();
+        if let Some(instant) = self.resting().or_else(|| self.waits_for_room()).or_else(|| full(self)) {
             return Ok(Wait::Until(instant.min(self.lease_end_ns())));
         }
         if let Some(until_tsc) = self.idle {
@@ -290,7 +311,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
             }
         }
         let (before, retired) = (self.clock.boottime_ns(), self.guest.retired());
-        let slice = if self.first == First::Awaited { 1 } else { self.slice };
+        let slice = if self.first == First::Awaited { 1 } else { self.slice_under_debugger(self.slice) };
         let outcome = self.guest.run(retired.saturating_add(slice));
         let after = self.clock.boottime_ns();
         if self.first == First::Awaited && self.guest.retired() > retired {
@@ -301,6 +322,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
             throttle.rest_until_ns = after.saturating_add(rest_ns);
         }
         self.flush_console()?;
+        self.note_step();
         match outcome {
             Outcome::Reached => self.adapt_slice(after.saturating_sub(before)),
             Outcome::Idle { until_tsc } => {
@@ -311,6 +333,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
             Outcome::Reset => self.reset(VmState::Stopped, "the guest asked for a reset")?,
             Outcome::TripleFault => self.reset(VmState::Crashed, "triple fault")?,
             Outcome::Failed(text) => self.end(VmState::Crashed, &format!("the engine cannot go on: {text}"))?,
+            Outcome::Stop { vcpu, why } => self.note_stop(vcpu, &why),
         }
         Ok(Wait::No)
     }
@@ -402,7 +425,8 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
 
     /// Compares what the guest may do with what it does; stamps and, for changes of its own accord, reports the difference.
     fn note_running(&mut self, own_accord: bool) -> Result<(), Closed> {
-        let may_run = self.phase == Phase::Live && self.pause.is_none() && self.lease_holds();
+        let here = self.phase == Phase::Live && self.guest.arriving().is_none();
+        let may_run = here && self.pause.is_none() && !self.is_halted() && self.lease_holds();
         if may_run == self.running {
             return Ok(());
         }
@@ -419,18 +443,22 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
             self.pace = self.terms.config.paced.then(|| Pace::start(self.terms.config.tsc_hz, start));
         } else {
             self.wake();
+            // What is known of it is all there is for now.
+            self.block_until_ns = 0;
             self.stopped_ns = now;
         }
         self.running = may_run;
         if own_accord {
             let state = self.state();
-            self.outbox.send(Output::Changed(state))?;
+            self.outbox.send(Output::Changed(Box::new(state)))?;
         }
         Ok(())
     }
 
     fn end(&mut self, state: VmState, reason: &str) -> Result<(), Closed> {
+        self.guest.stop_recording(reason);
         self.phase = Phase::Ended(state, reason.to_owned());
+        self.note_over();
         self.note_running(true)
     }
 
@@ -479,9 +507,13 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         let (state, reason) = match &self.phase {
             Phase::Ended(state, reason) => (*state, reason.clone()),
             Phase::Fresh => (VmState::Starting, String::new()),
+            Phase::Live if self.is_halted() => (VmState::Paused, UNDER_DEBUGGER.to_owned()),
             Phase::Live => match (&self.pause, self.lease) {
                 (Some(reason), _) => (VmState::Paused, reason.clone()),
                 (None, Lease::Missing) => (VmState::Paused, "no lease yet".to_owned()),
+                (None, _) if self.lease_holds() && self.moves_although_paused() => {
+                    (VmState::Paused, UNDER_DEBUGGER.to_owned())
+                }
                 (None, _) if self.lease_holds() => (VmState::Running, String::new()),
                 (None, _) => (VmState::Paused, "lease ended: this host has lost the controller".to_owned()),
             },
@@ -497,6 +529,9 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
                 First::Ran(instant) => instant,
                 First::No | First::Awaited => 0,
             },
+            recording: self.guest.recording(),
+            replaying: self.guest.arriving(),
+            debugged: self.debugged(),
         }
     }
 
@@ -544,6 +579,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
                 // Whoever held it back is gone, or will say so again; nobody reads what was kept.
                 self.throttle = None;
                 self.forget_frozen();
+                self.forget_debugger();
                 return Ok(Reply::Attached(self.attached()));
             }
             Request::Boot(_) => self.boot()?,
@@ -553,7 +589,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
                     self.pause = Some(reason);
                 }
             }
-            Request::Resume(_) => self.pause = None,
+            Request::Resume(_) => self.resume(),
             Request::AdvanceEpoch(_) => return Ok(Reply::Epoch(RunnerEpoch { epoch: self.guest.advance_epoch() })),
             Request::Capture(_) => return self.capture(),
             Request::Apply(apply) => {
@@ -599,6 +635,10 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
                 }));
             }
             Request::Announce(_) => self.announce(),
+            Request::Record(request) => self.record(&request)?,
+            Request::TakeJournal(take) => return Ok(self.take_journal(&take)),
+            Request::Replay(replay) => self.replay(&replay)?,
+            Request::Debug(debug) => return self.debug(debug),
         }
         Ok(Reply::State(self.state()))
     }
@@ -649,9 +689,12 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         match self.phase {
             Phase::Fresh => return Err(failure(Code::Conflict, "this machine has no state yet")),
             Phase::Live if self.running => return Err(failure(Code::Conflict, "the guest runs: pause it first")),
+            Phase::Live if self.guest.arriving().is_some() => {
+                return Err(failure(Code::Conflict, "the guest goes through a recording"));
+            }
             Phase::Live | Phase::Ended(..) => {}
         }
-        let sections = self.guest.capture().map_err(|text| failure(Code::Internal, &text))?;
+        let sections = self.guest.pack().map_err(|text| failure(Code::Internal, &text))?;
         let state_digest = (self.terms.state_digest)(&sections).to_vec();
         Ok(Reply::Sections(RunnerSections { sections, state_digest }))
     }

@@ -3,11 +3,97 @@
 //! The driver (pacing, lease, pause, console) is tested against a guest made of a script; the only real
 //! implementation is [`vmcb_engine::machine::Machine`]. The seam refuses to know processes, sockets and time.
 
-use proto::v1::Section;
+use proto::v1::{Position, RecordRequest, RecordingInfo, RunnerFailure, Section};
+use vmcb_engine::engine::Stops;
 pub use vmcb_engine::machine::Outcome;
 
+/// A machine's recording, as the driver sees it.
+pub trait Recorded {
+    /// Records from now on, or ends what is recorded.
+    ///
+    /// # Errors
+    /// Another recording is being made, or there is nothing to record.
+    fn record(&mut self, request: &RecordRequest) -> Result<(), RunnerFailure>;
+    /// Ends what is recorded, if anything is.
+    fn stop_recording(&mut self, why: &str);
+    /// True if something is recorded.
+    fn is_recording(&self) -> bool;
+    /// How the recording stands; none if there never was one.
+    fn recording(&self) -> Option<RecordingInfo>;
+    /// Unix nanoseconds now.
+    fn set_realtime(&mut self, realtime_ns: u64);
+    /// Closes the block that is open, if it says anything.
+    fn close_block(&mut self);
+    /// Blocks from this one on, or as many as fit; those before it are kept no longer.
+    fn take_journal(&mut self, from: u64) -> Vec<Vec<u8>>;
+    /// True while the guest must not run, because blocks are not taken.
+    fn must_wait(&self) -> bool;
+    /// Takes a block of the recording that is gone through before the machine first runs.
+    ///
+    /// # Errors
+    /// It does not continue the one before.
+    fn expect_block(&mut self, frame: &[u8]) -> Result<(), String>;
+    /// Begins to go through what was expected, to a position.
+    ///
+    /// # Errors
+    /// The position is not in it.
+    fn arrive_at(&mut self, until: Position, images: Option<(Vec<u8>, Option<Vec<u8>>)>) -> Result<(), String>;
+    /// Where it is on the way; `None`: it is on none.
+    fn arriving(&self) -> Option<Position>;
+    /// Goes on for a few milliseconds; true when it is there.
+    ///
+    /// # Errors
+    /// The machine is not what was recorded; it is of no use then.
+    fn arrive(&mut self) -> Result<bool, String>;
+    /// [`Guest::capture`] of a machine that goes elsewhere, with its recording.
+    ///
+    /// # Errors
+    /// What could not be captured.
+    fn pack(&mut self) -> Result<Vec<Section>, String>;
+}
+
+/// Which memory a debugger means.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// By a vCPU's page tables.
+    Linear {
+        /// Whose.
+        vcpu: usize,
+        /// Of the first byte.
+        address: u64,
+    },
+    /// Guest-physical.
+    Physical(u64),
+}
+
+/// A machine under a debugger, as the driver sees it.
+pub trait Debugged {
+    /// State of a vCPU as the section `cpu/N` has it; none: there is no such vCPU.
+    fn read_cpu(&self, vcpu: usize) -> Option<Vec<u8>>;
+    /// Puts a vCPU into a state: an input of the guest.
+    ///
+    /// # Errors
+    /// It is no state of this vCPU; nothing has changed.
+    fn write_cpu(&mut self, vcpu: usize, state: &[u8]) -> Result<(), String>;
+    /// Reads RAM without any effect; how many bytes could be read.
+    fn read_memory(&self, place: Place, into: &mut [u8]) -> usize;
+    /// Writes RAM: an input of the guest.
+    ///
+    /// # Errors
+    /// Not all of it is mapped, or RAM; nothing has changed.
+    fn write_memory(&mut self, place: Place, bytes: &[u8]) -> Result<(), String>;
+    /// Where runs come back from now on.
+    fn set_stops(&mut self, stops: &Stops);
+    /// The instructions before which the vCPUs stand are executed without a stop.
+    fn pass_breakpoints(&mut self);
+    /// The vCPU that retired the last instruction.
+    fn current_vcpu(&self) -> usize;
+    /// Instructions that had retired over all vCPUs after this one's last; none: it has run none.
+    fn last_ran(&self, vcpu: usize) -> Option<u64>;
+}
+
 /// A machine as the driver sees it.
-pub trait Guest {
+pub trait Guest: Recorded + Debugged {
     /// Loads the kernel into a machine without state.
     ///
     /// # Errors

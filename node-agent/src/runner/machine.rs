@@ -4,24 +4,29 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
-use proto::v1::{MachineConfig, Section};
+use proto::status::Code;
+use proto::v1::{JournalFull, MachineConfig, Position, RecordRequest, RecordingInfo, RunnerFailure, Section};
+use vmcb_engine::cpu::CpuState;
 use vmcb_engine::device::block::DiskImage;
 use vmcb_engine::device::net::{Link, NetLink};
+use vmcb_engine::engine::Stops;
+use vmcb_engine::journal::RecordingId;
 use vmcb_engine::machine::{Machine, Outcome, Parts};
 use vmcb_engine::memory::{GuestMemory, PAGE_BYTES, StampTable, sized_memfd};
+use vmcb_engine::replay::{BootImages, Door, WhenFull};
 use vmcb_engine::snapshot;
 
 use super::Built;
 use super::driver::Cable;
 use super::faults::Missing;
-use super::guest::Guest;
+use super::guest::{Debugged, Guest, Place, Recorded};
 use super::open::{Opened, TapCable};
 
 /// Builds the machine of a runner process. `lazy`: pages of RAM come while it runs.
 ///
 /// # Errors
 /// What does not fit, in words; a disk's error names its file.
-pub fn build(config: &MachineConfig, opened: &Opened, incoming: bool, lazy: bool) -> Result<Built<Machine>, String> {
+pub fn build(config: &MachineConfig, opened: &Opened, incoming: bool, lazy: bool) -> Result<Built<Door>, String> {
     let memory = GuestMemory::create(config.memory_bytes).map_err(|error| text(&error))?;
     let mut descriptors = vec![
         ("ram".to_owned(), share(memory.ram_fd())?),
@@ -65,8 +70,9 @@ pub fn build(config: &MachineConfig, opened: &Opened, incoming: bool, lazy: bool
         Some(link)
     };
     let nets = (0..config.nets.len()).map(plug).collect();
-    let guest = Machine::build(config, Parts { memory, disks, nets }).map_err(|error| text(&error))?;
-    let macs = (0..config.nets.len()).map(|card| guest.mac(card)).collect();
+    let machine = Machine::build(config, Parts { memory, disks, nets }).map_err(|error| text(&error))?;
+    let macs = (0..config.nets.len()).map(|card| machine.mac(card)).collect();
+    let guest = Door::new(machine);
     Ok(Built { guest, descriptors, macs, state_digest: |sections| snapshot::state_digest(sections).0, missing })
 }
 
@@ -78,86 +84,234 @@ fn text(error: &dyn std::error::Error) -> String {
     crate::vm::actor::chain(error)
 }
 
+/// Most bytes of a journal that wait for the agent, where it does not say.
+const KEPT_BYTES_MAX: usize = 64 << 20;
+
+impl Recorded for Door {
+    fn record(&mut self, request: &RecordRequest) -> Result<(), RunnerFailure> {
+        let refused = |code: Code, message: String| RunnerFailure { code: code as u32, message };
+        if request.recording.is_empty() {
+            Door::stop_recording(self, "stopped");
+            return Ok(());
+        }
+        let id = RecordingId::from_slice(&request.recording)
+            .ok_or_else(|| refused(Code::BadInput, "a recording has a name of 16 bytes".to_owned()))?;
+        let when_full = match request.full() {
+            JournalFull::Wait => WhenFull::Wait,
+            JournalFull::End | JournalFull::Unspecified => WhenFull::End,
+        };
+        let kept_bytes_max = match request.kept_bytes_max {
+            0 => KEPT_BYTES_MAX,
+            bytes => bytes.try_into().unwrap_or(usize::MAX),
+        };
+        Door::record(self, id, kept_bytes_max, when_full).map_err(|error| refused(Code::Conflict, text(&error)))
+    }
+
+    fn stop_recording(&mut self, why: &str) {
+        Door::stop_recording(self, why);
+    }
+
+    fn is_recording(&self) -> bool {
+        Door::is_recording(self)
+    }
+
+    fn recording(&self) -> Option<RecordingInfo> {
+        self.info()
+    }
+
+    fn set_realtime(&mut self, realtime_ns: u64) {
+        Door::set_realtime(self, realtime_ns);
+    }
+
+    fn close_block(&mut self) {
+        Door::close_block(self);
+    }
+
+    fn take_journal(&mut self, from: u64) -> Vec<Vec<u8>> {
+        self.take(from)
+    }
+
+    fn must_wait(&self) -> bool {
+        Door::must_wait(self)
+    }
+
+    fn expect_block(&mut self, frame: &[u8]) -> Result<(), String> {
+        self.expect(frame).map_err(|error| text(&error))
+    }
+
+    fn arrive_at(&mut self, until: Position, images: Option<(Vec<u8>, Option<Vec<u8>>)>) -> Result<(), String> {
+        let images = images.map(|(kernel, initrd)| BootImages { kernel, initrd });
+        Door::arrive_at(self, until.into(), images).map_err(|error| text(&error))
+    }
+
+    fn arriving(&self) -> Option<Position> {
+        Door::arriving(self).map(Position::from)
+    }
+
+    fn arrive(&mut self) -> Result<bool, String> {
+        Door::arrive(self).map_err(|error| text(&error))
+    }
+
+    fn pack(&mut self) -> Result<Vec<Section>, String> {
+        Door::pack(self).map_err(|error| text(&error))
+    }
+}
+
+impl Debugged for Door {
+    fn read_cpu(&self, vcpu: usize) -> Option<Vec<u8>> {
+        self.machine().peek_cpu(vcpu).map(|state| state.to_bytes())
+    }
+
+    fn write_cpu(&mut self, vcpu: usize, state: &[u8]) -> Result<(), String> {
+        let state = CpuState::from_bytes(state).map_err(|error| text(&error))?;
+        Door::write_cpu(self, vcpu, &state).map_err(|error| text(&error))
+    }
+
+    fn read_memory(&self, place: Place, into: &mut [u8]) -> usize {
+        let (length, mut done) = (into.len() as u64, 0);
+        for piece in pieces(self.machine(), place, length) {
+            let Some((gpa, bytes)) = piece else { break };
+            if self.machine().memory().read(gpa, &mut into[done..done + bytes]).is_err() {
+                break;
+            }
+            done += bytes;
+        }
+        done
+    }
+
+    fn write_memory(&mut self, place: Place, bytes: &[u8]) -> Result<(), String> {
+        let pieces: Option<Vec<_>> = pieces(self.machine(), place, bytes.len() as u64).collect();
+        let pieces = pieces.ok_or_else(|| "not all of it is mapped".to_owned())?;
+        let not_ram = |gpa: &u64| self.machine().memory().page_of(*gpa).is_none();
+        if let Some(gpa) = pieces.iter().map(|(gpa, _)| *gpa).find(not_ram) {
+            return Err(format!("guest-physical {gpa:#x} is not RAM"));
+        }
+        let mut rest = bytes;
+        for (gpa, length) in pieces {
+            let (piece, behind) = rest.split_at(length);
+            Door::write_memory(self, gpa, piece).map_err(|error| text(&error))?;
+            rest = behind;
+        }
+        Ok(())
+    }
+
+    fn set_stops(&mut self, stops: &Stops) {
+        self.machine_mut().set_stops(stops);
+    }
+
+    fn pass_breakpoints(&mut self) {
+        self.machine_mut().pass_breakpoints();
+    }
+
+    fn current_vcpu(&self) -> usize {
+        self.machine().current_vcpu()
+    }
+
+    fn last_ran(&self, vcpu: usize) -> Option<u64> {
+        self.machine().last_ran(vcpu)
+    }
+}
+
+/// Guest-physical address and length of each part of a range that lies in one page; none where nothing is mapped.
+fn pieces(machine: &Machine, place: Place, length: u64) -> impl Iterator<Item = Option<(u64, usize)>> {
+    let (start, vcpu) = match place {
+        Place::Linear { vcpu, address } => (address, Some(vcpu)),
+        Place::Physical(gpa) => (gpa, None),
+    };
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        let left = length.checked_sub(done).filter(|left| *left > 0)?;
+        let Some(at) = start.checked_add(done) else {
+            done = length;
+            return Some(None);
+        };
+        let bytes = left.min(PAGE_BYTES - at % PAGE_BYTES);
+        done += bytes;
+        let gpa = vcpu.map_or(Some(at), |vcpu| machine.translate(vcpu, at));
+        Some(gpa.map(|gpa| (gpa, bytes as usize)))
+    })
+}
+
 impl Link for TapCable {
     fn send(&mut self, packet: &[u8]) {
         Cable::send(self, packet);
     }
 }
 
-impl Guest for Machine {
+impl Guest for Door {
     fn boot(&mut self, kernel: &[u8], initrd: Option<&[u8]>) -> Result<(), String> {
-        Machine::boot(self, kernel, initrd).map_err(|error| text(&error))
+        Door::boot(self, kernel, initrd).map_err(|error| text(&error))
     }
 
     fn reset(&mut self, kernel: &[u8], initrd: Option<&[u8]>) -> Result<(), String> {
-        Machine::reset(self, kernel, initrd).map_err(|error| text(&error))
+        Door::reset(self, kernel, initrd).map_err(|error| text(&error))
     }
 
     fn run(&mut self, until_retired: u64) -> Outcome {
-        Machine::run(self, until_retired)
+        Door::run(self, until_retired)
     }
 
     fn skip_idle_until(&mut self, tsc: u64) {
-        Machine::skip_idle_until(self, tsc);
+        Door::skip_idle_until(self, tsc);
     }
 
     fn retired(&self) -> u64 {
-        Machine::retired(self)
+        self.machine().retired()
     }
 
     fn tsc(&self) -> u64 {
-        Machine::tsc(self)
+        self.machine().tsc()
     }
 
     fn console_input(&mut self, bytes: &[u8]) -> usize {
-        Machine::console_input(self, bytes)
+        Door::console_input(self, bytes)
     }
 
     fn console_room(&self) -> usize {
-        Machine::console_room(self)
+        self.machine().console_room()
     }
 
     fn take_console_output(&mut self) -> Vec<u8> {
-        Machine::take_console_output(self)
+        self.machine_mut().take_console_output()
     }
 
     fn net_input(&mut self, card: usize, packet: &[u8]) -> bool {
-        Machine::net_input(self, card, packet)
+        Door::net_input(self, card, packet)
     }
 
     fn net_hold(&mut self, card: usize, packet: &[u8]) -> bool {
-        Machine::net_hold(self, card, packet)
+        Door::net_hold(self, card, packet)
     }
 
     fn epoch(&self) -> u32 {
-        self.memory().epoch()
+        self.machine().memory().epoch()
     }
 
     fn advance_epoch(&mut self) -> u32 {
-        Machine::advance_epoch(self)
+        self.machine_mut().advance_epoch()
     }
 
     fn freeze(&mut self, mark: u32) -> Result<u32, String> {
-        Machine::freeze(self, mark).map_err(|error| text(&error))
+        self.machine_mut().freeze(mark).map_err(|error| text(&error))
     }
 
     fn thaw(&mut self) -> bool {
-        Machine::thaw(self)
+        self.machine_mut().thaw()
     }
 
     fn kept_bytes(&self) -> u64 {
-        Machine::kept_bytes(self)
+        self.machine().kept_bytes()
     }
 
     fn capture(&mut self) -> Result<Vec<Section>, String> {
-        Machine::capture(self).map_err(|error| text(&error))
+        Door::capture(self).map_err(|error| text(&error))
     }
 
     fn apply(&mut self, sections: &[Section]) -> Result<(), String> {
-        Machine::apply(self, sections).map_err(|error| text(&error))
+        Door::apply(self, sections).map_err(|error| text(&error))
     }
 
     fn vmcbs(&self) -> Vec<Box<[u8; 4096]>> {
-        Machine::vmcbs(self)
+        self.machine().vmcbs()
     }
 }

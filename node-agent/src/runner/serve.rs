@@ -297,7 +297,7 @@ impl Server {
                 let reply = Reply::Console(RunnerConsoleOutput { data, log_offset });
                 self.push(RunnerReply { id: 0, reply: Some(reply) });
             }
-            Output::Changed(state) => self.push(RunnerReply { id: 0, reply: Some(Reply::Changed(state)) }),
+            Output::Changed(state) => self.push(RunnerReply { id: 0, reply: Some(Reply::Changed(*state)) }),
             Output::Reply { connection, reply } => {
                 let Some(current) = self.connection.as_mut().filter(|current| current.number == connection) else {
                     return;

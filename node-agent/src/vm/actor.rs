@@ -7,10 +7,12 @@
 use std::sync::Arc;
 
 use proto::status::Code;
+use proto::v1::runner_debug::Ask as DebugAsk;
 use proto::v1::runner_request::Request;
-use proto::v1::{CreateVmRequest, RunnerBoot, RunnerState, StoredVm, VmInfo, VmState};
+use proto::v1::{CreateVmRequest, RunnerBoot, RunnerDebugDetach, RunnerState, StoredVm, VmInfo, VmState};
 use tokio::sync::{mpsc, watch};
 
+use super::journal::Forwarding;
 use super::lazy::Paging;
 use super::replace::Aside;
 use super::requests::{Answer, Ask, Consequence, Held, Verb, Word, admit, judge, state_words};
@@ -41,6 +43,8 @@ pub struct Actor {
     pub(super) aside: Option<Aside>,
     /// Pages of the runner that are on their way.
     pub(super) paging: Option<Paging>,
+    /// The runner's journal on its way to the controller.
+    pub(super) forwarding: Option<Forwarding>,
     /// When `Activate` came, `CLOCK_BOOTTIME`; 0: not to this agent.
     pub(super) activated_ns: u64,
 }
@@ -72,6 +76,7 @@ impl Actor {
             base: None,
             aside: None,
             paging: None,
+            forwarding: None,
             activated_ns: 0,
         }
     }
@@ -119,6 +124,8 @@ impl Actor {
             Message::Expired(operation) => self.expired(&operation).await,
             Message::Paged(serial, over) if serial == self.runner_serial => self.paged(over).await,
             Message::Paged(..) => {}
+            Message::Record(request, reply) => drop(reply.send(self.record(request).await)),
+            Message::Debug(vm, reply) => drop(reply.send(self.debug(vm).await)),
         }
     }
 
@@ -189,6 +196,8 @@ impl Actor {
                 (0, _) | (_, 0) => 0,
                 (from, to) => (to.saturating_sub(from) / 1000).max(1),
             },
+            recording: runner.and(self.runner_state.recording.clone()),
+            debugged: runner.is_some() && self.runner_state.debugged.is_some(),
         })
     }
 
@@ -236,6 +245,7 @@ impl Actor {
         }
         // Not before: a guest that sleeps on a missing page hears no word.
         self.paging = None;
+        self.forwarding = None;
     }
 
     async fn create(&mut self, request: CreateVmRequest) -> Result<VmInfo, Failure> {
@@ -304,6 +314,7 @@ impl Actor {
     /// Takes over what the runner says of its guest, where this host runs it.
     pub(super) fn absorb(&mut self, state: &RunnerState) {
         self.runner_state = state.clone();
+        self.forward_journal(state);
         let Some(record) = &mut self.record else { return };
         match record.state() {
             VmState::Starting | VmState::Running | VmState::Paused => {
@@ -361,6 +372,7 @@ impl Actor {
     }
 
     async fn stop(&mut self, state: VmState, reason: &str) -> Result<(), Failure> {
+        self.finish_journal(reason).await;
         self.end_runner().await;
         if let Some(record) = &mut self.record {
             record.state = state.into();
@@ -430,7 +442,8 @@ impl Actor {
 
     async fn pause_and_discard(&mut self, held: &Held) -> Result<(), Failure> {
         if let Some(runner) = self.runner.clone() {
-            // The discard ends the process anyway; the guest must not run for one moment longer than this.
+            // No debugger lets it go on meanwhile. The discard ends the process anyway; the guest must not run for one moment longer than this.
+            let _none = runner.debug(DebugAsk::Detach(RunnerDebugDetach {})).await;
             let _ended = runner.pause("another host owns it").await;
         }
         let why = format!("the controller says that generation {} is not this host's", held.generation);

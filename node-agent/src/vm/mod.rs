@@ -4,6 +4,8 @@
 //! rpc, heartbeat --messages--> actor (one task a VM, the only one that changes it) --> store, runner, migration
 //!                <--published--  (state for whoever wants to look: no lock, no wait)
 //! ```
+//! - [`debug`]: a guest under a debugger.
+//! - [`journal`]: what is recorded of a guest, on its way.
 //! - [`requests`]: what is accepted, ignored, refused: pure.
 //! - [`store`]: what is on disk; written before anything acts on it.
 //! - [`lazy`]: pages that come while the guest runs. [`runner`]: the guest's process. [`lease`]: how long it may run.
@@ -11,6 +13,8 @@
 //! Refuses to know other hosts' VMs, who may call, and how bytes travel.
 
 pub mod actor;
+pub mod debug;
+mod journal;
 pub mod lazy;
 pub mod lease;
 mod recover;
@@ -26,8 +30,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use proto::status::Code;
-use proto::v1::{ActivateReply, ActivateRequest, CreateVmRequest, OperationRef, PrepareRequest, SendRequest};
-use proto::v1::{Hello, HostInfo, StoredVm, TransferEvent, VmInfo, VmState};
+use proto::v1::{
+    ActivateReply, ActivateRequest, CreateVmRequest, OperationRef, PrepareRequest, RecordRequest, SendRequest,
+};
+use proto::v1::{Hello, HostInfo, StoredVm, TransferEvent, VmInfo, VmRef, VmState};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -118,6 +124,10 @@ pub enum Message {
     Expired(String),
     /// All pages of the runner of this serial number have come, or it has ended.
     Paged(u64, lazy::Over),
+    /// Record from now on, or end that.
+    Record(RecordRequest, Reply<VmInfo>),
+    /// Attach a debugger, whose requests go to the runner.
+    Debug(VmRef, Reply<Arc<Runner>>),
 }
 
 /// What is known of a VM without asking its actor.

@@ -17,12 +17,14 @@ use std::time::{Duration, Instant};
 
 use proto::frame::{Kind, encode_message};
 use proto::status::Code;
+use proto::v1::runner_debug::Ask;
 use proto::v1::runner_reply::Reply;
 use proto::v1::runner_request::Request;
 use proto::v1::{
-    MachineConfig, RunnerAdvanceEpoch, RunnerApply, RunnerAttach, RunnerCapture, RunnerConsoleOutput, RunnerFreeze,
-    RunnerFrozen, RunnerLease, RunnerMapping, RunnerPause, RunnerReply, RunnerRequest, RunnerResume, RunnerSections,
-    RunnerShutdown, RunnerState, RunnerStatus, RunnerStayFrozen, RunnerThaw, RunnerThrottle, VmState,
+    MachineConfig, RunnerAdvanceEpoch, RunnerApply, RunnerAttach, RunnerCapture, RunnerConsoleOutput, RunnerDebug,
+    RunnerFreeze, RunnerFrozen, RunnerLease, RunnerMapping, RunnerPause, RunnerReplay, RunnerReply, RunnerRequest,
+    RunnerResume, RunnerSections, RunnerShutdown, RunnerState, RunnerStatus, RunnerStayFrozen, RunnerThaw,
+    RunnerThrottle, VmState,
 };
 use rustix::process::{Pid, Signal};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
@@ -33,6 +35,7 @@ use vmcb_engine::memory::shared::SharedPages;
 
 use super::lazy::standing::Standing;
 use crate::migration::source::Input;
+use crate::migration::target::Replay;
 use crate::migration::{Failure, SourceVm, Spaces, TargetVm};
 use crate::runner::faults::Faults;
 use crate::runner::open::{short_path, start_time};
@@ -54,7 +57,7 @@ const LOG_TAIL_BYTES: usize = 2000;
 #[derive(Debug)]
 pub enum Event {
     /// The state changed by itself.
-    Changed(RunnerState),
+    Changed(Box<RunnerState>),
     /// The connection ended.
     Gone,
 }
@@ -164,6 +167,7 @@ pub struct Runner {
     pub standing: Arc<Standing>,
     descriptors: Vec<(String, OwnedFd)>,
     ram: Vec<Mapping>,
+    changes: watch::Receiver<RunnerState>,
 }
 
 fn internal(text: impl std::fmt::Display) -> Failure {
@@ -237,12 +241,14 @@ impl Runner {
         let (calls, mailbox) = mpsc::channel(64);
         let (console, _) = broadcast::channel(CONSOLE_BACKLOG);
         let listeners = console.downgrade();
-        let conversation = Conversation { stream, inbox, pending: HashMap::new(), next_id: 2, console, events };
-        tokio::spawn(conversation.run(mailbox));
         let Attached { config, state, descriptors, ram } = attached;
+        let (changed, changes) = watch::channel(state.clone());
+        let pending = HashMap::new();
+        let conversation = Conversation { stream, inbox, pending, next_id: 2, console, events, changed };
+        tokio::spawn(conversation.run(mailbox));
         let (process, standing) = (Process::of(directory), Arc::default());
         let directory = directory.to_owned();
-        Ok(Runner { calls, console: listeners, directory, config, state, process, standing, descriptors, ram })
+        Ok(Runner { calls, console: listeners, directory, config, state, process, standing, descriptors, ram, changes })
     }
 
     /// Asks and waits for the answer.
@@ -333,6 +339,19 @@ impl Runner {
     /// As [`Runner::call`].
     pub async fn status(&self) -> Result<RunnerState, Failure> {
         self.state_after(Request::Status(RunnerStatus {})).await
+    }
+
+    /// What a debugger asks, where the answer is how the guest stands then.
+    ///
+    /// # Errors
+    /// As [`Runner::call`].
+    pub async fn debug(&self, ask: Ask) -> Result<RunnerState, Failure> {
+        self.state_after(Request::Debug(RunnerDebug { ask: Some(ask) })).await
+    }
+
+    /// The state each time that it changed by itself, at first as it was attached.
+    pub fn changes(&self) -> watch::Receiver<RunnerState> {
+        self.changes.clone()
     }
 
     /// Ends the process, by word and then by force.
@@ -446,6 +465,7 @@ struct Conversation {
     next_id: u64,
     console: broadcast::Sender<RunnerConsoleOutput>,
     events: mpsc::UnboundedSender<Event>,
+    changed: watch::Sender<RunnerState>,
 }
 
 impl Conversation {
@@ -491,7 +511,10 @@ impl Conversation {
         while let Some(reply) = self.inbox.take::<RunnerReply>().map_err(|e| Failure::new(Code::Protocol, e))? {
             match (reply.id, reply.reply) {
                 (0, Some(Reply::Console(output))) => drop(self.console.send(output)),
-                (0, Some(Reply::Changed(state))) => drop(self.events.send(Event::Changed(state))),
+                (0, Some(Reply::Changed(state))) => {
+                    self.changed.send_replace(state.clone());
+                    drop(self.events.send(Event::Changed(Box::new(state))));
+                }
                 (id, Some(reply)) => {
                     if let Some(caller) = self.pending.remove(&id) {
                         let _caller_left = caller.send(reply);
@@ -572,6 +595,11 @@ impl SourceVm for Leaving {
     }
 }
 
+/// Blocks of a recording that are handed to a runner at once, bytes.
+const REPLAY_BATCH_BYTES: usize = 4 << 20;
+/// How often is looked how far a replay is.
+const REPLAY_LOOK: std::time::Duration = std::time::Duration::from_millis(50);
+
 /// A VM that arrives, for the migration.
 #[derive(Debug)]
 pub struct Arriving {
@@ -586,5 +614,29 @@ impl TargetVm for Arriving {
 
     async fn capture(&mut self) -> Result<Vec<proto::v1::Section>, Failure> {
         Ok(Leaving::sections(self.runner.call(Request::Capture(RunnerCapture {})).await?)?.sections)
+    }
+
+    async fn replay(&mut self, replay: Replay) -> Result<(), Failure> {
+        let Replay { blocks, until } = replay;
+        let mut batch = RunnerReplay::default();
+        let mut bytes = 0;
+        for block in blocks {
+            if bytes + block.len() > REPLAY_BATCH_BYTES && bytes > 0 {
+                self.runner.state_after(Request::Replay(std::mem::take(&mut batch))).await?;
+                bytes = 0;
+            }
+            bytes += block.len();
+            batch.blocks.push(block.into());
+        }
+        batch.until = Some(until);
+        let mut state = self.runner.state_after(Request::Replay(batch)).await?;
+        while state.replaying.is_some() {
+            tokio::time::sleep(REPLAY_LOOK).await;
+            state = self.runner.status().await?;
+        }
+        match state.state() {
+            VmState::Crashed | VmState::Stopped => Err(Failure::new(Code::Corrupt, state.reason)),
+            _ => Ok(()),
+        }
     }
 }

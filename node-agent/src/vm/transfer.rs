@@ -83,6 +83,11 @@ impl Reception {
 }
 
 impl Actor {
+    /// It is being sent to another host.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.transfer.as_ref().is_some_and(|transfer| !transfer.checkpoint)
+    }
+
     pub(super) async fn prepare(&mut self, request: PrepareRequest) -> Result<(), Failure> {
         let ticket = request.ticket.clone().unwrap_or_default();
         if ticket.target != self.host.name {
@@ -272,6 +277,10 @@ impl Actor {
             let text =
                 format!("{} pages of its RAM still come from checkpoint {}", lazy.pages_missing, lazy.checkpoint);
             return Err(refusal(&self.name, Code::Conflict, &text));
+        }
+        if self.runner_state.debugged.is_some() && !request.checkpoint {
+            let text = "a debugger is attached: it can move when that has gone";
+            return Err(refusal(&self.name, Code::Conflict, text));
         }
         let identity = Identity::parse(&request.peer_identity).ok_or_else(|| {
             refusal(&self.name, Code::BadInput, &format!("{:?} is not an identity", request.peer_identity))

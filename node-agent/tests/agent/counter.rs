@@ -6,10 +6,12 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use node_agent::runner::guest::{Guest, Outcome};
+use node_agent::runner::guest::{Debugged, Guest, Outcome, Place, Recorded};
 use node_agent::runner::open::Opened;
 use node_agent::runner::{Built, Options, run};
-use proto::v1::{MachineConfig, Section};
+use proto::status::Code;
+use proto::v1::{MachineConfig, Position, RecordRequest, RecordingInfo, RunnerFailure, Section};
+use vmcb_engine::engine::Stops;
 use vmcb_engine::memory::{GuestMemory, sized_memfd};
 
 const ARGUMENTS: &str = "GODWIT_TEST_RUNNER";
@@ -33,6 +35,84 @@ struct Counter {
     idle: bool,
     said: Vec<u8>,
     power_off: bool,
+}
+
+impl Recorded for Counter {
+    fn record(&mut self, _: &RecordRequest) -> Result<(), RunnerFailure> {
+        Err(RunnerFailure { code: Code::Incapable as u32, message: "this guest is not recorded".into() })
+    }
+
+    fn stop_recording(&mut self, _: &str) {}
+
+    fn is_recording(&self) -> bool {
+        false
+    }
+
+    fn recording(&self) -> Option<RecordingInfo> {
+        None
+    }
+
+    fn set_realtime(&mut self, _: u64) {}
+
+    fn close_block(&mut self) {}
+
+    fn take_journal(&mut self, _: u64) -> Vec<Vec<u8>> {
+        Vec::new()
+    }
+
+    fn must_wait(&self) -> bool {
+        false
+    }
+
+    fn expect_block(&mut self, _: &[u8]) -> Result<(), String> {
+        Err("this guest replays nothing".into())
+    }
+
+    fn arrive_at(&mut self, _: Position, _: Option<(Vec<u8>, Option<Vec<u8>>)>) -> Result<(), String> {
+        Err("this guest replays nothing".into())
+    }
+
+    fn arriving(&self) -> Option<Position> {
+        None
+    }
+
+    fn arrive(&mut self) -> Result<bool, String> {
+        Ok(true)
+    }
+
+    fn pack(&mut self) -> Result<Vec<Section>, String> {
+        Guest::capture(self)
+    }
+}
+
+impl Debugged for Counter {
+    fn read_cpu(&self, vcpu: usize) -> Option<Vec<u8>> {
+        (vcpu == 0).then(Vec::new)
+    }
+
+    fn write_cpu(&mut self, _: usize, _: &[u8]) -> Result<(), String> {
+        Err("this guest has no registers".into())
+    }
+
+    fn read_memory(&self, _: Place, _: &mut [u8]) -> usize {
+        0
+    }
+
+    fn write_memory(&mut self, _: Place, _: &[u8]) -> Result<(), String> {
+        Err("this guest has no memory".into())
+    }
+
+    fn set_stops(&mut self, _: &Stops) {}
+
+    fn pass_breakpoints(&mut self) {}
+
+    fn current_vcpu(&self) -> usize {
+        0
+    }
+
+    fn last_ran(&self, _: usize) -> Option<u64> {
+        Some(Guest::retired(self))
+    }
 }
 
 impl Guest for Counter {

@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 use node_agent::agent::Agent;
 use node_agent::config::{Capabilities, Config, Engine, LogFormat, TlsFiles};
 use node_agent::tls::{Identity, Tls};
+use proto::frame::{Kind, decode_message};
 use proto::v1::agent_client::AgentClient;
 use proto::v1::fleet_server::{Fleet, FleetServer};
 use proto::v1::vm_verdict::Verdict;
 use proto::v1::{
-    BootSource, CreateVmRequest, HeartbeatReply, HeartbeatRequest, MachineConfig, PagesPart, PagesWanted, VmInfo,
-    VmRef, VmState, VmVerdict,
+    AppendJournalReply, AppendJournalRequest, BootSource, CreateVmRequest, HeartbeatReply, HeartbeatRequest,
+    JournalBlock, MachineConfig, PagesPart, PagesWanted, VmInfo, VmRef, VmState, VmVerdict,
 };
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
 use tokio::sync::mpsc;
@@ -23,6 +24,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Server};
 use tonic::{Request, Response, Status, Streaming};
+use vmcb_engine::journal::{Block, Chain};
 
 pub const LEASE_MS: u32 = 1000;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -33,6 +35,16 @@ static FLEETS: AtomicU32 = AtomicU32::new(0);
 pub struct Words {
     pub verdicts: Mutex<BTreeMap<String, Verdict>>,
     pub silent: AtomicBool,
+    /// No journal is taken.
+    pub journal_away: AtomicBool,
+    pub journal: Mutex<Journal>,
+}
+
+/// A journal as a controller takes it: a chain, in order, whatever comes twice.
+#[derive(Default)]
+pub struct Journal {
+    pub chain: Chain,
+    pub blocks: Vec<Block>,
 }
 
 struct FleetService(Arc<Words>);
@@ -51,6 +63,25 @@ impl Fleet for FleetService {
             VmVerdict { vm: vm.name.clone(), verdict, generation: vm.generation }
         });
         Ok(Response::new(HeartbeatReply { lease_ms: LEASE_MS, vms: vms.collect() }))
+    }
+
+    async fn append_journal(
+        &self,
+        request: Request<AppendJournalRequest>,
+    ) -> Result<Response<AppendJournalReply>, Status> {
+        if self.0.journal_away.load(Ordering::SeqCst) {
+            return Err(Status::unavailable("the test says so"));
+        }
+        let mut journal = self.0.journal.lock().unwrap();
+        let next = |journal: &Journal| journal.chain.head().map_or(0, |head| head.sequence);
+        for frame in request.into_inner().blocks {
+            let message: JournalBlock = decode_message(Kind::Journal, &frame).unwrap();
+            if message.sequence >= next(&journal) {
+                let block = journal.chain.take(&frame).unwrap();
+                journal.blocks.push(block);
+            }
+        }
+        Ok(Response::new(AppendJournalReply { next_sequence: next(&journal), refused: String::new() }))
     }
 
     type PagesStream = tokio_stream::Empty<Result<PagesPart, Status>>;
@@ -142,6 +173,15 @@ impl TestFleet {
 
     pub fn say(&self, vm: &str, verdict: Verdict) {
         self.words.verdicts.lock().unwrap().insert(vm.into(), verdict);
+    }
+
+    /// Waits until the journal that was taken is as `wanted`.
+    pub async fn until_journal(&self, wanted: impl Fn(&[Block]) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !wanted(&self.words.journal.lock().unwrap().blocks) {
+            assert!(Instant::now() < deadline, "{:#?}", self.words.journal.lock().unwrap().blocks);
+            tokio::task::yield_now().await;
+        }
     }
 
     pub fn create(&self, vm: &str, generation: u64) -> CreateVmRequest {

@@ -1,11 +1,13 @@
 //! The real `vm-runner`, jailed, with a real machine: a few instructions that say hello and count in RAM.
 
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 
-use proto::v1::{ConsoleInput, DiskConfig, VmRef, VmState};
+use proto::v1::{ConsoleInput, DiskConfig, RecordRequest, StopVmRequest, VmRef, VmState};
 use tokio_stream::StreamExt;
+use vmcb_engine::journal::{Block, Event};
 
-use crate::fleet::{TestFleet, runs};
+use crate::fleet::{Host, TestFleet, runs};
 use crate::moves::migrate;
 
 const ENTRY: u32 = 0x10_0000;
@@ -45,7 +47,7 @@ fn kernel() -> Vec<u8> {
     elf
 }
 
-async fn fleet() -> TestFleet {
+pub async fn fleet() -> TestFleet {
     let mut fleet = TestFleet::start().await;
     std::fs::write(fleet.root.join("kernel"), kernel()).unwrap();
     fleet.runner = (PathBuf::from(env!("CARGO_BIN_EXE_vm-runner")), true);
@@ -117,4 +119,47 @@ async fn a_kernel_that_is_none_is_refused_and_leaves_nothing() {
     assert!(!fleet.root.join("hostA/vms/vm1").exists());
     assert!(host.vm("vm1").await.is_none());
     host.end().await;
+}
+
+fn recording(generation: u64, recording: &[u8]) -> RecordRequest {
+    RecordRequest { vm: "vm1".into(), generation, recording: recording.to_vec(), ..RecordRequest::default() }
+}
+
+/// Types something and waits until it is in the journal.
+async fn type_in(fleet: &TestFleet, host: &mut Host, text: &str) {
+    let input = ConsoleInput { vm: "vm1".into(), data: text.into(), ..ConsoleInput::default() };
+    let _outputs = host.client.console(tokio_stream::iter([input])).await.unwrap();
+    let typed = |block: &Block| block.events.iter().any(|it| it.event == Event::Console(text.into()));
+    fleet.until_journal(|blocks| blocks.iter().any(typed)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_journal_is_one_chain_through_a_killed_agent_a_silent_controller_and_a_move() {
+    let fleet = fleet().await;
+    let (mut a, mut b) = (fleet.host("hostA").await, fleet.host("hostB").await);
+    a.client.create_vm(fleet.create("vm1", 1)).await.unwrap();
+    let refused = a.client.record(recording(2, &[5; 16])).await.unwrap_err();
+    assert!(refused.message().contains("generation 1 is here"), "{refused}");
+    a.client.record(recording(1, &[5; 16])).await.unwrap();
+    a.client.record(recording(1, &[5; 16])).await.unwrap();
+    let refused = a.client.record(recording(1, &[6; 16])).await.unwrap_err();
+    assert!(refused.message().contains("0505"), "{refused}");
+    type_in(&fleet, &mut a, "one").await;
+
+    fleet.words.journal_away.store(true, Ordering::SeqCst);
+    let closed = a.vm("vm1").await.unwrap().recording.unwrap().next_sequence;
+    a.until("vm1", |vm| vm.recording.as_ref().is_some_and(|it| it.next_sequence > closed + 1)).await;
+    a.end().await;
+    let mut a = fleet.host("hostA").await;
+    a.until("vm1", runs).await;
+    fleet.words.journal_away.store(false, Ordering::SeqCst);
+    type_in(&fleet, &mut a, "two").await;
+
+    migrate(&mut a, &mut b, 2).await;
+    type_in(&fleet, &mut b, "three").await;
+    b.client.stop_vm(StopVmRequest { vm: "vm1".into(), generation: 2, ..StopVmRequest::default() }).await.unwrap();
+    fleet.until_journal(|blocks| blocks.last().is_some_and(|block| !block.ended.is_empty())).await;
+    let cuts = fleet.words.journal.lock().unwrap().blocks.iter().filter(|block| block.cut.is_some()).count();
+    assert_eq!(cuts, 2, "the beginning and the move");
+    b.end().await;
 }

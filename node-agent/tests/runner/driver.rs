@@ -13,13 +13,13 @@ use proto::v1::{
     Section, VmState,
 };
 
-const MS: u64 = 1_000_000;
+pub const MS: u64 = 1_000_000;
 
-struct Bench {
-    driver: Driver<Scripted, Hand, Kept>,
-    clock: Hand,
+pub struct Bench {
+    pub driver: Driver<Scripted, Hand, Kept>,
+    pub clock: Hand,
     kept: Kept,
-    seen: Shared,
+    pub seen: Shared,
 }
 
 fn bench_with(images: Box<dyn BootImages>, script: impl IntoIterator<Item = Act>) -> Bench {
@@ -29,7 +29,7 @@ fn bench_with(images: Box<dyn BootImages>, script: impl IntoIterator<Item = Act>
     Bench { driver, clock, kept, seen }
 }
 
-fn bench(paced: bool, script: impl IntoIterator<Item = Act>) -> Bench {
+pub fn bench(paced: bool, script: impl IntoIterator<Item = Act>) -> Bench {
     let (guest, seen) = Scripted::new(script);
     let (clock, kept) = (Hand::at(1_000_000 * MS), Kept::default());
     let images = Box::new(Kernel(b"kernel"));
@@ -38,7 +38,7 @@ fn bench(paced: bool, script: impl IntoIterator<Item = Act>) -> Bench {
 }
 
 impl Bench {
-    fn ask(&mut self, request: Request) -> Reply {
+    pub fn ask(&mut self, request: Request) -> Reply {
         let input = Input::Request { connection: 1, request: RunnerRequest { id: 9, request: Some(request) } };
         let _flow = self.driver.take(input).unwrap();
         match self.kept.0.lock().unwrap().pop() {
@@ -47,26 +47,28 @@ impl Bench {
         }
     }
 
-    fn lease(&mut self, ms: u64) {
+    pub fn lease(&mut self, ms: u64) {
         use node_agent::clock::Clock;
         let until_boottime_ns = self.clock.boottime_ns() + ms * MS;
         self.ask(Request::Lease(RunnerLease { until_boottime_ns }));
     }
 
-    fn booted(&mut self) {
+    pub fn booted(&mut self) {
         self.ask(Request::Lease(RunnerLease { until_boottime_ns: 0 }));
         assert!(
             matches!(self.ask(Request::Boot(RunnerBoot {})), Reply::State(state) if state.state() == VmState::Running)
         );
     }
 
-    fn runs(&self) -> u64 {
+    pub fn runs(&self) -> u64 {
         self.seen.lock().unwrap().runs
     }
 
-    fn changes(&self) -> Vec<RunnerState> {
+    pub fn changes(&self) -> Vec<RunnerState> {
         let kept = self.kept.0.lock().unwrap();
-        kept.iter().filter_map(|o| if let Output::Changed(state) = o { Some(state.clone()) } else { None }).collect()
+        kept.iter()
+            .filter_map(|o| if let Output::Changed(state) = o { Some((**state).clone()) } else { None })
+            .collect()
     }
 }
 

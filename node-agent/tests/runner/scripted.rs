@@ -6,8 +6,10 @@ use std::sync::{Arc, Mutex};
 
 use node_agent::clock::Clock;
 use node_agent::runner::driver::{BootImages, Closed, Outbox, Output, Terms};
-use node_agent::runner::guest::{Guest, Outcome};
-use proto::v1::{MachineConfig, Section};
+use node_agent::runner::guest::{Debugged, Guest, Outcome, Place, Recorded};
+use proto::status::Code;
+use proto::v1::{MachineConfig, Position, RecordRequest, RecordingInfo, RunnerFailure, Section};
+use vmcb_engine::engine::Stops;
 
 /// A clock that the test moves.
 #[derive(Clone, Default)]
@@ -49,6 +51,7 @@ pub struct Seen {
     /// Bytes kept of a frozen instant, if one is.
     pub frozen: Option<u64>,
     pub thawed: u32,
+    pub stops: Stops,
 }
 
 pub type Shared = Arc<Mutex<Seen>>;
@@ -84,6 +87,86 @@ impl Scripted {
             },
             seen,
         )
+    }
+}
+
+impl Recorded for Scripted {
+    fn record(&mut self, _: &RecordRequest) -> Result<(), RunnerFailure> {
+        Err(RunnerFailure { code: Code::Incapable as u32, message: "this guest is not recorded".into() })
+    }
+
+    fn stop_recording(&mut self, _: &str) {}
+
+    fn is_recording(&self) -> bool {
+        false
+    }
+
+    fn recording(&self) -> Option<RecordingInfo> {
+        None
+    }
+
+    fn set_realtime(&mut self, _: u64) {}
+
+    fn close_block(&mut self) {}
+
+    fn take_journal(&mut self, _: u64) -> Vec<Vec<u8>> {
+        Vec::new()
+    }
+
+    fn must_wait(&self) -> bool {
+        false
+    }
+
+    fn expect_block(&mut self, _: &[u8]) -> Result<(), String> {
+        Err("this guest replays nothing".into())
+    }
+
+    fn arrive_at(&mut self, _: Position, _: Option<(Vec<u8>, Option<Vec<u8>>)>) -> Result<(), String> {
+        Err("this guest replays nothing".into())
+    }
+
+    fn arriving(&self) -> Option<Position> {
+        None
+    }
+
+    fn arrive(&mut self) -> Result<bool, String> {
+        Ok(true)
+    }
+
+    fn pack(&mut self) -> Result<Vec<Section>, String> {
+        Guest::capture(self)
+    }
+}
+
+impl Debugged for Scripted {
+    fn read_cpu(&self, vcpu: usize) -> Option<Vec<u8>> {
+        (vcpu == 0).then(Vec::new)
+    }
+
+    fn write_cpu(&mut self, _: usize, _: &[u8]) -> Result<(), String> {
+        Err("this guest has no registers".into())
+    }
+
+    fn read_memory(&self, _: Place, _: &mut [u8]) -> usize {
+        0
+    }
+
+    fn write_memory(&mut self, _: Place, _: &[u8]) -> Result<(), String> {
+        Err("this guest has no memory".into())
+    }
+
+    fn set_stops(&mut self, stops: &Stops) {
+        self.seen.lock().unwrap().stops = stops.clone();
+    }
+
+    fn pass_breakpoints(&mut self) {}
+
+    fn current_vcpu(&self) -> usize {
+        0
+    }
+
+    fn last_ran(&self, _: usize) -> Option<u64> {
+        Some(Guest::retired(self))
     }
 }
 

@@ -21,7 +21,7 @@ use vmcb_engine::transfer::receive::{ReceiveError, land_all};
 use super::workers::blocking;
 use super::{chunk, words};
 use crate::migration::message::Message;
-use crate::migration::target::{Effect, Input, Step, Target};
+use crate::migration::target::{Effect, Input, Replay, Step, Target};
 use crate::migration::{Failure, Spaces, TargetVm};
 
 /// Batches of frames of a lane that wait for its thread.
@@ -67,6 +67,7 @@ struct Apply {
     sections: Vec<Section>,
     verify_full: bool,
     ram: Option<Digest>,
+    replay: Option<Replay>,
 }
 
 impl Receiver {
@@ -235,8 +236,8 @@ impl Shared {
                 Effect::Ack { round } => self.reply(Message::RoundAck(RoundAck { round })),
                 Effect::SayReady(digest) => self.reply(Message::Ready(v1::Ready { digest: Some(digest) })),
                 Effect::Settle => settle = true,
-                Effect::Apply { sections, verify_full, ram } => {
-                    let _ = self.apply.send(Apply { sections, verify_full, ram });
+                Effect::Apply { sections, verify_full, ram, replay } => {
+                    let _ = self.apply.send(Apply { sections, verify_full, ram, replay });
                 }
                 Effect::AbortSource(failure) => {
                     // Dropping the queues ends the streams after the farewell.
@@ -347,6 +348,7 @@ fn input(lane: u32, message: Result<Message, FrameError>) -> Input {
         Ok(Message::Pages(_)) => Input::Pages { lane },
         Ok(Message::RoundEnd(end)) => Input::RoundEnd { lane, end },
         Ok(Message::Section(section)) => Input::Section { lane, section },
+        Ok(Message::Journal(frame)) => Input::Journal { lane, frame },
         Ok(Message::StateEnd(end)) => Input::StateEnd { lane, end },
         Ok(Message::Abort(abort)) => Input::Aborted(Failure::new(Code::from_number(abort.code), abort.reason)),
         Ok(
@@ -365,7 +367,7 @@ fn input(lane: u32, message: Result<Message, FrameError>) -> Input {
 
 /// Owns the VM; applies the sections when they are complete.
 async fn obey(mut vm: impl TargetVm, mut orders: mpsc::UnboundedReceiver<Apply>, shared: Weak<Shared>) {
-    while let Some(Apply { sections, verify_full, ram }) = orders.recv().await {
+    while let Some(Apply { sections, verify_full, ram, replay }) = orders.recv().await {
         let Some(strong) = shared.upgrade() else { return };
         if ram.is_some() != strong.lazy {
             let text = "one side wants RAM to follow while the guest runs, the other does not";
@@ -384,6 +386,11 @@ async fn obey(mut vm: impl TargetVm, mut orders: mpsc::UnboundedReceiver<Apply>,
         let (roots, captured) = match verify_full {
             true => (hashing.await, applying.await),
             false => tokio::join!(hashing, applying),
+        };
+        // What was compared is what arrived; what the recording makes of it comes after.
+        let captured = match (captured, replay) {
+            (Ok(captured), Some(replay)) => vm.replay(replay).await.map(|()| captured),
+            (captured, _) => captured,
         };
         let input = match (roots.and_then(|roots| roots), captured) {
             (Ok(roots), Ok(sections)) => {

@@ -268,6 +268,7 @@ impl<V: SourceVm> Driver<V> {
                     verify_full,
                     stopped_us,
                     ram_follows: false,
+                    replay_until: None,
                 };
                 self.send_state(sections, end).await;
                 None
@@ -484,6 +485,7 @@ fn input(lane: u32, message: Result<Message, proto::frame::FrameError>) -> Input
         Ok(
             other @ (Message::Pages(_)
             | Message::Section(_)
+            | Message::Journal(_)
             | Message::Hello(_)
             | Message::BaseLeaves(_)
             | Message::RoundEnd(_)

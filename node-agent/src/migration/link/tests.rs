@@ -23,6 +23,7 @@ use super::{Phase, Receiver, Replies, chunk, read_hello, refusal, send, tune_end
 use crate::migration::bank::{Bank, noise};
 use crate::migration::message::Message;
 use crate::migration::source::Input;
+use crate::migration::target::Replay;
 use crate::migration::{Base, Failure, MESSAGE_BYTES_MAX, Sent, SourceVm, Spaces, TargetVm};
 
 const PAGE: u64 = 4096;
@@ -171,6 +172,10 @@ impl TargetVm for Shell {
             sections[1].body[7] ^= 1;
         }
         Ok(sections)
+    }
+
+    async fn replay(&mut self, _: Replay) -> Result<(), Failure> {
+        Err(Failure::new(Code::Incapable, "this shell has no machine"))
     }
 }
 
