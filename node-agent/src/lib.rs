@@ -6,6 +6,7 @@
 //! - [`vm`]: one task per VM, the only one that changes it; its files; its runner.
 //! - [`migration`]: a VM on its way over lanes.
 //! - [`runner`]: the process of one guest (binary `vm-runner`).
+//! - [`replay`]: a recording, gone through again where its reader is (binary `vm-replay`).
 //!
 //! This crate refuses to know other hosts' VMs, placement and the bucket.
 
@@ -17,6 +18,7 @@ pub mod heartbeat;
 pub mod host;
 pub mod metrics;
 pub mod migration;
+pub mod replay;
 pub mod rpc;
 pub mod runner;
 pub mod saved;
