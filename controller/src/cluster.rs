@@ -23,6 +23,7 @@ use crate::failure::Failure;
 use crate::ingest::Routes;
 use crate::ingest::read::Reader;
 use crate::ingest::supply::Supplies;
+use crate::journal::Journals;
 use crate::keys::Keys;
 use crate::ledger::event::Event;
 use crate::ledger::saved::to_hex;
@@ -108,11 +109,12 @@ impl Controller {
             let cluster = to_hex(&entropy::bytes::<16>());
             ledger.append(&actor, Event::ClusterNamed { cluster }).await?;
         }
-        let routes = Routes::default();
+        let (routes, journals) = (Routes::default(), Journals::new(reader.clone()));
         let reached = if config.address.is_empty() { address.to_string() } else { config.address.clone() };
         let world = Hosts {
             agents: agents.clone(),
             reader: reader.clone(),
+            journals: journals.clone(),
             routes: routes.clone(),
             tls: tls.clone(),
             address: reached,
@@ -133,6 +135,7 @@ impl Controller {
             reader,
             bucket_url: config.bucket.url.clone(),
             routes,
+            journals,
             supplies: Supplies::default(),
             reconcile: Reconcile::default(),
         };
@@ -151,7 +154,12 @@ impl Controller {
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), ClusterError> {
         let Controller { config, listener, address, tls, api } = self;
         if let Some(address) = config.metrics {
-            let sources = Sources { ledger: api.ledger.clone(), agents: api.agents.clone(), tls: tls.clone() };
+            let sources = Sources {
+                ledger: api.ledger.clone(),
+                agents: api.agents.clone(),
+                journals: api.journals.clone(),
+                tls: tls.clone(),
+            };
             let bound = TcpListener::bind(address).await.map_err(|source| ClusterError::Listen { address, source })?;
             tokio::spawn(metrics::serve(bound, metrics::install()?, sources, shutdown.clone()));
         }

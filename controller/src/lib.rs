@@ -3,7 +3,7 @@
 //! ```text
 //!   api  ->  saga  ->  agents   (calls to hosts)        ledger: what is true; one append is the commit of a hand-over
 //!              |  \->  ingest   (lanes: to and from the bucket, and through)
-//!              v       bucket
+//!              v       bucket  <-  journal  (blocks of recordings)
 //!            ledger <- reconcile <- heartbeats
 //! ```
 //! It refuses to know guest memory, engines and devices: pages are bytes with a hash here. The daemon is wired in
@@ -19,6 +19,7 @@ pub mod ctl;
 pub mod entropy;
 pub mod failure;
 pub mod ingest;
+pub mod journal;
 pub mod keys;
 pub mod ledger;
 pub mod metrics;

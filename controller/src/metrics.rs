@@ -17,6 +17,7 @@
 //! | `godwit_checkpoint_stop_seconds`    | histogram |              | guest stopped for a checkpoint                   |
 //! | `godwit_checkpoint_age_seconds`     | gauge     | vm           | since the newest checkpoint of a VM was made     |
 //! | `godwit_checks_total`               | counter   | check, result | samples and drills: ok, failed                  |
+//! | `godwit_journal_lag_seconds`        | gauge     | vm           | since the newest block of a recording was closed |
 //! | `godwit_policies_missed`            | gauge     |              | VMs whose newest checkpoint is too old           |
 //! | `godwit_bucket_requests_total`      | counter   | verb, outcome | requests to the bucket that ended               |
 //! | `godwit_bucket_retries_total`       | counter   | verb         | tries of a request after its first               |
@@ -43,6 +44,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::agents::Agents;
+use crate::journal::Journals;
 use crate::ledger::damage::is_damaged;
 use crate::ledger::event::LABELS;
 use crate::ledger::{Ledger, unix_ms};
@@ -72,6 +74,8 @@ pub const CHECKPOINT_STOP: &str = "godwit_checkpoint_stop_seconds";
 pub const CHECKPOINT_AGE: &str = "godwit_checkpoint_age_seconds";
 /// See the table above.
 pub const POLICIES_MISSED: &str = "godwit_policies_missed";
+/// See the table above.
+pub const JOURNAL_LAG: &str = "godwit_journal_lag_seconds";
 /// See the table above.
 pub const BUCKET_REQUESTS: &str = "godwit_bucket_requests_total";
 /// See the table above.
@@ -109,7 +113,7 @@ enum Kind {
 }
 
 /// Every metric: name, kind, what it says.
-const METRICS: [(&str, Kind, &str); 26] = [
+const METRICS: [(&str, Kind, &str); 27] = [
     (HOSTS, Kind::Gauge, "hosts that are up, silent or lost"),
     (VMS, Kind::Gauge, "VMs by what was asked for"),
     (CHECKPOINTS, Kind::Gauge, "checkpoints in the ledger"),
@@ -125,6 +129,7 @@ const METRICS: [(&str, Kind, &str); 26] = [
     (CHECKPOINT_STOP, Kind::Histogram, "guest stopped for a checkpoint"),
     (CHECKPOINT_AGE, Kind::Gauge, "since the newest checkpoint of a VM was made"),
     (CHECKS, Kind::Counter, "samples and drills: ok, failed"),
+    (JOURNAL_LAG, Kind::Gauge, "since the newest block of a recording was closed"),
     (POLICIES_MISSED, Kind::Gauge, "VMs whose newest checkpoint is too old"),
     (BUCKET_REQUESTS, Kind::Counter, "requests to the bucket that ended"),
     (BUCKET_RETRIES, Kind::Counter, "tries of a request after its first"),
@@ -222,6 +227,8 @@ pub struct Sources {
     pub ledger: Ledger,
     /// Who was heard.
     pub agents: Arc<Agents>,
+    /// Recordings in the bucket.
+    pub journals: Journals,
     /// This controller's certificate.
     pub tls: Arc<Tls>,
 }
@@ -271,6 +278,13 @@ fn measure(sources: &Sources) {
         if let Some(newest) = newest.get(vm.id.as_str()) {
             let age = now.saturating_sub(newest.created_unix_ms) as f64 / 1e3;
             metrics::gauge!(CHECKPOINT_AGE, "vm" => vm.name.clone()).set(age);
+        }
+    }
+    for recording in state.recordings.values().filter(|recording| recording.ended.is_empty()) {
+        let newest_ns = recording.id.parse().ok().and_then(|id| sources.journals.newest_ns(id));
+        if let Some(newest_ns) = newest_ns {
+            let lag = now.saturating_sub(newest_ns / 1_000_000) as f64 / 1e3;
+            metrics::gauge!(JOURNAL_LAG, "vm" => recording.vm.clone()).set(lag);
         }
     }
     metrics::gauge!(POLICIES_MISSED).set(state.policies.values().filter(|policy| policy.missed).count() as f64);

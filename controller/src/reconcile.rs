@@ -64,6 +64,8 @@ fn correction(state: &State, host: &str, info: &VmInfo) -> Option<Correction> {
             reason: "the attempt is over".into(),
         })),
         (VmState::Running, Intent::Paused) => Some(Correction::Pause(itself("paused by the operator"))),
+        // Its debugger decides.
+        (VmState::Paused, Intent::Running) if info.debugged => None,
         (VmState::Paused, Intent::Running) => Some(Correction::Resume(itself(""))),
         (VmState::Running | VmState::Paused | VmState::Incoming, Intent::Stopped) => {
             Some(Correction::Stop(StopVmRequest {
@@ -167,6 +169,15 @@ mod tests {
         let state = running_vm("hostA");
         let work = corrections(&state, &report("hostA", 1, VmState::Incoming));
         assert!(matches!(&work[..], [Correction::Activate(request)] if !request.paused), "{work:?}");
+    }
+
+    #[test]
+    fn a_vm_under_a_debugger_is_left_to_it() {
+        let state = running_vm("hostA");
+        let mut report = report("hostA", 1, VmState::Paused);
+        assert!(matches!(corrections(&state, &report)[..], [Correction::Resume(_)]));
+        report.vms[0].debugged = true;
+        assert_eq!(corrections(&state, &report), []);
     }
 
     #[test]

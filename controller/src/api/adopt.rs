@@ -1,22 +1,28 @@
 //! From the bucket back into a ledger: after a disaster the bucket and the keys are all that there is.
 //!
-//! Of another bucket than the cluster's own, what is wanted is copied first. What is found becomes `CheckpointFound` in the ledger, in order of age, and is restored like any other checkpoint. A
+//! Recordings are found with them. Of another bucket than the cluster's own, what is wanted is copied first. What is found becomes `CheckpointFound` in the ledger, in order of age, and is restored like any other checkpoint. A
 //! manifest that does not open or makes no sense is named and left alone: nothing is removed here. A rotation of the
 //! cluster key passes here too, since it walks the same VMs.
 
 use std::collections::BTreeMap;
 
-use proto::ids::VmId;
+use proto::ids::{RecordingId, VmId};
 use proto::status::Code;
-use proto::v1::AdoptReply;
+use proto::v1::{AdoptReply, Manifest};
 
 use super::Api;
 use crate::abreast::abreast;
-use crate::bucket::{Bucket, Object, VMS, checkpoint_of, checkpoints_prefix, generation_folder, key_object, vm_prefix};
+use crate::bucket::{
+    Bucket, JournalObject, Object, VMS, checkpoint_of, checkpoints_prefix, generation_folder, journal_object,
+    journals_prefix, key_object, vm_prefix,
+};
 use crate::failure::Failure;
 use crate::ingest::manifest::{entry, pack_key, packs};
 use crate::ingest::read::Reader;
+use crate::journal::Journals;
+use crate::journal::segment::Tape;
 use crate::ledger::event::Event;
+use crate::ledger::recording::Recording;
 use crate::ledger::state::State;
 use crate::saga::report::record;
 use crate::tls::Identity;
@@ -57,6 +63,9 @@ impl Api {
                     Err(problem) => reply.problems.push(problem),
                 }
             }
+            if !name.is_empty() {
+                self.find_recordings(operator, &vm.id, &name).await?;
+            }
             // Whoever had it may have written in generations of which no checkpoint is left.
             let offered = state.generations.get(&name).copied().unwrap_or(0);
             if let Some(generation) = vm.generation.filter(|generation| *generation > offered && !name.is_empty()) {
@@ -72,6 +81,22 @@ impl Api {
         Ok(reply)
     }
 
+    /// Takes the recordings of a VM into the ledger that it does not know. None of them goes on: whoever recorded is gone.
+    async fn find_recordings(&self, operator: &Identity, vm_id: &str, vm: &str) -> Result<(), Failure> {
+        let Ok(id) = vm_id.parse::<VmId>() else { return Ok(()) };
+        for folder in self.reader.bucket.list_dirs(&journals_prefix(vm_id)).await? {
+            let Ok(recording) = folder.parse::<RecordingId>() else { continue };
+            if self.ledger.state().recordings.contains_key(&folder) {
+                continue;
+            }
+            let tape = self.journals.tape(id, recording).await?;
+            if let Some(entry) = found_recording(vm, vm_id, folder, &tape) {
+                self.ledger.append(&operator.to_string(), Event::RecordingFound { entry: Box::new(entry) }).await?;
+            }
+        }
+        Ok(())
+    }
+
     /// Makes a new cluster key and wraps the key of every VM in the bucket by it.
     ///
     /// # Errors
@@ -85,6 +110,44 @@ impl Api {
         }
         Ok(ids)
     }
+}
+
+/// A recording as its blocks tell it; none if there are none.
+fn found_recording(vm: &str, vm_id: &str, id: String, tape: &Tape) -> Option<Recording> {
+    let (first, last) = (tape.segments.first()?, tape.segments.last()?);
+    let ended = if last.ended.is_empty() { "it was found in the bucket: who recorded it is gone" } else { &last.ended };
+    Some(Recording {
+        id,
+        vm: vm.to_owned(),
+        vm_id: vm_id.to_owned(),
+        started_unix_ms: first.start_ns / 1_000_000,
+        full: 0,
+        ended: ended.to_owned(),
+        ended_unix_ms: last.end_ns / 1_000_000,
+    })
+}
+
+/// Copies what was recorded from a checkpoint on, the oldest first, so that what is cut short is a shorter recording.
+async fn bring_recording(ours: &Reader, theirs: &Reader, vm_id: &str, manifest: &Manifest) -> Result<(), Failure> {
+    let state = manifest.digest.clone().unwrap_or_default().state;
+    let Ok(vm) = vm_id.parse::<VmId>() else { return Ok(()) };
+    for folder in theirs.bucket.list_dirs(&journals_prefix(vm_id)).await? {
+        let Ok(recording) = folder.parse::<RecordingId>() else { continue };
+        let shelf = Journals::new(theirs.clone()).shelf(vm, recording);
+        let tape = shelf.tape().await?;
+        let Some(from) = tape.segments.iter().find(|segment| segment.begins_with(&state)) else { continue };
+        let there = ours.bucket.list(&shelf.prefix()).await?;
+        for key in theirs.bucket.list(&shelf.prefix()).await? {
+            let wanted = match journal_object(&key) {
+                Some(JournalObject::Blocks(first) | JournalObject::Index(first)) => first >= from.first,
+                None => false,
+            };
+            if wanted && !there.contains(&key) {
+                ours.bucket.put(&key, theirs.bucket.get(&key).await?).await?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// What lies there of a VM.
@@ -148,6 +211,7 @@ async fn bring(ours: &Reader, from: &str, name: &str) -> Result<usize, Failure> 
             async move { Ok(bucket.put(&key, theirs.pack(&key, &pack).await?).await?) }
         });
         moved.await?;
+        bring_recording(ours, &theirs, &vm.id, manifest).await?;
         for object in [key_object(&vm.id), key.clone()] {
             if !there.contains_key(&object) {
                 ours.bucket.put(&object, theirs.bucket.get(&object).await?).await?;
@@ -193,7 +257,8 @@ fn plain(url: &str) -> String {
 mod tests {
     use super::*;
     use crate::bucket::file::tests::Scratch;
-    use crate::ingest::tests::{VM, full, reader};
+    use crate::ingest::tests::{VM, claim, full, reader};
+    use crate::journal::chain::tests::{RECORDING, Recorder};
 
     #[test]
     fn only_manifests_are_checkpoints_and_urls_are_compared_without_their_slashes() {
@@ -245,5 +310,31 @@ mod tests {
         let failure = bring(&reader(&third.bucket), &from, "").await.unwrap_err();
         assert!(failure.code == Code::Corrupt && failure.message.contains(&entry.pack_keys[0]), "{failure}");
         assert!(third.bucket.get(&entry.manifest_key).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn what_was_recorded_from_the_newest_checkpoint_on_is_found_there_and_copied() {
+        let (there, here) = (Scratch::new(), Scratch::new());
+        let entry = full(&there, &[vec![(0, 0, 8, 1)]]).await;
+        let (theirs, ours) = (reader(&there.bucket), reader(&here.bucket));
+        let mut recorder = Recorder::new(RECORDING);
+        let mut frames = vec![recorder.cut(1), recorder.block()];
+        frames.extend([recorder.cut_of(entry.digest.state.clone().try_into().unwrap()), recorder.block()]);
+        frames.extend([recorder.cut(3), recorder.block()]);
+        let journals = Journals::new(theirs.clone());
+        journals.append(VM, RECORDING, &claim("theirs", 3), frames).await.unwrap();
+        let tape = journals.tape(VM, RECORDING).await.unwrap();
+        let found = found_recording("vm1", &VM.to_string(), "ab".repeat(16), &tape).unwrap();
+        assert_eq!(
+            found.ended_unix_ms - found.started_unix_ms,
+            7000,
+            "six blocks of a second, the first of which lasted two"
+        );
+        assert!(found.ended.contains("found in the bucket"));
+        assert!(found_recording("vm1", "", String::new(), &Tape::default()).is_none());
+        bring(&ours, &format!("file:{}", there.folder.display()), "").await.unwrap();
+        let tape = Journals::new(ours).tape(VM, RECORDING).await.unwrap();
+        assert_eq!(tape.segments.iter().map(|segment| segment.first).collect::<Vec<_>>(), [2, 4]);
+        assert!(tape.segments[0].begins_with(&entry.digest.state) && tape.problems.is_empty());
     }
 }

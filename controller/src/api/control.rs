@@ -12,10 +12,12 @@ use proto::v1::control_server::Control;
 use proto::v1::operation_event::Event as Said;
 use proto::v1::{
     AdoptReply, AdoptRequest, Blob, CheckpointName, CheckpointRecord, ConsoleInput, ConsoleOutput,
-    CreateCheckpointRequest, CreateVmRecordRequest, DrillReply, DrillRequest, Empty, EventsRequest, ExportRequest,
-    KeysReply, LedgerEvent, ListCheckpointsReply, ListHostsReply, ListPoliciesReply, ListVmsReply, MigrateRequest,
-    OperationDone, OperationEvent, OperationRef, PolicyRecord, PruneReply, PruneRequest, RestoreRequest,
-    SetPolicyRequest, SweepReply, SweepRequest, VmName, VmOrCheckpoint, VmRecord, VmRef, VmcbReply,
+    CreateCheckpointRequest, CreateVmRecordRequest, DebugBytes, DrillReply, DrillRequest, Empty, EventsRequest,
+    ExportRecordingRequest, ExportRequest, KeysReply, LedgerEvent, ListCheckpointsReply, ListHostsReply,
+    ListPoliciesReply, ListRecordingsReply, ListVmsReply, MigrateRequest, OperationDone, OperationEvent, OperationRef,
+    PolicyRecord, PruneReply, PruneRequest, RecordingName, RecordingRecord, RestoreRequest, SetPolicyRequest,
+    StartRecordingReply, StartRecordingRequest, SweepReply, SweepRequest, VmName, VmOrCheckpoint, VmRecord, VmRef,
+    VmcbReply,
 };
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -23,7 +25,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::placement::{Fleet, Need};
 use super::plans::{self, unknown_checkpoint, unknown_vm};
-use super::{Api, console, events, export, policies, require, views};
+use super::{Api, console, debug, events, export, policies, require, views};
 use crate::bucket::packs_prefix;
 use crate::failure::Failure;
 use crate::ledger::event::{CheckpointEntry, Plan, Task};
@@ -114,6 +116,7 @@ impl Control for Api {
     type StopStream = Operation;
     type RemoveStream = Operation;
     type AttachConsoleStream = ReceiverStream<Result<ConsoleOutput, Status>>;
+    type DebugStream = ReceiverStream<Result<DebugBytes, Status>>;
     type MigrateStream = Operation;
     type CreateCheckpointStream = Operation;
     type VerifyCheckpointStream = Operation;
@@ -122,6 +125,7 @@ impl Control for Api {
     type WatchOperationStream = Operation;
     type EventsStream = ReceiverStream<Result<LedgerEvent, Status>>;
     type ExportCheckpointStream = export::Export;
+    type ExportRecordingStream = export::Export;
 
     async fn list_hosts(&self, request: Request<Empty>) -> Result<Response<ListHostsReply>, Status> {
         require(&request, Role::Operator)?;
@@ -172,6 +176,11 @@ impl Control for Api {
     ) -> Result<Response<Self::AttachConsoleStream>, Status> {
         require(&request, Role::Operator)?;
         Ok(Response::new(console::attach(self.clone(), request.into_inner())))
+    }
+
+    async fn debug(&self, request: Request<Streaming<DebugBytes>>) -> Result<Response<Self::DebugStream>, Status> {
+        let operator = require(&request, Role::Operator)?;
+        Ok(Response::new(debug::attach(self.clone(), operator, request.into_inner())))
     }
 
     async fn migrate(&self, request: Request<MigrateRequest>) -> Began {
@@ -237,11 +246,17 @@ impl Control for Api {
     async fn restore(&self, request: Request<RestoreRequest>) -> Began {
         let operator = require(&request, Role::Operator)?;
         let asked = request.into_inner();
-        let state = self.ledger.state();
-        let entry = plans::named_checkpoint(&state, &asked.name)?;
+        let (entry, replay) = match asked.at.and_then(|instant| instant.at) {
+            Some(at) => {
+                let (entry, replay) = self.replay_to(&asked.name, at).await?;
+                (entry, Some(replay))
+            }
+            None => (plans::named_checkpoint(&self.ledger.state(), &asked.name)?.clone(), None),
+        };
         let manifest = self.reader.manifest(&entry.manifest_key).await?.manifest;
-        let (fleet, how) = (self.fleet(), (asked.policy.unwrap_or_default(), asked.lazy));
-        let plan = plans::restore(&self.ledger.state(), &fleet, entry, manifest, &asked.to, &asked.as_name, how);
+        let fleet = self.fleet();
+        let how = plans::How { policy: asked.policy.unwrap_or_default(), lazy: asked.lazy, replay };
+        let plan = plans::restore(&self.ledger.state(), &fleet, &entry, manifest, &asked.to, &asked.as_name, how);
         self.begin(&operator, plan).await
     }
 
@@ -277,6 +292,38 @@ impl Control for Api {
     ) -> Result<Response<Self::ExportCheckpointStream>, Status> {
         let operator = require(&request, Role::Operator)?;
         Ok(Response::new(self.export(&operator, request.into_inner()).await?))
+    }
+
+    async fn start_recording(
+        &self,
+        request: Request<StartRecordingRequest>,
+    ) -> Result<Response<StartRecordingReply>, Status> {
+        let operator = require(&request, Role::Operator)?;
+        Ok(Response::new(self.start_to_record(&operator, request.into_inner()).await?))
+    }
+
+    async fn stop_recording(&self, request: Request<VmName>) -> Result<Response<RecordingRecord>, Status> {
+        let operator = require(&request, Role::Operator)?;
+        Ok(Response::new(self.stop_recording_of(&operator, &request.into_inner().vm).await?))
+    }
+
+    async fn list_recordings(&self, request: Request<VmName>) -> Result<Response<ListRecordingsReply>, Status> {
+        require(&request, Role::Operator)?;
+        Ok(Response::new(self.recordings(&request.into_inner().vm).await?))
+    }
+
+    async fn remove_recording(&self, request: Request<RecordingName>) -> Result<Response<Empty>, Status> {
+        let operator = require(&request, Role::Operator)?;
+        self.remove_recording_of(&operator, &request.into_inner()).await?;
+        Ok(Response::new(Empty {}))
+    }
+
+    async fn export_recording(
+        &self,
+        request: Request<ExportRecordingRequest>,
+    ) -> Result<Response<Self::ExportRecordingStream>, Status> {
+        let operator = require(&request, Role::Operator)?;
+        Ok(Response::new(self.export_replay(&operator, request.into_inner()).await?))
     }
 
     async fn get_vmcbs(&self, request: Request<VmOrCheckpoint>) -> Result<Response<VmcbReply>, Status> {

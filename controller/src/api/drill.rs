@@ -76,9 +76,8 @@ impl Api {
             return Err(Failure::new(Code::BadInput, text).hint("`ctl checkpoint verify` proves its bytes"));
         }
         let name = format!("drill-{}", OperationId(crate::entropy::bytes()));
-        let policy = proto::v1::TransferPolicy::default();
-        let mut plan =
-            plans::restore(&self.ledger.state(), &self.fleet(), entry, manifest, to, &name, (policy, false))?;
+        let how = plans::How::default();
+        let mut plan = plans::restore(&self.ledger.state(), &self.fleet(), entry, manifest, to, &name, how)?;
         if let Task::Restore { config, drill, .. } = &mut plan.task {
             *drill = true;
             config.nets.iter_mut().for_each(|net| net.tap.clear());

@@ -17,7 +17,7 @@ use crate::ingest::read::Opened;
 use crate::tls::Identity;
 
 /// Frames on their way to the listener.
-const DEPTH: usize = 4;
+pub(super) const DEPTH: usize = 4;
 /// Exports at a time: each holds a pack. More wait.
 static ROOM: Semaphore = Semaphore::const_new(2);
 
@@ -47,7 +47,7 @@ impl Api {
         tokio::spawn(async move {
             let sent = api.send_export(head, &opened, wanted, &out).await;
             let last = match sent {
-                Ok(pages) => Ok(ExportMessage { message: Some(Said::End(ExportEnd { pages })) }),
+                Ok(pages) => Ok(ExportMessage { message: Some(Said::End(ExportEnd { pages, blocks: 0 })) }),
                 Err(failure) => Err(api.why(&entry.id, failure).into()),
             };
             // Who does not listen any more need not be told.
@@ -56,7 +56,8 @@ impl Api {
         Ok(ReceiverStream::new(stream))
     }
 
-    async fn send_export(
+    /// Sends head and pages; how many pages.
+    pub(super) async fn send_export(
         &self,
         head: ExportHead,
         opened: &Opened,
@@ -70,7 +71,8 @@ impl Api {
         export::send(&self.reader, opened, wanted, out).await
     }
 
-    fn why(&self, checkpoint: &str, failure: Failure) -> Failure {
+    /// A checkpoint that was removed meanwhile is gone, not damaged.
+    pub(super) fn why(&self, checkpoint: &str, failure: Failure) -> Failure {
         if failure.code != Code::Cancelled && !self.ledger.state().checkpoints.contains_key(checkpoint) {
             return Failure::new(Code::NotFound, format!("checkpoint {checkpoint} was removed while it was exported"))
                 .hint("export another one: `ctl checkpoint ls`");

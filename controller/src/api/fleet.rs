@@ -1,4 +1,4 @@
-//! Heartbeats of hosts: what they report goes into the registry, what the ledger says of it goes back, and what is
+//! Calls of hosts. Heartbeats: what they report goes into the registry, what the ledger says of it goes back, and what is
 //! not as it should be is put right beside the answer.
 
 use std::time::Duration;
@@ -7,7 +7,10 @@ use proto::status::Code;
 use proto::v1::fleet_server::Fleet;
 use proto::v1::pages_part::Part;
 use proto::v1::vm_verdict::Verdict;
-use proto::v1::{HeartbeatReply, HeartbeatRequest, HostInfo, PagesPart, PagesWanted, VmInfo, VmState};
+use proto::v1::{
+    AppendJournalReply, AppendJournalRequest, HeartbeatReply, HeartbeatRequest, HostInfo, PagesPart, PagesWanted,
+    VmInfo, VmState,
+};
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
@@ -109,9 +112,18 @@ impl Fleet for Api {
             metrics::counter!(crate::metrics::VERDICTS, "verdict" => word).increment(1);
         }
         self.note_arrived(&report).await?;
+        self.note_recordings(&report).await?;
         self.freeze_missing(&report).await?;
         self.reconcile.start(&self.ledger, self.sagas.clone(), report);
         Ok(Response::new(reply))
+    }
+
+    async fn append_journal(
+        &self,
+        request: Request<AppendJournalRequest>,
+    ) -> Result<Response<AppendJournalReply>, Status> {
+        let identity = require(&request, Role::Host)?;
+        Ok(Response::new(self.append(&identity, request.into_inner()).await?))
     }
 
     type PagesStream = ReceiverStream<Result<PagesPart, Status>>;

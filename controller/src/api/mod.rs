@@ -8,6 +8,7 @@ mod adopt;
 pub mod checks;
 mod console;
 mod control;
+mod debug;
 mod drill;
 mod events;
 mod export;
@@ -16,7 +17,9 @@ mod lanes;
 pub mod placement;
 pub mod plans;
 mod policies;
+mod recordings;
 pub mod views;
+mod visits;
 
 use std::sync::Arc;
 
@@ -32,6 +35,7 @@ use crate::failure::Failure;
 use crate::ingest::Routes;
 use crate::ingest::read::Reader;
 use crate::ingest::supply::Supplies;
+use crate::journal::{APPEND_BYTES_MAX, Journals};
 use crate::ledger::Ledger;
 use crate::reconcile::Reconcile;
 use crate::saga::Sagas;
@@ -56,6 +60,8 @@ pub struct Api {
     pub bucket_url: String,
     /// Lanes.
     pub routes: Routes,
+    /// Recordings in the bucket.
+    pub journals: Journals,
     /// Pages on demand.
     pub supplies: Supplies,
     /// What puts hosts right that come back.
@@ -68,7 +74,7 @@ impl Api {
         let mut services = Services::builder();
         services
             .add_service(ControlServer::new(self.clone()).max_decoding_message_size(link::MESSAGE_MAX))
-            .add_service(FleetServer::new(self.clone()))
+            .add_service(FleetServer::new(self.clone()).max_decoding_message_size(APPEND_BYTES_MAX))
             .add_service(LanesServer::new(self.clone()).max_decoding_message_size(link::MESSAGE_MAX));
         services.routes()
     }

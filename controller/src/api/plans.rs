@@ -11,7 +11,7 @@ use proto::v1::{MachineConfig, Manifest, TransferPolicy};
 use super::placement::{Fleet, Need};
 use crate::failure::Failure;
 use crate::ingest::manifest::SPACE_BYTES_MAX;
-use crate::ledger::event::{CheckpointEntry, Holder, Intent, Plan, Task};
+use crate::ledger::event::{CheckpointEntry, Holder, Intent, Plan, Replay, Task};
 use crate::ledger::state::{State, Vm, checkpoint_lock, packs_lock, vm_lock};
 
 /// Guest RAM comes in these units.
@@ -212,6 +212,17 @@ pub fn named_checkpoint<'a>(state: &'a State, name: &str) -> Result<&'a Checkpoi
     }
 }
 
+/// How a checkpoint is restored.
+#[derive(Default)]
+pub struct How {
+    /// The operator's limits.
+    pub policy: TransferPolicy,
+    /// The guest runs before its RAM has come.
+    pub lazy: bool,
+    /// What it goes through before it is ready.
+    pub replay: Option<Replay>,
+}
+
 /// Restore a checkpoint whose manifest was read. No target: the host that suits it best.
 ///
 /// # Errors
@@ -223,8 +234,12 @@ pub fn restore(
     manifest: Manifest,
     target: &str,
     as_name: &str,
-    (policy, lazy): (TransferPolicy, bool),
+    How { policy, lazy, replay }: How,
 ) -> Result<Plan, Failure> {
+    if lazy && replay.is_some() {
+        let text = "a guest that goes through a recording first needs all of its pages";
+        return Err(Failure::new(Code::BadInput, text).hint("leave --lazy out"));
+    }
     let name = if as_name.is_empty() { &entry.vm } else { as_name };
     check_name(name)?;
     let config = manifest.config.unwrap_or_default();
@@ -251,7 +266,9 @@ pub fn restore(
         None if !as_name.is_empty() => VmId(crate::entropy::bytes()).to_string(),
         Some(_) | None => entry.vm_id.clone(),
     };
-    let config = reborn(config, !as_name.is_empty());
+    // What a replay goes through must be the machine that was recorded, bit by bit: it keeps its seed, its generation ID and
+    // its network addresses.
+    let config = if replay.is_some() { config } else { reborn(config, !as_name.is_empty()) };
     let need = Need { vm: name, config: &config, contract: &contract };
     let target = match target {
         "" => fleet.place(&need, there.map(|vm| vm.host.as_str()))?,
@@ -272,6 +289,7 @@ pub fn restore(
         // A copy is not what the policy was set for, and what is here has its own.
         checkpoint_policy: if there.is_none() && as_name.is_empty() { manifest.policy } else { Vec::new() },
         drill: false,
+        replay,
     };
     Ok(Plan {
         vm: name.into(),
@@ -393,7 +411,7 @@ mod tests {
         let manifest =
             || Manifest { config: Some(config()), capabilities: contract().to_bytes(), ..Manifest::default() };
         let lazily = |hosts: Vec<Candidate>| {
-            let how = (TransferPolicy::default(), true);
+            let how = How { lazy: true, ..How::default() };
             restore(&state, &Fleet { hosts }, &entry("c1", "vm1", 1), manifest(), "hostB", "vm2", how)
         };
         let mut able = up("hostB", &[]);
@@ -425,41 +443,61 @@ mod tests {
         let mut entry = CheckpointEntry { vm_id: "22".repeat(16), ..entry("c1", "vm1", 1) };
         let manifest = |capabilities| Manifest { config: Some(config()), capabilities, ..Manifest::default() };
         let known = || manifest(contract().to_bytes());
-        let policy = TransferPolicy::default();
-        let other = restore(&state, &fleet, &entry, known(), "hostB", "", (policy, false));
+        let other = restore(&state, &fleet, &entry, known(), "hostB", "", How::default());
         assert_eq!(code(other), Code::Conflict, "vm1 in the ledger has another id");
         entry.vm_id.clone_from(&state.vms["vm1"].id);
-        let same = restore(&state, &fleet, &entry, known(), "hostB", "", (policy, false)).unwrap();
+        let same = restore(&state, &fleet, &entry, known(), "hostB", "", How::default()).unwrap();
         assert_eq!(same.holder, Some(Holder { host: "hostA".into(), generation: 1 }));
-        let copy = restore(&state, &fleet, &entry, known(), "hostB", "vm2", (policy, false)).unwrap();
+        let copy = restore(&state, &fleet, &entry, known(), "hostB", "vm2", How::default()).unwrap();
         assert!(copy.holder.is_none() && copy.vm_id != entry.vm_id && copy.generation == 1);
-        assert_eq!(code(restore(&state, &fleet, &entry, known(), "hostB", "../x", (policy, false))), Code::BadInput);
+        assert_eq!(code(restore(&state, &fleet, &entry, known(), "hostB", "../x", How::default())), Code::BadInput);
         let keeps =
             |plan: Plan| matches!(plan.task, Task::Restore { checkpoint_policy, .. } if !checkpoint_policy.is_empty());
         let with_policy = || Manifest { policy: vec![8, 1], ..known() };
         let mut gone = state.clone();
         gone.vms.clear();
-        assert!(keeps(restore(&gone, &fleet, &entry, with_policy(), "hostB", "", (policy, false)).unwrap()));
-        assert!(!keeps(restore(&gone, &fleet, &entry, with_policy(), "hostB", "vm2", (policy, false)).unwrap()));
-        assert!(!keeps(restore(&state, &fleet, &entry, with_policy(), "hostB", "", (policy, false)).unwrap()));
-        let refused = restore(&state, &fleet, &entry, known(), "hostA", "vm2", (policy, false)).unwrap_err();
+        assert!(keeps(restore(&gone, &fleet, &entry, with_policy(), "hostB", "", How::default()).unwrap()));
+        assert!(!keeps(restore(&gone, &fleet, &entry, with_policy(), "hostB", "vm2", How::default()).unwrap()));
+        assert!(!keeps(restore(&state, &fleet, &entry, with_policy(), "hostB", "", How::default()).unwrap()));
+        let refused = restore(&state, &fleet, &entry, known(), "hostA", "vm2", How::default()).unwrap_err();
         assert!(refused.code == Code::Incapable && refused.hint.contains("hostB would do"), "{refused:?}");
         assert_eq!(
-            restore(&state, &fleet, &entry, known(), "", "vm2", (policy, false)).unwrap().task.new_host(),
+            restore(&state, &fleet, &entry, known(), "", "vm2", How::default()).unwrap().task.new_host(),
             Some("hostB")
         );
         // A manifest of a release before contracts: that of the model is checked and kept.
-        let old = restore(&state, &fleet, &entry, manifest(vec![]), "hostB", "vm2", (policy, false)).unwrap();
+        let old = restore(&state, &fleet, &entry, manifest(vec![]), "hostB", "vm2", How::default()).unwrap();
         let Task::Restore { capabilities, .. } = old.task else { panic!("a restore restores") };
         assert_eq!(CapabilitySet::from_bytes(&capabilities), Ok(contract()));
         assert_eq!(
-            code(restore(&state, &Fleet::default(), &entry, manifest(vec![]), "", "vm2", (policy, false))),
+            code(restore(&state, &Fleet::default(), &entry, manifest(vec![]), "", "vm2", How::default())),
             Code::Incapable
         );
         assert_eq!(
-            code(restore(&state, &fleet, &entry, manifest(vec![9; 9]), "", "vm2", (policy, false))),
+            code(restore(&state, &fleet, &entry, manifest(vec![9; 9]), "", "vm2", How::default())),
             Code::Corrupt
         );
+    }
+
+    #[test]
+    fn what_goes_through_a_recording_is_the_machine_that_was_recorded() {
+        let (state, fleet) = (cluster(), Fleet { hosts: vec![up("hostB", &[])] });
+        let net = proto::v1::NetConfig { mac: vec![2, 0, 0, 0, 0, 1], ..proto::v1::NetConfig::default() };
+        let config = MachineConfig { seed: vec![7; 32], generation_id: vec![1; 16], nets: vec![net], ..config() };
+        let entry = CheckpointEntry { vm_id: state.vms["vm1"].id.clone(), ..entry("c1", "vm1", 1) };
+        let manifest =
+            || Manifest { config: Some(config.clone()), capabilities: contract().to_bytes(), ..Manifest::default() };
+        let replay =
+            Replay { recording: "ab".repeat(16), first: 0, last: 3, retired: 9, skipped_tsc: 1, span_ms: 2000 };
+        let how = |lazy| How { lazy, replay: Some(replay.clone()), ..How::default() };
+        for name in ["", "vm2"] {
+            let plan = restore(&state, &fleet, &entry, manifest(), "hostB", name, how(false)).unwrap();
+            let Task::Restore { config: restored, replay: planned, .. } = plan.task else {
+                panic!("a restore restores")
+            };
+            assert_eq!((restored, planned), (config.clone(), Some(replay.clone())), "as {name:?}");
+        }
+        assert_eq!(code(restore(&state, &fleet, &entry, manifest(), "hostB", "", how(true))), Code::BadInput);
     }
 
     #[test]

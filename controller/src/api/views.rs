@@ -130,6 +130,18 @@ pub fn event(record: &Record) -> LedgerEvent {
         Event::PagesArrived { vm, generation } => {
             ("vm.pages-arrived".into(), "", format!("all pages of {vm} (generation {generation}) have come"))
         }
+        Event::RecordingBegan { vm, recording, .. } => {
+            ("recording.began".into(), "", format!("recording {recording} of {vm} begins"))
+        }
+        Event::RecordingEnded { vm, recording, why } => {
+            ("recording.ended".into(), "", format!("recording {recording} of {vm} ended: {why}"))
+        }
+        Event::RecordingFound { entry } => {
+            ("recording.found".into(), "", format!("recording {} of {} lies in the bucket", entry.id, entry.vm))
+        }
+        Event::RecordingRemoved { vm, recording } => {
+            ("recording.removed".into(), "", format!("recording {recording} of {vm} is removed"))
+        }
         Event::PolicySet { policy, .. } => ("policy.set".into(), "", policy::words(policy)),
         Event::PolicyRemoved { vm } => ("policy.removed".into(), "", format!("no checkpoints of {vm} by the clock")),
         Event::PolicyMissed { vm, age_ms } => {

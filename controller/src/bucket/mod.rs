@@ -1,8 +1,8 @@
 //! The bucket: where checkpoints lie. Whole objects under keys, written once, seen complete or not at all.
 //!
-//! Keys: `vms/<vm id>/g<generation, 8 digits>/packs/<pack id>`, `.../owner` beside `packs`, `vms/<vm id>/key`, and
-//! `vms/<vm id>/checkpoints/<checkpoint id>.manifest`.
-//! What has no manifest does not exist. Two kinds of bucket: a directory ([`file`]) and an S3 server ([`s3`]); how one is
+//! Keys: `vms/<vm id>/g<generation, 8 digits>/packs/<pack id>`, `.../owner` beside `packs`, `vms/<vm id>/key`,
+//! `vms/<vm id>/checkpoints/<checkpoint id>.manifest`, and `vms/<vm id>/journal/<recording>/<first sequence, 16 hex digits>`
+//! with `.index` beside some. A checkpoint that has no manifest does not exist. Two kinds of bucket: a directory ([`file`]) and an S3 server ([`s3`]); how one is
 //! named is in [`settings`]. This room does not know what the objects mean and checks no hash of theirs; who reads does.
 
 pub(crate) mod file;
@@ -12,7 +12,7 @@ pub mod settings;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use proto::ids::{CheckpointId, Generation, PackId};
+use proto::ids::{CheckpointId, Generation, PackId, RecordingId};
 use proto::status::Code;
 
 use self::file::FileBucket;
@@ -521,6 +521,44 @@ pub fn checkpoints_prefix(vm_id: &str) -> String {
     format!("vms/{vm_id}/checkpoints/")
 }
 
+/// Where all recordings of a VM lie; ends in `/`.
+pub fn journals_prefix(vm_id: &str) -> String {
+    format!("vms/{vm_id}/journal/")
+}
+
+/// Where a recording of a VM lies; ends in `/`.
+pub fn journal_prefix(vm_id: &str, recording: RecordingId) -> String {
+    format!("{}{recording}/", journals_prefix(vm_id))
+}
+
+/// Where blocks of a recording lie, from this sequence on.
+pub fn journal_key(vm_id: &str, recording: RecordingId, first_sequence: u64) -> String {
+    format!("{}{first_sequence:016x}", journal_prefix(vm_id, recording))
+}
+
+/// Where it is said what the segment is that begins there.
+pub fn segment_key(vm_id: &str, recording: RecordingId, first_sequence: u64) -> String {
+    format!("{}.index", journal_key(vm_id, recording, first_sequence))
+}
+
+/// What an object of a recording is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum JournalObject {
+    /// Blocks, from this sequence on.
+    Blocks(u64),
+    /// What the segment is that begins with this sequence.
+    Index(u64),
+}
+
+/// What lies under a key below [`journal_prefix`]; `None` if it is nothing of ours.
+pub fn journal_object(key: &str) -> Option<JournalObject> {
+    let name = key.rsplit('/').next()?;
+    let (digits, index) = name.strip_suffix(".index").map_or((name, false), |digits| (digits, true));
+    let plain = digits.len() == 16 && digits.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+    let sequence = plain.then(|| u64::from_str_radix(digits, 16).ok()).flatten()?;
+    Some(if index { JournalObject::Index(sequence) } else { JournalObject::Blocks(sequence) })
+}
+
 /// Where the wrapped data key of a VM lies.
 pub fn key_object(vm_id: &str) -> String {
     format!("vms/{vm_id}/key")
@@ -540,6 +578,20 @@ mod tests {
         let key = manifest_key("00", CheckpointId([0x11; 8]));
         assert_eq!(checkpoint_of(&key), Some("1111111111111111"));
         assert_eq!(checkpoint_of("vms/00/g00000001/packs/0011"), None);
+    }
+
+    #[test]
+    fn objects_of_a_recording_are_known_by_their_names() {
+        let recording = RecordingId([0xab; 16]);
+        let (blocks, index) = (journal_key("00", recording, 0x1f), segment_key("00", recording, 0x1f));
+        assert_eq!(blocks, format!("vms/00/journal/{}/000000000000001f", "ab".repeat(16)));
+        assert_eq!(journal_object(&blocks), Some(JournalObject::Blocks(0x1f)));
+        assert_eq!(journal_object(&index), Some(JournalObject::Index(0x1f)));
+        for other in ["vms/00/journal/x/1f", "a/000000000000001F", "a/+00000000000001f", "a/000000000000001f.new"] {
+            assert_eq!(journal_object(other), None, "{other}");
+        }
+        // They are neither packs nor manifests nor generations.
+        assert_eq!((checkpoint_of(&blocks), generation_of(&blocks), generation_folder("journal")), (None, None, None));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use super::output::{self, Format};
 use super::policy::report::Pruned;
 use super::report::{Checkpoint, Done, List};
 use super::sweeping::{drill, sweep};
-use super::{export, migration, vm};
+use super::{export, migration, recording, vm};
 
 /// The longest pause of a restore means nothing to the guest, which does not run yet; any value will do.
 const RESTORE_DOWNTIME: std::time::Duration = std::time::Duration::from_millis(300);
@@ -163,6 +163,7 @@ async fn restore_one(client: &Client, name: &str, args: &RestoreArgs, format: Fo
         as_name: args.as_name.clone().unwrap_or_default(),
         policy: Some(migration::policy(RESTORE_DOWNTIME, None, Verify::Stream)?),
         lazy: args.lazy,
+        at: recording::asked(args.at.as_ref())?,
     };
     let mut calls = client.clone();
     let what = match &args.to {

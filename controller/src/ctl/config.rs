@@ -20,6 +20,8 @@ const MEMORY_BYTES_MIN: u64 = 16 << 20;
 const SECTOR: u64 = 512;
 const TSC_HZ: u64 = 1_000_000_000;
 const TSC_PER_INSTRUCTION: u32 = 4;
+/// Most processors of a machine.
+const VCPUS_MAX: u32 = 32;
 
 /// Puts the configuration together.
 ///
@@ -30,12 +32,9 @@ pub fn build(args: &VmCreateArgs) -> Result<v1::MachineConfig, Failure> {
     if !["soft", "kvm"].contains(&args.engine.as_str()) {
         return Err(Failure::bad_input(format!("there is no engine {:?}", args.engine)).hint("soft or kvm"));
     }
-    if args.engine == "soft" && args.vcpus != 1 {
-        return Err(Failure::bad_input(format!("engine soft runs 1 processor, not {}", args.vcpus))
-            .hint("leave --vcpus away, or take --engine kvm on a host that has it"));
-    }
-    if args.vcpus == 0 {
-        return Err(Failure::bad_input("a VM without a processor cannot run"));
+    if !(1..=VCPUS_MAX).contains(&args.vcpus) {
+        return Err(Failure::bad_input(format!("a VM with {} processors cannot run", args.vcpus))
+            .hint(format!("--vcpus 1 to {VCPUS_MAX}; on engine soft they take turns on one host processor")));
     }
     if args.memory < MEMORY_BYTES_MIN || !args.memory.is_multiple_of(LARGE_PAGE) {
         return Err(Failure::bad_input(format!("{} is no size of guest RAM", show_bytes(args.memory)))
@@ -219,7 +218,8 @@ mod tests {
         let wrong = [
             ("vm1 --host h --memory 64M --kernel /nonexistent", "/nonexistent"),
             ("vm1 --host h --memory 3M --kernel /proc/version", "guest RAM"),
-            ("vm1 --host h --memory 64M --kernel /proc/version --vcpus 2", "1 processor"),
+            ("vm1 --host h --memory 64M --kernel /proc/version --vcpus 0", "0 processors"),
+            ("vm1 --host h --memory 64M --kernel /proc/version --vcpus 33", "33 processors"),
             ("vm1 --host h --memory 64M --kernel /proc/version --engine tcg", "no engine"),
             ("../vm1 --host h --memory 64M --kernel /proc/version", "name of a VM"),
             ("vm1 --host h --memory 64M --kernel /proc/version --net mac=02:00:00:00:00:01", "tap= is missing"),

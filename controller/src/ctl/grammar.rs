@@ -2,6 +2,7 @@
 //!
 //! The words are a contract: options may be added, never renamed. Sizes and times go through [`super::units`].
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -10,6 +11,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use super::failure::EXIT_CODES;
 use super::output::Format;
 use super::policy::words::PolicyCommand;
+use super::recording::instant::{When, when};
+use super::recording::words::{RecordCommand, ReplayArgs};
 use super::units;
 
 /// Operates a Godwit cluster: machines that keep running while hosts come and go.
@@ -47,8 +50,13 @@ pub enum Command {
     /// Checkpoints by the clock: when they are made, and which are kept.
     #[command(subcommand)]
     Policy(PolicyCommand),
-    /// Bring a VM back from a checkpoint.
+    /// Bring a VM back from a checkpoint, or as it was at any instant that was recorded.
     Restore(RestoreArgs),
+    /// Recordings of VMs: everything that entered them, so that any instant can be visited.
+    #[command(subcommand)]
+    Record(RecordCommand),
+    /// Go through a recording again, here: under gdb, to an instant, or as a check.
+    Replay(ReplayArgs),
     /// The keys under which checkpoints are sealed.
     #[command(subcommand)]
     Key(KeyCommand),
@@ -173,6 +181,12 @@ pub enum VmCommand {
     /// Stays attached while the VM migrates. Ends when the VM stops. With input from a pipe, the end of the input does not
     /// end the output.
     Console(ConsoleArgs),
+    /// Let gdb stop it, look at it, change it: `target remote` at the address that is printed.
+    ///
+    /// The guest stands still while gdb has stopped it, and goes on as it was when gdb has gone, however that was.
+    ///
+    /// What gdb writes is recorded, if the VM is. Whoever reaches the address has all of the guest's memory.
+    Gdb(GdbArgs),
     /// Stop it between two instructions.
     Pause(VmArg),
     /// Let it go on.
@@ -243,6 +257,16 @@ pub struct ConsoleArgs {
     /// Print what it has said, and end.
     #[arg(long)]
     pub log: bool,
+}
+
+/// `ctl vm gdb`
+#[derive(Args, Debug)]
+pub struct GdbArgs {
+    /// Name of the VM.
+    pub vm: String,
+    /// Where gdb is waited for; port 0 takes a free one.
+    #[arg(long, default_value = "127.0.0.1:1234", value_name = "ADDR:PORT")]
+    pub listen: SocketAddr,
 }
 
 /// `ctl migrate`
@@ -424,6 +448,9 @@ pub struct RestoreArgs {
     /// Let the guest run at once; its pages come while it runs, those that it touches first.
     #[arg(long)]
     pub lazy: bool,
+    /// As it was then, by its recording: RFC 3339, 12:03:55.250 (the last one), or -30s.
+    #[arg(long, value_parser = when, value_name = "TIME", allow_hyphen_values = true, conflicts_with_all = ["lazy", "all"])]
+    pub at: Option<When>,
     /// Make a new VM of this name and leave the old one alone.
     #[arg(long = "as", value_name = "NAME")]
     pub as_name: Option<String>,
@@ -552,6 +579,8 @@ mod tests {
             "ctl vm ls",
             "ctl vm show vm1 -o yaml",
             "ctl vm console vm1 --log",
+            "ctl vm gdb vm1",
+            "ctl vm gdb vm1 --listen [::1]:0",
             "ctl vm pause vm1",
             "ctl vm resume vm1",
             "ctl vm stop vm1",
@@ -579,6 +608,17 @@ mod tests {
             "ctl policy simulate --every 5m --keep-last 12 --keep-daily 14",
             "ctl restore vm1 --to hostB --as vm2",
             "ctl restore vm1",
+            "ctl restore vm1 --at 12:03:55.250 --to hostB --as vm2",
+            "ctl record start vm1 --when-full end",
+            "ctl record stop vm1",
+            "ctl record ls -o json",
+            "ctl record ls vm1",
+            "ctl record rm vm1 00",
+            "ctl record export vm1 --at -30s --until 12:03:55 --out vm1.gwr",
+            "ctl record export vm1 --from-checkpoint 00 --out vm1.gwr",
+            "ctl replay vm1 --at 2026-11-23T12:03:50Z --gdb 127.0.0.1:1234 --symbols vmlinux",
+            "ctl replay vm1.gwr --to-instruction 5 --check --flip 1000:3",
+            "ctl replay vm1 --last-write jiffies",
             "ctl vmcb show vm1 --vcpu 0",
             "ctl vmcb diff a b",
             "ctl inspect file",
@@ -607,6 +647,12 @@ mod tests {
             "ctl policy simulate",
             "ctl policy simulate vm1 --every 5m",
             "ctl policy simulate vm1 --keep-last 5",
+            "ctl vm gdb vm1 --listen 1234",
+            "ctl record export vm1",
+            "ctl record start vm1 --when-full never",
+            "ctl replay vm1 --at noon",
+            "ctl replay vm1 --at 12:00:00 --to-instruction 5",
+            "ctl restore vm1 --at 12:00:00 --lazy",
         ] {
             let error = Cli::try_parse_from(line.split_whitespace()).expect_err(line);
             assert_eq!(error.exit_code(), 2, "{line}");

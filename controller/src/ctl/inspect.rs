@@ -310,6 +310,7 @@ fn kind_word(kind: Kind) -> &'static str {
         Kind::Sealed => "sealed",
         Kind::PageMap => "page-map",
         Kind::Envelope => "envelope",
+        Kind::Recording => "recording",
     }
 }
 
@@ -334,7 +335,13 @@ fn describe(kind: Kind, body: &[u8]) -> Result<Detail, FrameError> {
             Ok(Detail::Content { content: schema::message("MapLayer", body).unwrap_or_else(|| generic(body)) })
         }
         Kind::Sealed => Ok(Detail::Content { content: "sealed: --keys FILE shows what is in it".into() }),
-        Kind::Journal | Kind::Envelope => Ok(Detail::Content { content: generic(body) }),
+        Kind::Journal => {
+            Ok(Detail::Content { content: schema::message("JournalBlock", body).unwrap_or_else(|| generic(body)) })
+        }
+        Kind::Recording => {
+            Ok(Detail::Content { content: schema::message("ExportHead", body).unwrap_or_else(|| generic(body)) })
+        }
+        Kind::Envelope => Ok(Detail::Content { content: generic(body) }),
     }
 }
 

@@ -15,6 +15,7 @@ mod console;
 mod dev;
 mod export;
 mod failure;
+mod gdb;
 mod grammar;
 mod hosts;
 mod inspect;
@@ -24,6 +25,7 @@ mod operation;
 mod output;
 mod policy;
 mod progress;
+mod recording;
 #[cfg(test)]
 mod rehearsal;
 mod report;
@@ -46,13 +48,14 @@ use client::Client;
 use failure::Failure;
 use grammar::{Cli, Command, DevCommand, EventsArgs};
 use output::Format;
+use recording::words::ReplayArgs;
 use report::Event;
 
 /// The whole program. Exit codes: see [`proto::status::Code`].
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(failure) => {
             eprintln!("{}", failure.lines());
             ExitCode::from(failure.exit_code())
@@ -60,9 +63,9 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> Result<(), Failure> {
+fn run(cli: Cli) -> Result<ExitCode, Failure> {
     let command = match cli.command {
-        Command::Dev(DevCommand::Launch(args)) => return dev::launch(&args.command),
+        Command::Dev(DevCommand::Launch(args)) => return dev::launch(&args.command).map(|()| ExitCode::SUCCESS),
         command => command,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -70,10 +73,25 @@ fn run(cli: Cli) -> Result<(), Failure> {
         .enable_all()
         .build()
         .map_err(|e| Failure::new(Code::Exhausted, format!("cannot start threads: {e}")))?;
-    let result = runtime.block_on(dispatch(command, cli.output, cli.config.as_deref()));
+    let (format, config) = (cli.output, cli.config.as_deref());
+    let result = runtime.block_on(async {
+        match command {
+            Command::Replay(args) => replay(args, config).await,
+            command => dispatch(command, format, config).await.map(|()| ExitCode::SUCCESS),
+        }
+    });
     // The console's reader may sit in a read of stdin for ever.
     runtime.shutdown_background();
     result
+}
+
+/// The one command whose exit code is another program's.
+async fn replay(args: ReplayArgs, config: Option<&std::path::Path>) -> Result<ExitCode, Failure> {
+    let client = match recording::replay::is_file(&args) {
+        true => None,
+        false => Some(client::connect(&settings::Settings::load(config)?).await?),
+    };
+    recording::replay::run(client, &args).await
 }
 
 async fn dispatch(command: Command, format: Format, config: Option<&std::path::Path>) -> Result<(), Failure> {
@@ -97,12 +115,14 @@ async fn dispatch(command: Command, format: Format, config: Option<&std::path::P
         Command::Checkpoint(command) => checkpoint::run(client, command, format).await,
         Command::Policy(command) => policy::run(Some(client), command, format).await,
         Command::Restore(args) => checkpoint::restore(client, args, format).await,
+        Command::Record(command) => recording::run(client, command, format).await,
         Command::Key(command) => keys::run(client, command, format).await,
         Command::Vmcb(command) => vmcb::run(Some(client), command, format).await,
         Command::Inspect(args) => inspect::checkpoint(client, &args.what, format).await,
         Command::Events(args) => events(client, args, format).await,
         Command::Top(args) => top::run(client, args, format).await,
         Command::Dev(_) => unreachable!("handled above: a dev command needs no cluster"),
+        Command::Replay(_) => unreachable!("handled above: its exit code is another program's"),
     }
 }
 

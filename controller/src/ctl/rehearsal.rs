@@ -57,6 +57,7 @@ impl Control for Script {
     type StopStream = Events<OperationEvent>;
     type RemoveStream = Events<OperationEvent>;
     type AttachConsoleStream = Events<ConsoleOutput>;
+    type DebugStream = Events<DebugBytes>;
     type MigrateStream = Events<OperationEvent>;
     type CreateCheckpointStream = Events<OperationEvent>;
     type VerifyCheckpointStream = Events<OperationEvent>;
@@ -65,6 +66,7 @@ impl Control for Script {
     type WatchOperationStream = Events<OperationEvent>;
     type EventsStream = Events<LedgerEvent>;
     type ExportCheckpointStream = Events<ExportMessage>;
+    type ExportRecordingStream = Events<ExportMessage>;
 
     async fn list_hosts(&self, _: Request<Empty>) -> Reply<ListHostsReply> {
         let info = HostInfo { name: "hostA".into(), ..Default::default() };
@@ -114,6 +116,10 @@ impl Control for Script {
         Err(Status::unimplemented("attach_console"))
     }
 
+    async fn debug(&self, _: Request<Streaming<DebugBytes>>) -> Reply<Self::DebugStream> {
+        Err(Status::unimplemented("debug"))
+    }
+
     unplayed! {
         list_vms(Empty) -> ListVmsReply;
         get_vm_record(VmName) -> VmRecord;
@@ -141,6 +147,11 @@ impl Control for Script {
         import_keys(Blob) -> KeysReply;
         rotate_keys(Empty) -> KeysReply;
         export_checkpoint(ExportRequest) -> Self::ExportCheckpointStream;
+        start_recording(StartRecordingRequest) -> StartRecordingReply;
+        stop_recording(VmName) -> RecordingRecord;
+        list_recordings(VmName) -> ListRecordingsReply;
+        remove_recording(RecordingName) -> Empty;
+        export_recording(ExportRecordingRequest) -> Self::ExportRecordingStream;
     }
 }
 

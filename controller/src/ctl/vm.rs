@@ -6,6 +6,7 @@ use proto::v1;
 use super::client::Client;
 use super::console;
 use super::failure::Failure;
+use super::gdb;
 use super::grammar::{Isolation, VmCommand, VmCreateArgs};
 use super::operation::{self, Outcome};
 use super::output::{self, Format};
@@ -30,6 +31,7 @@ pub async fn run(mut client: Client, command: VmCommand, format: Format) -> Resu
             output::print(format, &Vm::from(reply.into_inner()))
         }
         VmCommand::Console(args) => console::run(client, &args.vm, args.log).await,
+        VmCommand::Gdb(args) => gdb::run(client, &args.vm, args.listen).await,
         VmCommand::Pause(arg) => {
             let call = client.clone();
             let outcome = operation::follow(&call, &format!("pause {}", arg.vm), client.pause(name(&arg.vm))).await?;

@@ -2,9 +2,11 @@
 //!
 //! Packs are read ahead, a few at a time, opened and checked page by page against the page maps beside what is being sent, and
 //! only what is current is sent, spread over the lanes. There is one round, and it is the last. Zero pages are never stored
-//! and never sent.
+//! and never sent. Blocks of a journal, if the guest is to go through one before it is ready, go on lane 0 between the sections and
+//! StateEnd, a frame in each chunk.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -12,7 +14,8 @@ use proto::frame::PageRun;
 use proto::status::Code;
 use proto::v1::lane_message::Message as Said;
 use proto::v1::lanes_client::LanesClient;
-use proto::v1::{Chunk, Hello, MachineDigest, RoundEnd, StateEnd, Ticket, TransferProgress};
+use proto::v1::transfer_event::Event;
+use proto::v1::{Chunk, Hello, MachineDigest, PhaseReport, Position, RoundEnd, StateEnd, Ticket, TransferProgress};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -28,6 +31,7 @@ use super::read::{Opened, Reader, by_pack, frames, pages_beside};
 use super::{LANE_DEPTH, PROTOCOL, said, say};
 use crate::agents::link::MESSAGE_MAX;
 use crate::failure::Failure;
+use crate::journal::read::Shelf;
 
 /// Lanes of a restore whose policy names none.
 const LANES: u32 = 2;
@@ -62,6 +66,18 @@ pub struct Load<'a> {
     pub verify_full: bool,
     /// RAM is not sent: it follows while the guest runs (see [`super::supply`]).
     pub lazy: bool,
+    /// What the guest is to go through before it is ready.
+    pub journal: Option<Journal>,
+}
+
+/// A part of a recording.
+pub struct Journal {
+    /// Where it lies.
+    pub shelf: Shelf,
+    /// Which blocks.
+    pub blocks: Range<u64>,
+    /// Where it ends.
+    pub until: Position,
 }
 
 struct Lane {
@@ -88,7 +104,7 @@ impl Load<'_> {
     ///
     /// # Errors
     /// [`Code::Corrupt`] naming what is damaged, the target's refusal, or [`Code::Unreachable`].
-    pub async fn send(&self, progress: impl Fn(TransferProgress)) -> Result<MachineDigest, Failure> {
+    pub async fn send(&self, tell: impl Fn(Event)) -> Result<MachineDigest, Failure> {
         let packs: Vec<(PackAt, Vec<Extent>)> =
             by_pack(self.reader.extents_from(self.opened, self.lazy.into()).await?).into_iter().collect();
         let mut session = self.connect().await?;
@@ -104,9 +120,13 @@ impl Load<'_> {
                 }
             }
             left -= reading.pages;
-            progress(session.progress(left * 4096));
+            tell(Event::Progress(session.progress(left * 4096)));
         }
-        let digest = session.finish().await?;
+        let (digest, ready_after) = session.finish().await?;
+        if self.journal.is_some() {
+            let ms = ready_after.as_secs_f64() * 1e3;
+            tell(Event::Phase(PhaseReport { phase: "replay".into(), ms }));
+        }
         compare(&self.opened.manifest.digest.clone().unwrap_or_default(), &digest)
             .map_err(|error| Failure::new(Code::Corrupt, format!("{} holds something else: {error}", self.target)))?;
         Ok(digest)
@@ -190,14 +210,19 @@ impl Load<'_> {
 
 impl Session<'_> {
     async fn send_pages(&mut self, frame: Bytes) -> Result<(), Failure> {
+        let lane = self.next;
+        self.next = (self.next + 1) % self.lanes.len();
+        self.lanes[lane].frames += 1;
+        self.send_paced(lane, frame).await
+    }
+
+    /// Sends what counts for the bandwidth.
+    async fn send_paced(&mut self, lane: usize, frame: Bytes) -> Result<(), Failure> {
         self.bytes += frame.len() as u64;
         if self.load.bandwidth > 0 {
             let due = Duration::from_secs_f64(self.bytes as f64 / self.load.bandwidth as f64);
             tokio::time::sleep_until(self.began + due).await;
         }
-        let lane = self.next;
-        self.next = (self.next + 1) % self.lanes.len();
-        self.lanes[lane].frames += 1;
         self.send(lane, Chunk { frame }).await
     }
 
@@ -231,7 +256,8 @@ impl Session<'_> {
         }
     }
 
-    async fn finish(&mut self) -> Result<MachineDigest, Failure> {
+    /// Ends the round and sends the state; the target's digest, and how long it took from there until it was ready.
+    async fn finish(&mut self) -> Result<(MachineDigest, Duration), Failure> {
         for lane in 0..self.lanes.len() {
             let end = RoundEnd { round: ROUND, frames: self.lanes[lane].frames, last: true };
             self.send(lane, say(Said::RoundEnd(end))).await?;
@@ -246,16 +272,24 @@ impl Session<'_> {
         for (_, frame) in sections {
             self.send(0, Chunk { frame }).await?;
         }
+        if let Some(Journal { shelf, blocks, .. }) = &self.load.journal {
+            let mut blocks = shelf.blocks(blocks.start, blocks.end);
+            while let Some(block) = blocks.next().await? {
+                self.send_paced(0, block.frame).await?;
+            }
+        }
         let end = StateEnd {
             sections: count,
             digest: opened.manifest.digest.clone(),
             verify_full: self.load.verify_full,
             stopped_us: 0,
             ram_follows: self.load.lazy,
+            replay_until: self.load.journal.as_ref().map(|journal| journal.until),
         };
         self.send(0, say(Said::StateEnd(end))).await?;
+        let began = Instant::now();
         match self.hear().await? {
-            Said::Ready(ready) => Ok(ready.digest.unwrap_or_default()),
+            Said::Ready(ready) => Ok((ready.digest.unwrap_or_default(), began.elapsed())),
             _ => Err(self.load.broke("Ready")),
         }
     }

@@ -3,6 +3,7 @@
 //!
 //! A small machine is sent by hand, lane by lane; the target of a restore is another ingest behind a plain gRPC server.
 
+mod journal;
 mod supply;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -179,6 +180,7 @@ fn script(rounds: &[Vec<(u16, u64, u32, u8)>]) -> (Vec<Vec<Bytes>>, MachineDiges
         verify_full: false,
         stopped_us: 77,
         ram_follows: false,
+        replay_until: None,
     };
     lanes[0].push(control(Said::StateEnd(end)));
     (lanes, digest)
@@ -363,6 +365,7 @@ async fn a_wrong_digest_a_page_outside_and_a_section_twice_are_found() {
         verify_full: false,
         stopped_us: 77,
         ram_follows: false,
+        replay_until: None,
     };
     *lanes[0].last_mut().unwrap() = control(Said::StateEnd(end));
     let failure = refused(lanes).await;
@@ -482,6 +485,7 @@ impl Restore {
             bandwidth: 0,
             verify_full: false,
             lazy: false,
+            journal: None,
         };
         load.send(|_| ()).await
     }
@@ -556,6 +560,7 @@ async fn on_base(
         verify_full: false,
         stopped_us: 77,
         ram_follows: false,
+        replay_until: None,
     };
     frames.push(control(Said::StateEnd(end)));
     send_to(ingest, vec![frames, second]).await

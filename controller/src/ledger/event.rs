@@ -7,6 +7,7 @@
 use proto::v1::{CheckpointPolicy, MachineConfig, MachineDigest, TransferPolicy};
 use serde::{Deserialize, Serialize};
 
+use super::recording::Recording;
 use crate::failure::Failure;
 use crate::saga::table::Shape;
 use crate::sweep::Swept;
@@ -82,6 +83,36 @@ pub enum Event {
         vm: String,
         /// The newest of them.
         generation: u64,
+    },
+    /// Everything that enters a VM is recorded from now on.
+    RecordingBegan {
+        /// The VM.
+        vm: String,
+        /// Hex of the recording's id.
+        recording: String,
+        /// `JournalFull`.
+        full: i32,
+    },
+    /// A recording does not go on.
+    RecordingEnded {
+        /// The VM.
+        vm: String,
+        /// Hex of the recording's id.
+        recording: String,
+        /// Why.
+        why: String,
+    },
+    /// A recording lies in the bucket that this ledger did not know.
+    RecordingFound {
+        /// What its blocks say.
+        entry: Box<Recording>,
+    },
+    /// A recording was removed with all that it had in the bucket.
+    RecordingRemoved {
+        /// The VM.
+        vm: String,
+        /// Hex of the recording's id.
+        recording: String,
     },
     /// A checkpoint was restored, watched and destroyed again.
     Drilled {
@@ -350,6 +381,9 @@ pub enum Task {
         /// It is going to be watched and destroyed.
         #[serde(default)]
         drill: bool,
+        /// What the guest goes through before it is ready.
+        #[serde(default)]
+        replay: Option<Replay>,
     },
     /// Read a checkpoint in full and check everything.
     Verify {
@@ -443,6 +477,30 @@ pub fn shape(label: &str) -> Option<Shape> {
         _ => return None,
     };
     Some(Shape { steps, commit })
+}
+
+/// The part of a recording that a restored guest goes through before it is ready.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replay {
+    /// Hex of the recording's id.
+    pub recording: String,
+    /// Sequence of the first block, which begins with the checkpoint.
+    pub first: u64,
+    /// Of the last one.
+    pub last: u64,
+    /// Where it ends: `Position`.
+    pub retired: u64,
+    /// The same.
+    pub skipped_tsc: u64,
+    /// How long it took when it was recorded.
+    pub span_ms: u64,
+}
+
+impl Replay {
+    /// Where it ends.
+    pub fn until(&self) -> proto::v1::Position {
+        proto::v1::Position { retired: self.retired, skipped_tsc: self.skipped_tsc }
+    }
 }
 
 /// What the ledger keeps of a checkpoint. The manifest in the bucket says the rest.

@@ -10,6 +10,7 @@
 pub mod damage;
 pub mod event;
 pub mod policy;
+pub mod recording;
 pub mod saved;
 pub mod state;
 #[cfg(test)]
@@ -252,6 +253,10 @@ fn subject(state: &State, event: &Event) -> (String, String) {
             (vm.clone(), String::new())
         }
         Event::CheckpointFound { entry } => (entry.vm.clone(), String::new()),
+        Event::RecordingFound { entry } => (entry.vm.clone(), "record".into()),
+        Event::RecordingBegan { vm, .. } | Event::RecordingEnded { vm, .. } | Event::RecordingRemoved { vm, .. } => {
+            (vm.clone(), "record".into())
+        }
         Event::ObjectsDamaged { vm_id, .. } => (state.name_of(vm_id).to_owned(), String::new()),
         Event::OperationBegan { plan, .. } => (plan.vm.clone(), plan.task.label().to_owned()),
         Event::PolicySet { vm, .. }

@@ -11,6 +11,7 @@ use proto::v1::MachineConfig;
 
 use super::event::{CheckpointEntry, Event, Holder, Intent, Outcome, Plan, Record, Task};
 use super::policy::{Attempt, Scheduled};
+use super::recording::Recording;
 use crate::failure::Failure;
 use crate::saga::table::{self, Illegal, Status, Turn};
 
@@ -100,6 +101,8 @@ pub struct State {
     pub damaged: BTreeMap<String, String>,
     /// Policies by name of the VM.
     pub policies: BTreeMap<String, Arc<Scheduled>>,
+    /// Recordings by id.
+    pub recordings: BTreeMap<String, Arc<Recording>>,
     ended: VecDeque<String>,
 }
 
@@ -200,6 +203,10 @@ impl State {
             | Event::PolicyRecovered { .. }
             | Event::Drilled { .. }
             | Event::PolicyBackedOff { .. } => self.apply_policy(record)?,
+            Event::RecordingBegan { .. }
+            | Event::RecordingEnded { .. }
+            | Event::RecordingFound { .. }
+            | Event::RecordingRemoved { .. } => self.apply_recording(record)?,
         }
         self.sequence = record.sequence;
         Ok(())
@@ -410,6 +417,7 @@ impl State {
 
     /// What a commit makes true. The only place where a VM's generation rises.
     fn change(&mut self, record: &Record, plan: &Plan, result: &Outcome) -> Result<(), Refusal> {
+        self.end_recording(record, plan);
         match (&plan.task, result) {
             (Task::Create { .. }, _) => self.edit(plan, |vm| vm.creating = false),
             (Task::Pause { .. }, _) => self.edit(plan, |vm| vm.intent = Intent::Paused),
@@ -427,7 +435,9 @@ impl State {
                 vm.host.clone_from(target);
                 vm.generation = plan.generation;
             }),
-            (Task::Restore { new: false, target, checkpoint, lazy, .. }, _) => self.edit(plan, |vm| {
+            (Task::Restore { new: false, target, checkpoint, lazy, config, .. }, _) => self.edit(plan, |vm| {
+                // What runs from now on: it has another seed and generation ID than what ran before.
+                vm.config.clone_from(config);
                 vm.pages_from = if *lazy { checkpoint.clone() } else { String::new() };
                 vm.host.clone_from(target);
                 vm.generation = plan.generation;

@@ -84,6 +84,7 @@ pub(crate) fn restore_plan(state: &State, vm: &str, checkpoint: &str, target: &s
         lazy: false,
         checkpoint_policy: Vec::new(),
         drill: false,
+        replay: None,
     };
     let mut plan = plan(state, vm, state.fresh_generation(vm), task);
     plan.locks.push(checkpoint_lock(checkpoint));

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use proto::status::Code;
 use proto::v1::{
-    ActivateReply, ActivateRequest, CreateVmRequest, HandedOver, HostInfo, MachineDigest, OperationRef, PrepareReply,
-    PrepareRequest, SendRequest, StopVmRequest, VmInfo, VmRef, VmState,
+    ActivateReply, ActivateRequest, CreateVmRequest, HandedOver, HostInfo, MachineDigest, OperationRef, Position,
+    PrepareReply, PrepareRequest, SendRequest, StopVmRequest, VmInfo, VmRef, VmState,
 };
 use tokio::sync::Notify;
 
@@ -21,7 +21,8 @@ use crate::bucket::{manifest_key, packs_prefix, vm_prefix};
 use crate::failure::Failure;
 use crate::ingest::read::Damaged;
 use crate::ingest::receive::Expected;
-use crate::ledger::event::CheckpointEntry;
+use crate::ledger::event::{CheckpointEntry, Replay};
+use crate::ledger::recording::Recording;
 use crate::sweep::{Request, Swept};
 
 /// What goes wrong, at which call.
@@ -50,6 +51,8 @@ pub struct Held {
     pub state: VmState,
     pub operation: String,
     pub loaded: bool,
+    /// Where it went before it was ready.
+    pub replay: Option<Position>,
     pub paused: bool,
 }
 
@@ -62,6 +65,8 @@ pub struct Field {
     pub aside: BTreeMap<(String, String), Held>,
     pub bucket: BTreeSet<String>,
     pub silent: BTreeSet<String>,
+    /// Recordings whose segments were looked at, and which captures were to be kept.
+    pub pruned: Vec<(String, Vec<Vec<u8>>)>,
     /// Somebody waited for the end of a lease.
     pub waited: bool,
     /// What was broken of the promises.
@@ -234,6 +239,7 @@ impl World for FakeWorld {
                 state: VmState::Running,
                 operation: r.operation.clone(),
                 loaded: true,
+                replay: None,
                 paused: false,
             };
             arrive(field, host, &r.vm, held.clone())?;
@@ -294,6 +300,7 @@ impl World for FakeWorld {
                 state: VmState::Incoming,
                 operation: ticket.operation.clone(),
                 loaded: false,
+                replay: None,
                 paused: false,
             };
             field.set_aside(host, &ticket.vm, r.replaces_generation);
@@ -397,7 +404,7 @@ impl World for FakeWorld {
             if (target.state, &target.operation) != (VmState::Incoming, &load.ticket.operation) {
                 return Err(conflict("the target expects another"));
             }
-            target.loaded = true;
+            (target.loaded, target.replay) = (true, load.replay.map(Replay::until));
             Ok(MachineDigest::default())
         })
         .await
@@ -429,6 +436,14 @@ impl World for FakeWorld {
         self.call("bucket", "erase", &|field: &mut Field| {
             field.bucket.remove(manifest);
             Ok(())
+        })
+        .await
+    }
+
+    async fn prune_journal(&self, recording: &Recording, kept: &[Vec<u8>]) -> Result<usize, Failure> {
+        self.call("bucket", "prune", &|field: &mut Field| {
+            field.pruned.push((recording.id.clone(), kept.to_vec()));
+            Ok(0)
         })
         .await
     }

@@ -22,7 +22,7 @@ use crate::agents::{Agents, host_identity, link};
 use crate::failure::Failure;
 use crate::ingest::assembly::spaces;
 use crate::ingest::layers::Base;
-use crate::ingest::load::Load;
+use crate::ingest::load::{Journal, Load};
 use crate::ingest::manifest;
 use crate::ingest::map::PackAt;
 use crate::ingest::owner::Claim;
@@ -30,7 +30,9 @@ use crate::ingest::read::{Damaged, Reader};
 use crate::ingest::receive::{Expected, Ingest};
 use crate::ingest::relay::Relay;
 use crate::ingest::{Road, Routes};
-use crate::ledger::event::CheckpointEntry;
+use crate::journal::Journals;
+use crate::ledger::event::{CheckpointEntry, Replay};
+use crate::ledger::recording::Recording;
 use crate::sweep::{Request, Sweeper, Swept};
 use crate::tls::Tls;
 
@@ -45,6 +47,8 @@ pub struct Hosts {
     pub agents: Arc<Agents>,
     /// Where checkpoints lie, and what opens them.
     pub reader: Reader,
+    /// Recordings in the bucket.
+    pub journals: Journals,
     /// Lanes that end in, or pass through, this controller.
     pub routes: Routes,
     /// Certificates for lanes that begin here.
@@ -125,7 +129,7 @@ impl Hosts {
     }
 
     /// A claim in this controller's name.
-    fn named(&self, claim: Claim) -> Claim {
+    pub fn named(&self, claim: Claim) -> Claim {
         Claim { name: format!("{} at {}", self.tls.identity(), self.address), ..claim }
     }
 
@@ -142,7 +146,20 @@ fn damage_alone(failure: Failure) -> Result<Damaged, Failure> {
     Err(failure)
 }
 
+/// The part of a recording of this VM that a guest goes through.
+fn journal(journals: &Journals, vm_id: &str, replay: &Replay) -> Result<Journal, Failure> {
+    let bad = || Failure::new(Code::Internal, format!("{} is no recording of {vm_id}", replay.recording));
+    let shelf = journals.shelf(vm_id.parse().map_err(|_| bad())?, replay.recording.parse().map_err(|_| bad())?);
+    Ok(Journal { shelf, blocks: replay.first..replay.last.saturating_add(1), until: replay.until() })
+}
+
 impl World for Hosts {
+    async fn prune_journal(&self, recording: &Recording, kept: &[Vec<u8>]) -> Result<usize, Failure> {
+        let bad = || Failure::new(Code::Internal, format!("{} is no recording", recording.id));
+        let (vm, id) = (recording.vm_id.parse().map_err(|_| bad())?, recording.id.parse().map_err(|_| bad())?);
+        self.journals.prune(vm, id, kept, recording.ended.is_empty()).await
+    }
+
     async fn create(&self, host: &str, request: CreateVmRequest) -> Result<VmInfo, Failure> {
         let info = self.agents.call(host, SLOW, async |mut agent| agent.create_vm(request).await).await?;
         self.agents.observe(host, &info);
@@ -241,6 +258,10 @@ impl World for Hosts {
 
     async fn load(&self, load: LoadRequest<'_>, voice: &Voice) -> Result<MachineDigest, Failure> {
         let opened = self.reader.manifest(load.manifest_key).await?;
+        let journal = match load.replay {
+            Some(replay) => Some(journal(&self.journals, &opened.manifest.vm_id, replay)?),
+            None => None,
+        };
         let load = Load {
             reader: &self.reader,
             opened: &opened,
@@ -251,8 +272,9 @@ impl World for Hosts {
             bandwidth: load.policy.bandwidth_bytes_per_s,
             verify_full: load.policy.verify_full,
             lazy: load.lazy,
+            journal,
         };
-        load.send(|progress| voice.transfer(TransferEvent { event: Some(Said::Progress(progress)) })).await
+        load.send(|event| voice.transfer(TransferEvent { event: Some(event) })).await
     }
 
     async fn lease_end(&self, host: &str, vm: &str, voice: &Voice) {

@@ -36,7 +36,7 @@ pub fn last_word(
             vm,
             checkpoint: checkpoint(state, operation),
             migration: migration(operation, memory, transfers),
-            restore: restore(operation, memory),
+            restore: restore(operation, memory, transfers),
         }),
         (Status::Left(step), _) => {
             let step = operation.plan.task.shape().steps.get(step).copied().unwrap_or_default();
@@ -137,10 +137,14 @@ fn migration(operation: &Operation, memory: &Memory, transfers: &[TransferEvent]
     })
 }
 
-fn restore(operation: &Operation, memory: &Memory) -> Option<RestoreReport> {
+fn restore(operation: &Operation, memory: &Memory, transfers: &[TransferEvent]) -> Option<RestoreReport> {
     let Task::Restore { lazy, .. } = operation.plan.task else { return None };
     let first_instruction_ms = memory.first_instruction_ms;
-    Some(RestoreReport { lazy, first_instruction_ms, phases: memory.phases.clone() })
+    let told = transfers.iter().filter_map(|event| match &event.event {
+        Some(Said::Phase(phase)) => Some(phase.clone()),
+        _ => None,
+    });
+    Some(RestoreReport { lazy, first_instruction_ms, phases: told.chain(memory.phases.iter().cloned()).collect() })
 }
 
 /// Counts an operation that has ended.

@@ -164,9 +164,7 @@ impl<W: World> Hands<'_, W> {
             (Task::Checkpoint { checkpoint, .. }, _) => self.stream(checkpoint, memory).await,
             (Task::Restore { .. }, "fence") => self.fence().await,
             (Task::Restore { target, .. }, "prepare") => self.prepare(target, memory).await,
-            (Task::Restore { checkpoint, target, policy, lazy, .. }, "load") => {
-                self.load(checkpoint, target, policy, *lazy, memory).await
-            }
+            (Task::Restore { .. }, "load") => self.load(memory).await,
             (Task::Restore { target, lazy, .. }, "activate") => {
                 self.activate(target, false, memory).await?;
                 self.note_first_instruction(target, *lazy, memory).await;
@@ -174,7 +172,12 @@ impl<W: World> Hands<'_, W> {
             }
             (Task::Restore { .. }, _) => self.release(memory).await,
             (Task::Verify { checkpoint }, _) => self.verify(checkpoint, memory).await,
-            (Task::RemoveCheckpoint { checkpoint, generation }, _) => self.erase(checkpoint, *generation).await,
+            (Task::RemoveCheckpoint { checkpoint, generation }, _) => {
+                if self.erase(checkpoint, *generation).await? {
+                    self.prune_journals().await?;
+                }
+                Ok(())
+            }
             (Task::Sample { packs }, _) => self.sample(packs, memory).await,
             (Task::Sweep { live_percent_min }, _) => self.sweep(*live_percent_min, memory).await,
         }
@@ -497,20 +500,27 @@ impl<W: World> Hands<'_, W> {
         }
     }
 
-    async fn load(
-        &self,
-        checkpoint: &str,
-        target: &str,
-        policy: &TransferPolicy,
-        lazy: bool,
-        memory: &mut Memory,
-    ) -> Result<(), Failure> {
+    async fn load(&self, memory: &mut Memory) -> Result<(), Failure> {
+        let Task::Restore { checkpoint, target, policy, lazy, replay, .. } = &self.plan().task else {
+            return Err(lost("what is restored"));
+        };
         let began = Instant::now();
         let state = self.ledger.state();
         let entry = state.checkpoints.get(checkpoint).ok_or_else(|| lost("the checkpoint"))?;
         let ticket = memory.ticket.as_ref().ok_or_else(|| lost("the ticket"))?;
-        let (manifest_key, address) = (&entry.manifest_key, &memory.address);
-        let request = LoadRequest { manifest_key, ticket, host: target, address, policy, lazy };
+        let request = LoadRequest {
+            manifest_key: &entry.manifest_key,
+            ticket,
+            host: target,
+            address: &memory.address,
+            policy,
+            lazy: *lazy,
+            replay: replay.as_ref(),
+        };
+        if let Some(replay) = replay {
+            let (blocks, seconds) = (replay.last - replay.first + 1, replay.span_ms as f64 / 1e3);
+            self.voice.note(format!("{target} will go through {blocks} blocks that were recorded in {seconds:.1} s"));
+        }
         self.world.load(request, self.voice).await?;
         memory.phase("load", began);
         Ok(())
@@ -552,16 +562,33 @@ impl<W: World> Hands<'_, W> {
     }
 
     /// Removes a manifest, and then what no other needs. The lock of the VM's packs keeps others from adding any meanwhile.
-    async fn erase(&self, checkpoint: &str, generation: u64) -> Result<(), Failure> {
+    /// Whether it was this cluster's to remove, and all of it could be looked at.
+    async fn erase(&self, checkpoint: &str, generation: u64) -> Result<bool, Failure> {
         let id = checkpoint.parse().map_err(|_| lost("the checkpoint's id"))?;
         self.world.erase(&crate::bucket::manifest_key(&self.plan().vm_id, id)).await?;
         let request = Request::of(&self.ledger.state(), &self.plan().vm_id, generation, 0);
         match self.world.sweep(&request, &|_| ()).await {
-            Ok(swept) if swept.note.is_empty() => {}
+            Ok(swept) if swept.note.is_empty() => return Ok(true),
             Ok(swept) => self.voice.note(swept.note),
             // What it names cannot be known, so nothing is removed: the next sweep looks again.
             Err(failure) if matches!(failure.code, Code::Corrupt | Code::Denied) => self.voice.note(failure.message),
             Err(failure) => return Err(failure),
+        }
+        Ok(false)
+    }
+
+    /// Removes what was recorded before the oldest checkpoint that is left of each recording. The lock of the VM's packs keeps
+    /// checkpoints from being made meanwhile.
+    async fn prune_journals(&self) -> Result<(), Failure> {
+        let state = self.ledger.state();
+        let vm_id = &self.plan().vm_id;
+        let kept: Vec<Vec<u8>> = state.checkpoints_of(vm_id).iter().map(|entry| entry.digest.state.clone()).collect();
+        for recording in state.recordings_of(vm_id) {
+            let count = self.world.prune_journal(recording, &kept).await?;
+            if count > 0 {
+                let what = format!("{count} segments of recording {}", recording.id);
+                self.voice.note(format!("{what} are gone: no checkpoint is left from which they could be replayed"));
+            }
         }
         Ok(())
     }

@@ -17,7 +17,7 @@ use super::voice::Voice;
 use super::{Patience, Sagas};
 use crate::agents::verdict::{Report, verdict};
 use crate::ledger::Ledger;
-use crate::ledger::event::{Intent, Plan, Task};
+use crate::ledger::event::{Event, Intent, Plan, Replay, Task};
 use crate::ledger::state::{State, checkpoint_lock, packs_lock};
 use crate::ledger::tests::{checkpoint_plan, config, create_plan, restore_plan, simple_plan};
 use crate::reconcile::{Correction, corrections};
@@ -40,13 +40,14 @@ enum Scene {
     RestoreFromSilent,
     RestoreEnded,
     RestoreAs,
+    RestoreAt,
     Verify,
     RemoveCheckpoint,
     Sweep,
     Sample,
 }
 
-const SCENES: [Scene; 16] = [
+const SCENES: [Scene; 17] = [
     Scene::Create,
     Scene::Pause,
     Scene::Resume,
@@ -59,6 +60,7 @@ const SCENES: [Scene; 16] = [
     Scene::RestoreFromSilent,
     Scene::RestoreEnded,
     Scene::RestoreAs,
+    Scene::RestoreAt,
     Scene::Verify,
     Scene::RemoveCheckpoint,
     Scene::Sweep,
@@ -174,6 +176,14 @@ fn plan(scene: Scene, state: &State) -> Plan {
         }
         Scene::RestoreInPlace => restore_plan(state, "vm1", CHECKPOINT, "hostA"),
         Scene::RestoreAs => restore_plan(state, "vm2", CHECKPOINT, "hostB"),
+        Scene::RestoreAt => {
+            let mut plan = restore_plan(state, "vm1", CHECKPOINT, "hostB");
+            if let Task::Restore { replay, .. } = &mut plan.task {
+                let recording = "ab".repeat(16);
+                *replay = Some(Replay { recording, first: 3, last: 9, retired: 77, skipped_tsc: 5, span_ms: 60_000 });
+            }
+            plan
+        }
         Scene::Verify => on_checkpoint(Task::Verify { checkpoint }),
         Scene::Sample => on_checkpoint(Task::Sample { packs: state.checkpoints[CHECKPOINT].pack_keys.clone() }),
         Scene::Sweep => on_checkpoint(Task::Sweep { live_percent_min: 30 }),
@@ -372,4 +382,29 @@ async fn a_vm_that_keeps_running_is_not_restored_away_from_a_silent_host() {
     assert_eq!(operation.status, Status::Undone);
     assert!(operation.failure.clone().unwrap().message.contains("keeps running"), "{operation:?}");
     assert_eq!(stage.field.lock().unwrap().hosts["hostA"]["vm1"].state, VmState::Running);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_checkpoint_that_is_removed_takes_what_was_recorded_before_the_next_one_with_it() {
+    let stage = Stage::new(Scene::RemoveCheckpoint).await;
+    let keeps = "00112233445566aa";
+    stage.run(checkpoint_plan(&stage.ledger.state(), "vm1", keeps)).await;
+    let began = Event::RecordingBegan { vm: "vm1".into(), recording: "r1".into(), full: 1 };
+    stage.ledger.append("operator/test", began).await.unwrap();
+    stage.run(plan(Scene::RemoveCheckpoint, &stage.ledger.state())).await;
+    let state = stage.ledger.state();
+    assert!(!state.checkpoints.contains_key(CHECKPOINT));
+    let kept = vec![state.checkpoints[keeps].digest.state.clone()];
+    assert_eq!(stage.field.lock().unwrap().pruned, [("r1".to_owned(), kept)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_restore_to_an_instant_goes_there_and_any_other_goes_nowhere() {
+    for (scene, went) in [(Scene::RestoreAt, true), (Scene::RestoreElsewhere, false)] {
+        let stage = Stage::new(scene).await;
+        stage.run(plan(scene, &stage.ledger.state())).await;
+        let until = went.then_some(proto::v1::Position { retired: 77, skipped_tsc: 5 });
+        let held = stage.field.lock().unwrap().hosts["hostB"]["vm1"].clone();
+        assert_eq!((held.state, held.replay), (VmState::Running, until));
+    }
 }

@@ -14,7 +14,8 @@ use super::voice::Voice;
 use crate::failure::Failure;
 use crate::ingest::read::Damaged;
 use crate::ingest::receive::Expected;
-use crate::ledger::event::CheckpointEntry;
+use crate::ledger::event::{CheckpointEntry, Replay};
+use crate::ledger::recording::Recording;
 use crate::sweep::{Request, Swept};
 
 /// Answer of a call.
@@ -64,6 +65,9 @@ pub trait World: Send + Sync + 'static {
     fn sample(&self, packs: &[String]) -> impl Answer<(u64, Damaged)>;
     /// Removes a manifest: from then on the checkpoint does not exist, whatever happens to its packs.
     fn erase(&self, manifest_key: &str) -> impl Answer<()>;
+    /// Removes the segments of a recording before the first one that begins with one of these captures; how many. Whoever calls
+    /// holds the lock of the VM's packs.
+    fn prune_journal(&self, recording: &Recording, kept: &[Vec<u8>]) -> impl Answer<usize>;
     /// Removes what no checkpoint of a VM needs. Whoever calls holds the lock of the VM's packs.
     fn sweep(&self, request: &Request, say: &(dyn Fn(String) + Sync)) -> impl Answer<Swept>;
 }
@@ -83,4 +87,6 @@ pub struct LoadRequest<'a> {
     pub policy: &'a TransferPolicy,
     /// All but RAM, which follows while the guest runs.
     pub lazy: bool,
+    /// What the guest goes through before it is ready.
+    pub replay: Option<&'a Replay>,
 }

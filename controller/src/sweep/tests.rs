@@ -9,9 +9,10 @@ use proto::v1::MachineDigest;
 
 use super::*;
 use crate::bucket::file::tests::Scratch;
-use crate::bucket::{pack_key, vm_prefix};
+use crate::bucket::{journals_prefix, pack_key, vm_prefix};
 use crate::ingest::manifest;
 use crate::ingest::tests::{Contents, VM, claim, contents_of, full, increment, reader};
+use crate::journal::chain::tests::{RECORDING, Recorder};
 use crate::ledger::event::CheckpointEntry;
 
 /// Runs of (space, first page, pages, fill).
@@ -287,4 +288,20 @@ proptest::proptest! {
             assert_eq!(history.packs().await.into_keys().collect::<BTreeSet<_>>(), history.named().await);
         });
     }
+}
+
+#[tokio::test]
+async fn what_was_recorded_is_none_of_a_sweeps_business() {
+    let history = mostly_dead().await;
+    let journals = crate::journal::Journals::new(reader(&history.scratch.bucket));
+    let mut recorder = Recorder::new(RECORDING);
+    let frames: Vec<_> = (0..6).map(|n| if n % 3 == 0 { recorder.cut(n) } else { recorder.block() }).collect();
+    journals.append(VM, RECORDING, &claim("ours", 3), frames).await.unwrap();
+    journals.tidy_now(VM, RECORDING).await.unwrap();
+    let recorded = async || history.scratch.bucket.list_objects(&journals_prefix(&VM.to_string())).await.unwrap();
+    let before = recorded().await;
+    assert_eq!(before.len(), 3);
+    let swept = history.sweep(&history.request(90)).await.unwrap();
+    assert!(swept.repacked > 0, "{swept:?}");
+    assert_eq!(recorded().await, before);
 }

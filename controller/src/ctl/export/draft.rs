@@ -3,6 +3,7 @@
 //! Knows where pages of a space go, and neither digests nor ELF.
 
 use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::Write as _;
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
@@ -90,6 +91,26 @@ impl Draft {
         // The boot image comes last, and is for nobody.
         draft.spaces.push(None);
         Ok(draft)
+    }
+
+    /// Of one file that is written from its beginning to its end.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn stream(out: &Path) -> Result<Draft, Failure> {
+        let mut draft = Draft::new(out)?;
+        let space = create(&draft.part, 0, 0)?;
+        draft.spaces.push(Some(space));
+        Ok(draft)
+    }
+
+    /// Writes the next bytes of [`Draft::stream`].
+    ///
+    /// # Errors
+    /// The disk is full, or fails.
+    pub fn append(&self, bytes: &[u8]) -> Result<(), Failure> {
+        let Some(Some(space)) = self.spaces.first() else { return Ok(()) };
+        (&space.file).write_all(bytes).map_err(|e| failed("write", &space.path, &e))
     }
 
     fn new(out: &Path) -> Result<Draft, Failure> {

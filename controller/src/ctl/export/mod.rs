@@ -6,16 +6,15 @@
 //! The controller proves each page; here frames are checked again as they come, and in the end the digest over all of them
 //! against the checkpoint's. Until then nothing has the name that was asked for, and what fails leaves nothing behind.
 
-mod draft;
+pub(in crate::ctl) mod draft;
 mod elf;
 mod paging;
+pub(in crate::ctl) mod proof;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use proto::digest::machine_digest;
-use proto::frame::{self, Encoding, PAGE_BYTES};
-use proto::ids::Digest as Root;
+use proto::frame::PAGE_BYTES;
 use proto::status::Code;
 use proto::v1;
 use proto::v1::export_message::Message as Said;
@@ -29,10 +28,8 @@ use super::grammar::{ExportArgs, ExportFormat};
 use super::output::{self, Format, Report, Text};
 use super::progress::Progress;
 use super::units::show_bytes;
-use crate::ingest::assembly::spaces;
-use crate::ingest::digest::{PageDigests, state_digest};
-use crate::ingest::manifest::SPACE_BYTES_MAX;
 use draft::Draft;
+use proof::Proof;
 
 /// How often the bar moves.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
@@ -85,67 +82,49 @@ async fn receive(client: &mut Client, args: &ExportArgs, doing: &str) -> Result<
     Err(protocol(doing, "the stream's end before the checkpoint's"))
 }
 
-fn protocol(doing: &str, what: &str) -> Failure {
+/// The controller said what it must not.
+pub(in crate::ctl) fn protocol(doing: &str, what: &str) -> Failure {
     Failure::new(Code::Protocol, format!("{doing}: the controller sent {what}"))
 }
 
 /// An export that is under way.
 struct Export {
-    doing: String,
-    head: v1::ExportHead,
+    proof: Proof,
     cpus: Vec<CpuState>,
     draft: Draft,
-    digests: Vec<PageDigests>,
-    came: u64,
     progress: Progress,
 }
 
 impl Export {
     fn begin(args: &ExportArgs, head: v1::ExportHead, doing: &str) -> Result<Export, Failure> {
         let config = head.config.clone().unwrap_or_default();
-        let local = config.disks.iter().filter(|disk| !disk.shared).map(|disk| disk.size_bytes);
-        let boot = config.boot.as_ref().map_or(0, |boot| boot.image_bytes);
-        if local.chain([config.memory_bytes, boot]).any(|bytes| bytes > SPACE_BYTES_MAX) {
-            return Err(protocol(doing, "a configuration that makes no sense"));
-        }
-        let cpus = cpus(&head.sections)?;
-        let (wanted, draft) = match args.format {
-            ExportFormat::ElfCore => (1, Draft::core(&args.out, config.memory_bytes)?),
-            ExportFormat::Raw => (usize::MAX, Draft::raw(&args.out, &config)?),
+        let wanted = if args.format == ExportFormat::ElfCore { 1 } else { usize::MAX };
+        let proof = Proof::new(doing, head, wanted)?;
+        let cpus = cpus(&proof.head.sections)?;
+        let draft = match args.format {
+            ExportFormat::ElfCore => Draft::core(&args.out, config.memory_bytes)?,
+            ExportFormat::Raw => Draft::raw(&args.out, &config)?,
         };
-        let digests = spaces(&config).into_iter().take(wanted).map(PageDigests::new).collect();
-        Ok(Export { doing: doing.to_owned(), head, cpus, draft, digests, came: 0, progress: Progress::new(doing) })
+        Ok(Export { proof, cpus, draft, progress: Progress::new(doing) })
     }
 
     fn pages(&mut self, bytes: &[u8]) -> Result<(), Failure> {
-        let corrupt = |why: String| Failure::new(Code::Corrupt, format!("{}: {why}", self.doing));
-        let held = frame::decode_pages(bytes).map_err(|error| corrupt(error.to_string()))?;
-        let (run, space) = (held.run, usize::from(held.run.space));
-        let digests = self
-            .digests
-            .get_mut(space)
-            .filter(|digests| run.first_page.checked_add(run.pages.into()).is_some_and(|end| end <= digests.pages()));
-        let Some(digests) = digests.filter(|_| run.encoding == Encoding::Raw) else {
-            return Err(corrupt(format!("pages that are nowhere: {run:?}")));
-        };
-        (run.first_page..).zip(&held.leaves).for_each(|(page, leaf)| digests.set(page, *leaf));
-        self.draft.write(space, run.first_page, held.payload)?;
-        self.came += u64::from(run.pages);
-        Ok(())
+        let held = self.proof.take(bytes)?;
+        self.draft.write(usize::from(held.run.space), held.run.first_page, held.payload)
     }
 
     fn show(&self) {
         let bytes = |pages: u64| pages.saturating_mul(PAGE_BYTES as u64);
-        self.progress.bytes(bytes(self.came), bytes(self.head.pages));
+        self.progress.bytes(bytes(self.proof.came), bytes(self.proof.head.pages));
     }
 
     fn finish(mut self, args: &ExportArgs, pages: u64) -> Result<Exported, Failure> {
-        self.check(pages)?;
+        self.proof.check(pages)?;
         let mappings = match args.format {
             ExportFormat::Raw => 0,
             ExportFormat::ElfCore => self.map()?,
         };
-        let Export { head, cpus, draft, came, .. } = self;
+        let Export { proof: Proof { head, came, .. }, cpus, draft, .. } = self;
         let files = draft.finish()?;
         let checkpoint = head.checkpoint.unwrap_or_default();
         Ok(Exported {
@@ -161,27 +140,9 @@ impl Export {
         })
     }
 
-    /// All pages came, and they are what the checkpoint's digest says.
-    fn check(&self, pages: u64) -> Result<(), Failure> {
-        let wrong = |why: String| Failure::new(Code::Corrupt, format!("{}: {why}", self.doing));
-        if (pages, self.head.pages) != (self.came, self.came) {
-            return Err(wrong(format!("{} of {} pages came", self.came, self.head.pages)));
-        }
-        let stated = self.head.checkpoint.clone().unwrap_or_default().digest.unwrap_or_default();
-        let roots: Vec<Root> = self.digests.iter().map(PageDigests::root).collect();
-        let (ram, others) = roots.split_first().ok_or_else(|| wrong("there is no RAM".into()))?;
-        let computed = machine_digest(*ram, state_digest(&self.head.sections), others);
-        let ram_only = self.digests.len() < spaces(&self.head.config.clone().unwrap_or_default()).len();
-        let same = match ram_only {
-            true => (&stated.ram, &stated.state) == (&computed.ram, &computed.state),
-            false => stated == computed,
-        };
-        same.then_some(()).ok_or_else(|| wrong("what came is not what the checkpoint's digest says".into()))
-    }
-
     /// Writes the core's head; how many kernel mappings it has.
     fn map(&mut self) -> Result<usize, Failure> {
-        let ram = elf::Ram::new(self.head.config.as_ref().map_or(0, |config| config.memory_bytes));
+        let ram = elf::Ram::new(self.proof.head.config.as_ref().map_or(0, |config| config.memory_bytes));
         let walk = match self.cpus.first() {
             Some(cpu) => paging::kernel(cpu, &ram, |offset, page| self.draft.read(offset, page))?,
             None => paging::Walk::default(),
@@ -240,9 +201,11 @@ impl Report for Exported {
 
 #[cfg(test)]
 mod tests {
-    use proto::frame::PageRun;
+    use proto::digest::machine_digest;
+    use proto::frame::{self, Encoding, PageRun};
 
     use super::*;
+    use crate::ingest::digest::{PageDigests, state_digest};
 
     const PAGES: u64 = 512;
 
@@ -327,7 +290,7 @@ mod tests {
         export.pages(&frame(4, 7, 0)).unwrap();
         assert!(export.finish(&args, 7).unwrap_err().message.contains("digest"));
         let mut export = begin(head());
-        export.head.sections[0].minor = 9;
+        export.proof.head.sections[0].minor = 9;
         export.pages(&frame(3, 7, 0)).unwrap();
         assert!(export.finish(&args, 7).unwrap_err().message.contains("digest"));
         let mut huge = head();
