@@ -17,7 +17,7 @@ fn guest() -> Option<PathBuf> {
 }
 
 /// Creates `vm1` on hostA from the files of `deploy/guest`, with a copy of the disk.
-fn boot(cluster: &Cluster) -> Option<()> {
+fn boot(cluster: &Cluster, more: &[&str]) -> Option<()> {
     let guest = guest()?;
     // A copy of the kernel that is gone once the guest runs.
     let kernel = cluster.dir().join("vmlinuz");
@@ -29,7 +29,7 @@ fn boot(cluster: &Cluster) -> Option<()> {
     let (path, initrd, disk) = (text(kernel.clone()), text(guest.join("initramfs.cpio")), text(disk));
     let files = ["--kernel", &path, "--initrd", &initrd, "--cmdline", cmdline.trim(), "--disk", &disk];
     let args = ["vm", "create", "vm1", "--host", "hostA", "--memory", "512M", "--net", "tap="];
-    cluster.ok(args.into_iter().chain(files));
+    cluster.ok(args.into_iter().chain(files).chain(more.iter().copied()));
     std::fs::remove_file(kernel).expect("the kernel's file");
     Some(())
 }
@@ -70,7 +70,7 @@ fn reboots(cluster: &Cluster) {
 #[test]
 fn linux_boots_works_moves_and_comes_back() {
     let cluster = Cluster::up(2);
-    if boot(&cluster).is_none() {
+    if boot(&cluster, &[]).is_none() {
         return;
     }
     goes_on(&cluster);
@@ -89,4 +89,31 @@ fn linux_boots_works_moves_and_comes_back() {
     let migration = cluster.json(["migrate", "vm1", "--to", "hostA"]);
     assert_eq!(migration["source_digest"], migration["target_digest"]);
     goes_on(&cluster);
+}
+
+#[test]
+fn linux_with_several_processors_moves_and_comes_back() {
+    let cluster = Cluster::up(2);
+    if boot(&cluster, &["--vcpus", "4"]).is_none() {
+        return;
+    }
+    goes_on(&cluster);
+    let mut console = cluster.command(["vm", "console", "vm1"]);
+    let mut console = console.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("ctl can be run");
+    let mut keys = console.stdin.take().expect("stdin is piped");
+    let busy =
+        b"for n in 1 2 3; do (while :; do :; done) & done; echo processors: $(grep -c ^processor /proc/cpuinfo)\n";
+    std::io::Write::write_all(&mut keys, busy).expect("ctl reads its input");
+    wait("the shell to answer", || cluster.console("vm1").contains("processors: 4").then_some(()));
+    for host in ["hostB", "hostA"] {
+        let migration = cluster.json(["migrate", "vm1", "--to", host]);
+        assert_eq!(migration["source_digest"], migration["target_digest"]);
+        goes_on(&cluster);
+    }
+    cluster.ok(["checkpoint", "create", "vm1"]);
+    cluster.kill(cluster.runner("hostA", "vm1").expect("the guest has a runner"));
+    cluster.ok(["restore", "vm1", "--to", "hostB"]);
+    goes_on(&cluster);
+    console.kill().expect("ctl is running");
+    console.wait().expect("ctl ends");
 }

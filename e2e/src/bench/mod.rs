@@ -8,6 +8,8 @@ pub mod checkpoint;
 pub mod engine;
 pub mod loops;
 pub mod migrate;
+pub mod recorded;
+pub mod replay;
 pub mod report;
 
 use std::process::Command;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use e2e::bench::{Report, checkpoint, engine, migrate};
+use e2e::bench::{Report, checkpoint, engine, migrate, replay};
 use e2e::leftovers;
 
 /// Godwit's benchmarks.
@@ -36,6 +36,14 @@ enum Suite {
         #[arg(long)]
         quick: bool,
     },
+    /// What recording costs and how fast it is gone through again: boot, cpu, net, disk, idle, back.
+    Replay {
+        /// Only these cases.
+        cases: Vec<String>,
+        /// What `deploy/guest` made.
+        #[arg(long, default_value = "target/guest")]
+        guest: PathBuf,
+    },
     /// A guest of 1 GiB between two agents: idle, dirty-50, dirty-200.
     Migrate {
         /// Only these cases.
@@ -53,6 +61,7 @@ fn main() -> ExitCode {
     let result = match &arguments.suite {
         Suite::Checkpoint { cases, quick } => checkpoint::run(&report, cases, *quick),
         Suite::Engine { cases, guest } => engine::run(&report, guest, cases),
+        Suite::Replay { cases, guest } => replay::run(&report, guest, cases),
         Suite::Migrate { cases } => migrate::run(&report, cases),
     };
     match result {
