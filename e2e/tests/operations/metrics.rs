@@ -106,7 +106,8 @@ fn every_promised_number_is_there_and_no_other() {
         (Page::of(&cluster, "hostB").get("godwit_agent_vms{state=\"incoming\"}") == 1.0).then_some(())
     });
     assert!(moving.wait().unwrap().success());
-    cluster.ok(["checkpoint", "create", "vm1"]);
+    // With the checkpoint that a recording begins with.
+    cluster.ok(["record", "start", "vm1"]);
     wait("the new host to be heard", || (cluster.observed("vm1") == "running").then_some(()));
 
     let page = Page::of(&cluster, "controller");
@@ -122,6 +123,7 @@ fn every_promised_number_is_there_and_no_other() {
     let stored = page.get("godwit_checkpoint_stored_bytes");
     assert!((16e6..100e6).contains(&stored), "{stored}");
     assert_eq!(page.get("godwit_checkpoint_bytes_total"), stored);
+    assert!(page.get("godwit_journal_lag_seconds{vm=\"vm1\"}") < 60.0);
     assert!(page.get("godwit_relay_bytes_total") >= 16e6);
     assert!(page.get("godwit_heartbeats_total{host=\"hostA\"}") >= 1.0);
     assert_eq!((page.get("godwit_damaged_total"), page.get("godwit_handshakes_refused_total")), (0.0, 0.0));
