@@ -14,6 +14,7 @@ use super::{Api, plans};
 use crate::failure::Failure;
 use crate::ingest::export::{self, Wanted};
 use crate::ingest::read::Opened;
+use crate::ledger::event::CheckpointEntry;
 use crate::tls::Identity;
 
 /// Frames on their way to the listener.
@@ -32,6 +33,27 @@ impl Api {
     pub(super) async fn export(&self, operator: &Identity, request: ExportRequest) -> Result<Export, Failure> {
         let entry = plans::named_checkpoint(&self.ledger.state(), &request.name)?.clone();
         let wanted = if request.disks { Wanted::All } else { Wanted::Ram };
+        let (head, opened) = self.export_head(&entry, wanted).await?;
+        // All of a guest's memory leaves the cluster: that is worth a line.
+        tracing::warn!(%operator, checkpoint = entry.id, vm = entry.vm, ?wanted, "a checkpoint is exported");
+        let (out, stream) = mpsc::channel(DEPTH);
+        let api = self.clone();
+        tokio::spawn(async move {
+            let sent = api.send_export(head, &opened, wanted, &out).await;
+            api.end_export(&entry.id, sent.map(|pages| ExportEnd { pages, blocks: 0 }), &out).await;
+        });
+        Ok(ReceiverStream::new(stream))
+    }
+
+    /// What a checkpoint's export begins with, and where its pages lie.
+    ///
+    /// # Errors
+    /// What the manifest and the bucket say.
+    pub(super) async fn export_head(
+        &self,
+        entry: &CheckpointEntry,
+        wanted: Wanted,
+    ) -> Result<(ExportHead, Opened), Failure> {
         let opened = self.reader.manifest(&entry.manifest_key).await?;
         let sections = self.reader.sections(&opened).await?.into_iter().map(|(section, _)| section).collect();
         let head = ExportHead {
@@ -40,20 +62,7 @@ impl Api {
             sections,
             pages: export::pages_of(&opened, wanted),
         };
-        // All of a guest's memory leaves the cluster: that is worth a line.
-        tracing::warn!(%operator, checkpoint = entry.id, vm = entry.vm, ?wanted, "a checkpoint is exported");
-        let (out, stream) = mpsc::channel(DEPTH);
-        let api = self.clone();
-        tokio::spawn(async move {
-            let sent = api.send_export(head, &opened, wanted, &out).await;
-            let last = match sent {
-                Ok(pages) => Ok(ExportMessage { message: Some(Said::End(ExportEnd { pages, blocks: 0 })) }),
-                Err(failure) => Err(api.why(&entry.id, failure).into()),
-            };
-            // Who does not listen any more need not be told.
-            let _ = out.send(last).await;
-        });
-        Ok(ReceiverStream::new(stream))
+        Ok((head, opened))
     }
 
     /// Sends head and pages; how many pages.
@@ -65,14 +74,22 @@ impl Api {
         out: &export::Outgoing,
     ) -> Result<u64, Failure> {
         let _room = ROOM.acquire().await.map_err(|_| Failure::new(Code::Internal, "exports are closed"))?;
-        let head = ExportMessage { message: Some(Said::Head(head)) };
-        let gone = |_| Failure::new(Code::Cancelled, "nobody listens to the export any more");
-        out.send(Ok(head)).await.map_err(gone)?;
+        export::say(out, Said::Head(head)).await?;
         export::send(&self.reader, opened, wanted, out).await
     }
 
+    /// Sends what an export ends with.
+    pub(super) async fn end_export(&self, checkpoint: &str, sent: Result<ExportEnd, Failure>, out: &export::Outgoing) {
+        let last = match sent {
+            Ok(end) => Ok(ExportMessage { message: Some(Said::End(end)) }),
+            Err(failure) => Err(self.why(checkpoint, failure).into()),
+        };
+        // Who does not listen any more need not be told.
+        let _ = out.send(last).await;
+    }
+
     /// A checkpoint that was removed meanwhile is gone, not damaged.
-    pub(super) fn why(&self, checkpoint: &str, failure: Failure) -> Failure {
+    fn why(&self, checkpoint: &str, failure: Failure) -> Failure {
         if failure.code != Code::Cancelled && !self.ledger.state().checkpoints.contains_key(checkpoint) {
             return Failure::new(Code::NotFound, format!("checkpoint {checkpoint} was removed while it was exported"))
                 .hint("export another one: `ctl checkpoint ls`");

@@ -5,7 +5,7 @@
 use proto::status::Code;
 use proto::v1::export_message::Message as Said;
 use proto::v1::recorded_instant::At;
-use proto::v1::{Chunk, ExportEnd, ExportHead, ExportMessage, ExportRecordingRequest, RecordedInstant};
+use proto::v1::{Chunk, ExportEnd, ExportHead, ExportRecordingRequest, RecordedInstant};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -159,26 +159,15 @@ impl Api {
             let part = Visited { recording: visited.recording.clone(), tape, bases };
             span::find(&place.entry.vm, &[part], until)?;
         }
-        let opened = self.reader.manifest(&place.entry.manifest_key).await?;
-        let sections = self.reader.sections(&opened).await?.into_iter().map(|(section, _)| section).collect();
-        let head = ExportHead {
-            checkpoint: Some(self.checkpoint(&place.entry.id)?),
-            config: opened.manifest.config.clone(),
-            sections,
-            pages: export::pages_of(&opened, Wanted::All),
-        };
+        let (head, opened) = self.export_head(&place.entry, Wanted::All).await?;
         let blocks = self.blocks(&place, place.visit.base, place.visit.last)?;
         let (checkpoint, recording) = (place.entry.id, place.recording.id);
         tracing::warn!(%operator, checkpoint, vm = place.entry.vm, recording, "a recording is exported");
         let (out, stream) = mpsc::channel(DEPTH);
         let api = self.clone();
         tokio::spawn(async move {
-            let last = match api.send_replay(head, &opened, blocks, until, &out).await {
-                Ok(end) => Ok(ExportMessage { message: Some(Said::End(end)) }),
-                Err(failure) => Err(api.why(&checkpoint, failure).into()),
-            };
-            // Who does not listen any more need not be told.
-            let _ = out.send(last).await;
+            let sent = api.send_replay(head, &opened, blocks, until, &out).await;
+            api.end_export(&checkpoint, sent, &out).await;
         });
         Ok(ReceiverStream::new(stream))
     }
@@ -195,9 +184,7 @@ impl Api {
         let mut sent = 0;
         while let Some(block) = blocks.next().await? {
             let over = until.is_some_and(|until| span::reached(&block, until));
-            let message = ExportMessage { message: Some(Said::Journal(Chunk { frame: block.frame })) };
-            let gone = |_| Failure::new(Code::Cancelled, "nobody listens to the export any more");
-            out.send(Ok(message)).await.map_err(gone)?;
+            export::say(out, Said::Journal(Chunk { frame: block.frame })).await?;
             sent += 1;
             if over {
                 break;

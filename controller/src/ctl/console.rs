@@ -15,13 +15,14 @@ use std::time::{Duration, Instant};
 use proto::status::Code;
 use proto::v1::{ConsoleInput, ConsoleOutput, VmName};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use super::client::Client;
 use super::failure::Failure;
+use super::interrupts::listen;
 
 /// Ctrl-].
 const ESCAPE: u8 = 0x1d;
@@ -50,8 +51,7 @@ pub async fn run(client: Client, vm: &str, log_only: bool) -> Result<(), Failure
     if on_terminal {
         eprint!("attached to {vm}; Ctrl-] detaches\r\n");
     }
-    let terminations = signal(SignalKind::terminate())
-        .map_err(|e| Failure::new(Code::Internal, format!("cannot listen for signals: {e}")))?;
+    let terminations = listen(SignalKind::terminate())?;
     let session = Session {
         client,
         vm: vm.to_owned(),

@@ -12,12 +12,12 @@ use proto::status::Code;
 use proto::v1::{DebugBytes, VmName};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::client::Client;
 use super::failure::Failure;
+use super::interrupts::Interrupts;
 
 const CHUNK_BYTES: usize = 16 << 10;
 
@@ -33,9 +33,7 @@ pub async fn run(mut client: Client, vm: &str, listen: SocketAddr) -> Result<(),
     };
     let listener = TcpListener::bind(listen).await.map_err(refused)?;
     let local = listener.local_addr().map_err(refused)?;
-    let unheard = |e| Failure::new(Code::Internal, format!("cannot listen for signals: {e}"));
-    let mut terminations = signal(SignalKind::terminate()).map_err(unheard)?;
-    let mut interrupts = signal(SignalKind::interrupt()).map_err(unheard)?;
+    let mut interrupts = Interrupts::listen()?;
     println!("gdb: target remote {local}");
     eprintln!(
         "{vm} stands still while gdb has it; a live guest only goes forwards, `ctl replay` goes back. Ctrl-C ends this."
@@ -53,8 +51,7 @@ pub async fn run(mut client: Client, vm: &str, listen: SocketAddr) -> Result<(),
         tokio::select! {
             served = serve => served?,
             // The stream ends with us, and the guest goes on.
-            _ = terminations.recv() => return Ok(()),
-            _ = interrupts.recv() => return Ok(()),
+            () = interrupts.next() => return Ok(()),
         }
     }
 }

@@ -19,6 +19,7 @@ mod gdb;
 mod grammar;
 mod hosts;
 mod inspect;
+mod interrupts;
 mod keys;
 mod migration;
 mod operation;

@@ -14,11 +14,11 @@ use std::time::{Duration, Instant};
 use proto::status::Code;
 use proto::v1::operation_event::Event;
 use proto::v1::{OperationDone, OperationEvent, OperationRef};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tonic::{Response, Status, Streaming};
 
 use super::client::Client;
 use super::failure::Failure;
+use super::interrupts::Interrupts;
 use super::progress::Progress;
 
 /// How long a controller may be gone while one of its operations is followed.
@@ -74,8 +74,7 @@ struct Follower {
     progress: Progress,
     operation: String,
     notes: Vec<String>,
-    interrupts: Signal,
-    terminations: Signal,
+    interrupts: Interrupts,
     interrupted: u32,
     cancel_sent: bool,
     /// Streams that broke since the last event.
@@ -86,16 +85,13 @@ struct Follower {
 
 impl Follower {
     fn new(client: &Client, what: &str) -> Result<Follower, Failure> {
-        let listen =
-            |kind| signal(kind).map_err(|e| Failure::new(Code::Internal, format!("cannot listen for signals: {e}")));
         Ok(Follower {
             client: client.clone(),
             what: what.to_owned(),
             progress: Progress::new(what),
             operation: String::new(),
             notes: Vec::new(),
-            interrupts: listen(SignalKind::interrupt())?,
-            terminations: listen(SignalKind::terminate())?,
+            interrupts: Interrupts::listen()?,
             interrupted: 0,
             cancel_sent: false,
             breaks: 0,
@@ -117,7 +113,7 @@ impl Follower {
                         Err(status) => Err(Failure::from_status(&self.what, &status)),
                     };
                 }
-                () = interrupted(&mut self.interrupts, &mut self.terminations) => self.interrupt().await?,
+                () = self.interrupts.next() => self.interrupt().await?,
             }
         }
     }
@@ -134,7 +130,7 @@ impl Follower {
                     Ok(None) => return Ok(Ended::Broken(Status::unavailable("the controller ended the stream"))),
                     Err(status) => return Ok(Ended::Broken(status)),
                 },
-                () = interrupted(&mut self.interrupts, &mut self.terminations) => self.interrupt().await?,
+                () = self.interrupts.next() => self.interrupt().await?,
             }
         }
     }
@@ -215,7 +211,7 @@ impl Follower {
         loop {
             tokio::select! {
                 () = tokio::time::sleep(RECONNECT_PAUSE) => {}
-                () = interrupted(&mut self.interrupts, &mut self.terminations) => self.interrupt().await?,
+                () = self.interrupts.next() => self.interrupt().await?,
             }
             let operation = OperationRef { operation: self.operation.clone(), ..Default::default() };
             match self.client.watch_operation(operation).await {
@@ -224,13 +220,5 @@ impl Follower {
                 Err(status) => return Err(Failure::from_status(&self.what, &status)),
             }
         }
-    }
-}
-
-/// Ctrl-C or SIGTERM.
-async fn interrupted(interrupts: &mut Signal, terminations: &mut Signal) {
-    tokio::select! {
-        _ = interrupts.recv() => {}
-        _ = terminations.recv() => {}
     }
 }

@@ -22,6 +22,15 @@ use crate::failure::Failure;
 /// Where an export goes.
 pub type Outgoing = mpsc::Sender<Result<ExportMessage, Status>>;
 
+/// Sends a message.
+///
+/// # Errors
+/// [`Code::Cancelled`] if nobody listens any more.
+pub async fn say(out: &Outgoing, said: Said) -> Result<(), Failure> {
+    let gone = |_| Failure::new(Code::Cancelled, "nobody listens to the export any more");
+    out.send(Ok(ExportMessage { message: Some(said) })).await.map_err(gone)
+}
+
 /// Which of the spaces.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Wanted {
@@ -50,7 +59,7 @@ pub fn pages_of(opened: &Opened, wanted: Wanted) -> u64 {
 /// Sends all pages that are not zero; how many.
 ///
 /// # Errors
-/// [`Code::Corrupt`] naming what is damaged, the bucket's, or [`Code::Cancelled`] if nobody listens any more.
+/// [`Code::Corrupt`] naming what is damaged, the bucket's, or as [`say`].
 pub async fn send(reader: &Reader, opened: &Opened, wanted: Wanted, out: &Outgoing) -> Result<u64, Failure> {
     let manifest = &opened.manifest;
     if manifest.major == 1 {
@@ -80,9 +89,7 @@ async fn send_extents(reader: &Reader, opened: &Opened, extents: Vec<Extent>, ou
             sent += group.iter().map(|extent| u64::from(extent.pages)).sum::<u64>();
             let (opener, key, pieces) = (opened.opener.clone(), key.clone(), pieces.clone());
             for (_, frame) in pages_beside(opener, key, pieces, group).await? {
-                let message = ExportMessage { message: Some(Said::Pages(Chunk { frame })) };
-                let gone = |_| Failure::new(Code::Cancelled, "nobody listens to the export any more");
-                out.send(Ok(message)).await.map_err(gone)?;
+                say(out, Said::Pages(Chunk { frame })).await?;
             }
         }
     }

@@ -25,8 +25,19 @@ const MERGED_BYTES_MAX: u64 = 64 << 20;
 
 impl Entry {
     /// Merges all segments that are complete, and removes what others have taken the place of.
+    ///
+    /// # Errors
+    /// The bucket's; how far it came is found out by reading back.
     pub(super) async fn tidy(&self) -> Result<(), Failure> {
         let _upkeep = self.upkeep.lock().await;
+        let tidied = self.merge_all().await;
+        if tidied.is_err() {
+            *self.tape.lock().await = None;
+        }
+        tidied
+    }
+
+    async fn merge_all(&self) -> Result<(), Failure> {
         loop {
             let tape = self.current().await?;
             self.delete(&tape.stale).await?;
@@ -87,8 +98,9 @@ impl Entry {
         for part in parts {
             let key = self.shelf.key(part.first_sequence);
             let gone = || damaged(&format!("journal {key}"), "it is missing in the bucket");
-            joined.extend_from_slice(&self.shelf.reader.bucket.get(&key).await?);
-            frames.extend(self.shelf.frames(part.first_sequence).await?.ok_or_else(gone)?);
+            let (stored, inside) = self.shelf.object(part.first_sequence).await?.ok_or_else(gone)?;
+            joined.extend_from_slice(&stored);
+            frames.extend(inside);
         }
         let what = format!("journal {}", self.shelf.key(first));
         let blocks = chain::check(self.shelf.recording, None, frames).map_err(|broken| damaged(&what, broken))?;

@@ -95,7 +95,7 @@ impl Journals {
 
     fn entry(&self, vm: VmId, recording: RecordingId) -> Arc<Entry> {
         let new = || Entry {
-            shelf: Shelf { reader: self.reader.clone(), vm, recording },
+            shelf: self.shelf(vm, recording),
             tape: tokio::sync::Mutex::default(),
             upkeep: tokio::sync::Mutex::default(),
             claimed: AtomicU64::new(0),
@@ -245,8 +245,6 @@ impl Journals {
     fn tidy(&self, entry: Arc<Entry>) {
         tokio::spawn(async move {
             if let Err(failure) = entry.tidy().await {
-                // How far it came is found out by reading back.
-                *entry.tape.lock().await = None;
                 tracing::warn!(recording = %entry.shelf.recording, %failure, "a segment is not merged yet");
             }
         });
@@ -258,12 +256,7 @@ impl Journals {
     /// The bucket's.
     #[cfg(test)]
     pub(crate) async fn tidy_now(&self, vm: VmId, recording: RecordingId) -> Result<(), Failure> {
-        let entry = self.entry(vm, recording);
-        let tidied = entry.tidy().await;
-        if tidied.is_err() {
-            *entry.tape.lock().await = None;
-        }
-        tidied
+        self.entry(vm, recording).tidy().await
     }
 }
 

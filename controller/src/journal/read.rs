@@ -72,19 +72,30 @@ impl Shelf {
         Ok((blocks, indexes))
     }
 
-    /// The frames in an object; `None` if it is gone.
+    /// An object as it is stored, and the frames in it; `None` if it is gone.
     ///
     /// # Errors
     /// [`Code::Corrupt`] naming it, or the bucket's.
-    pub async fn frames(&self, first: u64) -> Result<Option<Vec<Bytes>>, Failure> {
+    pub async fn object(&self, first: u64) -> Result<Option<(Bytes, Vec<Bytes>)>, Failure> {
         let key = self.key(first);
         let stored = match self.reader.bucket.get(&key).await {
             Err(BucketError::Missing(_)) => return Ok(None),
             read => read?,
         };
         let opener = self.opener().await?;
-        let opened = beside(move || open(&opener, &stored).map_err(|why| hurt(&key, why))).await?;
-        opened.map(Some)
+        let opened = beside(move || {
+            let frames = open(&opener, &stored).map_err(|why| hurt(&key, why))?;
+            Ok((stored, frames))
+        });
+        opened.await?.map(Some)
+    }
+
+    /// The frames in an object; `None` if it is gone.
+    ///
+    /// # Errors
+    /// As [`Shelf::object`].
+    pub async fn frames(&self, first: u64) -> Result<Option<Vec<Bytes>>, Failure> {
+        Ok(self.object(first).await?.map(|(_, frames)| frames))
     }
 
     async fn index(&self, first: u64) -> Result<Option<Segment>, Failure> {
@@ -179,13 +190,15 @@ impl Shelf {
 
     /// The blocks from `first` up to, but not including, `end`.
     pub fn blocks(&self, first: u64, end: u64) -> Blocks {
-        Blocks { shelf: self.clone(), head: None, next: first, end, ready: VecDeque::new(), tries: 0 }
+        Blocks { shelf: self.clone(), objects: None, head: None, next: first, end, ready: VecDeque::new(), tries: 0 }
     }
 }
 
 /// The blocks of a recording, one after the other.
 pub struct Blocks {
     shelf: Shelf,
+    /// Where objects begin; `None`: to be listed, at first and when one of them is gone.
+    objects: Option<BTreeMap<u64, u64>>,
     head: Option<Head>,
     next: u64,
     end: u64,
@@ -208,18 +221,19 @@ impl Blocks {
     }
 
     async fn read(&mut self) -> Result<(), Failure> {
-        let (objects, _) = self.shelf.objects().await?;
+        let objects = match &mut self.objects {
+            Some(objects) => objects,
+            none => none.insert(self.shelf.objects().await?.0),
+        };
         let gone =
             |next: u64| damaged(&format!("recording {}", self.shelf.recording), format!("block {next} is missing"));
         let Some((&first, _)) = objects.range(..=self.next).next_back() else { return Err(gone(self.next)) };
         let Some(frames) = self.shelf.frames(first).await? else {
+            self.objects = None;
             self.tries += 1;
             return if self.tries > TRIES_MAX { Err(gone(self.next)) } else { Ok(()) };
         };
-        let blocks = match &self.head {
-            Some(head) => chain::check(self.shelf.recording, Some(head), frames),
-            None => chain::check(self.shelf.recording, None, frames),
-        };
+        let blocks = chain::check(self.shelf.recording, self.head.as_ref(), frames);
         let mut blocks = blocks.map_err(|broken| hurt(&self.shelf.key(first), broken))?;
         blocks.retain(|block| block.message.sequence >= self.next);
         if blocks.first().is_none_or(|block| block.message.sequence != self.next) {

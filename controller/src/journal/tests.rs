@@ -218,7 +218,10 @@ async fn segments_go_up_to_the_first_checkpoint_that_is_kept_and_no_further() {
     assert_eq!(prune(&[2], true).await, 0, "segments behind a checkpoint stay, whether they have one or not");
     assert_eq!(append(&journals, &recorded(20)[18..]).await, below(20));
     assert_eq!(prune(&[], true).await, 2, "what is being recorded stays");
-    assert_eq!(append(&cluster.controller(), &recorded(22)[18..]).await, below(22));
+    let successor = cluster.controller();
+    assert_eq!(append(&successor, &recorded(22)[18..]).await, below(22));
+    // What it merges behind the answer would put back what is removed here.
+    successor.tidy_now(VM, RECORDING).await.unwrap();
     journals.remove(VM, RECORDING).await.unwrap();
     assert_eq!(cluster.names().await, [""; 0]);
 }

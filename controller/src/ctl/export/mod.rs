@@ -19,12 +19,12 @@ use proto::status::Code;
 use proto::v1;
 use proto::v1::export_message::Message as Said;
 use serde::Serialize;
-use tokio::signal::unix::{SignalKind, signal};
 use vmcb_engine::cpu::CpuState;
 
 use super::client::Client;
 use super::failure::Failure;
 use super::grammar::{ExportArgs, ExportFormat};
+use super::interrupts::Interrupts;
 use super::output::{self, Format, Report, Text};
 use super::progress::Progress;
 use super::units::show_bytes;
@@ -41,18 +41,16 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 pub async fn run(mut client: Client, args: ExportArgs, format: Format) -> Result<(), Failure> {
     draft::free(&args.out)?;
     let doing = format!("export {}", args.name);
-    let listen =
-        |kind| signal(kind).map_err(|e| Failure::new(Code::Internal, format!("cannot listen for signals: {e}")));
-    let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
+    let mut interrupts = Interrupts::listen()?;
     let exported = tokio::select! {
         exported = receive(&mut client, &args, &doing) => exported?,
-        _ = interrupt.recv() => return Err(cancelled(&doing)),
-        _ = terminate.recv() => return Err(cancelled(&doing)),
+        () = interrupts.next() => return Err(cancelled(&doing)),
     };
     output::print(format, &exported)
 }
 
-fn cancelled(doing: &str) -> Failure {
+/// What a file's writing ends with that was told to end.
+pub(in crate::ctl) fn cancelled(doing: &str) -> Failure {
     Failure::new(Code::Cancelled, format!("{doing}: cancelled; nothing is left of it"))
 }
 

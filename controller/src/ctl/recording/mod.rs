@@ -19,13 +19,13 @@ use std::time::{Duration, Instant};
 use proto::status::Code;
 use proto::v1;
 use proto::v1::recorded_instant::At;
-use tokio::signal::unix::{SignalKind, signal};
 
 use self::instant::When;
 use self::report::{Recording, Recordings};
 use self::words::{RecordCommand, RecordExportArgs, StartArgs};
 use super::client::Client;
 use super::failure::Failure;
+use super::interrupts::Interrupts;
 use super::operation;
 use super::output::{self, Format};
 use super::report::Done;
@@ -125,14 +125,10 @@ async fn export(mut client: Client, args: RecordExportArgs, format: Format) -> R
         at: asked(args.at.as_ref())?,
         until: asked(args.until.as_ref())?,
     };
-    let listen =
-        |kind| signal(kind).map_err(|e| Failure::new(Code::Internal, format!("cannot listen for signals: {e}")));
-    let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
-    let cancelled = || Failure::new(Code::Cancelled, format!("{doing}: cancelled; nothing is left of it"));
+    let mut interrupts = Interrupts::listen()?;
     let written = tokio::select! {
         written = file::write(&mut client, request, &doing, &args.out) => written?,
-        _ = interrupt.recv() => return Err(cancelled()),
-        _ = terminate.recv() => return Err(cancelled()),
+        () = interrupts.next() => return Err(super::export::cancelled(&doing)),
     };
     output::print(format, &written)
 }

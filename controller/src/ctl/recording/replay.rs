@@ -13,12 +13,12 @@ use std::process::ExitCode;
 use proto::status::Code;
 use proto::v1;
 use proto::v1::recorded_instant::At;
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::file;
 use super::words::ReplayArgs;
 use crate::ctl::client::Client;
 use crate::ctl::failure::Failure;
+use crate::ctl::interrupts::Interrupts;
 
 /// The program that replays.
 const PROGRAM: &str = "vm-replay";
@@ -45,7 +45,7 @@ pub async fn run(client: Option<Client>, args: &ReplayArgs) -> Result<ExitCode, 
         at: at.map(|at| v1::RecordedInstant { at: Some(at) }),
         until: None,
     };
-    let mut interrupts = Interrupts::new()?;
+    let mut interrupts = Interrupts::listen()?;
     tokio::select! {
         written = file::write(&mut client, request, &doing, &path) => drop(written?),
         () = interrupts.next() => return Err(Failure::new(Code::Cancelled, format!("{doing}: cancelled"))),
@@ -55,7 +55,7 @@ pub async fn run(client: Option<Client>, args: &ReplayArgs) -> Result<ExitCode, 
 
 /// Runs the program to its end. Ctrl-C is its own to hear, since it has the terminal; ctl waits for it and cleans up.
 async fn replay(program: &Path, file: &Path, args: &ReplayArgs, at_ns: Option<u64>) -> Result<ExitCode, Failure> {
-    let mut interrupts = Interrupts::new()?;
+    let mut interrupts = Interrupts::listen()?;
     let mut command = tokio::process::Command::new(program);
     command.args(arguments(file, args, at_ns)).kill_on_drop(true);
     let mut child = command.spawn().map_err(|error| Failure::file("run", program, &error))?;
@@ -98,27 +98,6 @@ fn program() -> Result<PathBuf, Failure> {
     }
     let text = format!("there is no program {PROGRAM} beside ctl in {}", exe.with_file_name("").display());
     Err(Failure::new(Code::NotFound, text).hint("`cargo build --workspace` makes all of them"))
-}
-
-/// SIGINT and SIGTERM do not end ctl while this is there.
-struct Interrupts {
-    interrupt: tokio::signal::unix::Signal,
-    terminate: tokio::signal::unix::Signal,
-}
-
-impl Interrupts {
-    fn new() -> Result<Interrupts, Failure> {
-        let listen =
-            |kind| signal(kind).map_err(|e| Failure::new(Code::Internal, format!("cannot listen for signals: {e}")));
-        Ok(Interrupts { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
-    }
-
-    async fn next(&mut self) {
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-        }
-    }
 }
 
 /// A directory of our own that goes with this.
