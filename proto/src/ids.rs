@@ -73,7 +73,7 @@ byte_ids! {
     OperationId[8];
     /// Names a cluster key.
     KeyId[8];
-    /// Names a recording: one chain of blocks, whichever hosts wrote it.
+    /// Names a recording, by random bytes: one chain of blocks, whichever hosts wrote it.
     RecordingId[16];
     /// Names a VM for ever, however often its name is used again.
     VmId[16];

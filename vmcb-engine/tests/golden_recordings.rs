@@ -166,8 +166,7 @@ fn one_change_of_the_machine_is_noticed() {
 #[test]
 fn one_change_of_what_happened_is_noticed() {
     let golden = file::read(&folder(SEMANTICS).join("one-vcpu.gwr"));
-    let rate =
-        Rate { tsc_per_instruction: golden.guest.config.tsc_per_instruction, tsc_hz: golden.guest.config.tsc_hz };
+    let rate = Rate::of(&golden.guest.config);
     let altered = |kind: &str, change: &dyn Fn(&mut Vec<vmcb_engine::journal::Stamped>, usize)| {
         let (mut tape, mut chain) = (Tape::new(rate), Chain::new());
         let mut done = false;

@@ -6,7 +6,6 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use proto::v1::MachineConfig;
 use vmcb_engine::engine::{Stops, WatchKind, Watchpoint};
 use vmcb_engine::journal::Chain;
 use vmcb_engine::machine::Machine;
@@ -123,9 +122,8 @@ fn back(report: &Report, files: &Files) -> Result<(), String> {
 }
 
 fn player(machine: Machine, frames: &[Vec<u8>]) -> Result<Player, String> {
-    let MachineConfig { tsc_hz, tsc_per_instruction, .. } = *machine.config();
     let mut chain = Chain::new();
-    let mut tape = Tape::new(Rate { tsc_per_instruction, tsc_hz });
+    let mut tape = Tape::new(Rate::of(machine.config()));
     for frame in frames {
         let block = chain.take(frame).map_err(|e| e.to_string())?;
         tape.push(block).map_err(|e| e.to_string())?;

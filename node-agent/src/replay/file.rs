@@ -250,14 +250,12 @@ pub fn open(path: &Path, flip: Option<Bit>) -> Result<Recording, FileError> {
     let head = head(&mut frames)?;
     let config = head.config.clone().unwrap_or_default();
     let mut base = Base::new(&config).map_err(|e| frames.base(e))?;
-    let rate = Rate { tsc_per_instruction: config.tsc_per_instruction, tsc_hz: config.tsc_hz };
-    let mut journal = Journal { chain: Chain::new(), tape: Tape::new(rate), warnings: Vec::new() };
+    let mut journal = Journal { chain: Chain::new(), tape: Tape::new(Rate::of(&config)), warnings: Vec::new() };
     let mut blocks = 0;
     loop {
         match frames.next()? {
-            Next::Frame { at, kind: Kind::Pages, bytes } if blocks == 0 => {
-                base.take(&bytes).map_err(|e| FileError::Base { path: path.to_owned(), source: e })?;
-                let _ = at;
+            Next::Frame { kind: Kind::Pages, bytes, .. } if blocks == 0 => {
+                base.take(&bytes).map_err(|e| frames.base(e))?;
             }
             Next::Frame { at, kind: Kind::Journal, bytes } => {
                 if blocks == 0 {

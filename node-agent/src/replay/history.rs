@@ -2,11 +2,11 @@
 //! history. It refuses to know gdb's packets and files.
 
 use vmcb_engine::cpu::CpuState;
-use vmcb_engine::engine::{Stops as EngineStops, WatchKind, Watchpoint, Why};
+use vmcb_engine::engine::{Stops, Why};
 use vmcb_engine::journal::Position;
 use vmcb_engine::replay::{Arrival, Hit, LastWrite, Timeline, TimelineError, Written};
 
-use super::gdb::{Access, DebugError, Debuggee, Halt, Motion, Stops, Watched};
+use super::gdb::{DebugError, Debuggee, Halt, Motion};
 use super::instant::{self, disassembled, dump, instant, parse_number, parse_time, place, value};
 use super::symbols::Symbols;
 use crate::vm::actor::chain;
@@ -27,7 +27,7 @@ const REFUSED: &str = "a recording cannot be changed: what was written would be 
 pub struct History {
     timeline: Timeline,
     symbols: Option<Symbols>,
-    stops: EngineStops,
+    stops: Stops,
     current: usize,
 }
 
@@ -48,7 +48,7 @@ impl History {
     /// Of a timeline.
     pub fn new(timeline: Timeline, symbols: Option<Symbols>) -> Self {
         let current = timeline.player().machine().current_vcpu();
-        Self { timeline, symbols, stops: EngineStops::default(), current }
+        Self { timeline, symbols, stops: Stops::default(), current }
     }
 
     /// The timeline.
@@ -234,7 +234,7 @@ impl History {
                 self.current = vcpu;
                 match why {
                     Why::Breakpoint { .. } => Halt::Instruction(vcpu),
-                    Why::Watchpoint { watched, .. } => Halt::Watched { vcpu, watched: theirs(&watched) },
+                    Why::Watchpoint { watched, .. } => Halt::Watched { vcpu, watched },
                 }
             }
             Arrival::Start => Halt::Beginning,
@@ -242,24 +242,6 @@ impl History {
             Arrival::Interrupted => Halt::Interrupted,
         }
     }
-}
-
-fn ours(watched: &Watched) -> Watchpoint {
-    let kind = match watched.access {
-        Access::Read => WatchKind::Read,
-        Access::Write => WatchKind::Write,
-        Access::Any => WatchKind::Access,
-    };
-    Watchpoint { address: watched.address, bytes: watched.bytes, kind }
-}
-
-fn theirs(watched: &Watchpoint) -> Watched {
-    let access = match watched.kind {
-        WatchKind::Read => Access::Read,
-        WatchKind::Write | WatchKind::PhysicalWrite => Access::Write,
-        WatchKind::Access => Access::Any,
-    };
-    Watched { address: watched.address, bytes: watched.bytes, access }
 }
 
 impl Debuggee for History {
@@ -288,10 +270,7 @@ impl Debuggee for History {
     }
 
     fn set_stops(&mut self, stops: &Stops) -> Result<(), DebugError> {
-        self.stops = EngineStops {
-            breakpoints: stops.instructions.iter().copied().collect(),
-            watchpoints: stops.watched.iter().map(ours).collect(),
-        };
+        self.stops = stops.clone();
         Ok(())
     }
 

@@ -2,7 +2,6 @@
 
 use std::fmt::Write as _;
 
-use vmcb_engine::cpu::CpuState;
 use vmcb_engine::journal::Position;
 use vmcb_engine::machine::Machine;
 use vmcb_engine::replay::{Said, Tape};
@@ -48,11 +47,6 @@ pub fn parse_number(text: &str) -> Option<u64> {
     }
 }
 
-/// Linear address of the instruction that a vCPU executes next.
-pub fn code_address(state: &CpuState) -> u64 {
-    state.cs.base.wrapping_add(state.rip)
-}
-
 /// The instruction that a vCPU executes next, in Intel's syntax.
 pub fn disassembled(machine: &Machine, vcpu: usize) -> String {
     let Some((text, bytes)) = machine.next_instruction(vcpu) else {
@@ -65,7 +59,7 @@ pub fn disassembled(machine: &Machine, vcpu: usize) -> String {
 /// `rip 0x... <name>` of a vCPU.
 pub fn place(machine: &Machine, vcpu: usize, symbols: Option<&Symbols>) -> String {
     let Some(state) = machine.peek_cpu(vcpu) else { return "nowhere".to_owned() };
-    let name = symbols.and_then(|symbols| symbols.name(code_address(&state)));
+    let name = symbols.and_then(|symbols| symbols.name(state.code_address()));
     format!("rip {:#x}{}", state.rip, name.map_or(String::new(), |name| format!(" <{name}>")))
 }
 

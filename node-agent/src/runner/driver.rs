@@ -10,7 +10,7 @@
 //! transfer rests after each slice in proportion to how long it took; that is the driver's doing and no state of the guest. The driver knows no socket and
 //! no file: inputs and outputs are values, the clock is an argument.
 
-mod debugging;
+pub mod debugging;
 mod frozen;
 mod recording;
 
@@ -36,6 +36,7 @@ use super::guest::{Guest, Outcome};
 use super::pace::{Idle, Pace, Start};
 use super::serve::StandingAnswer;
 use crate::clock::Clock;
+use crate::vm::actor::chain;
 
 /// A reset that comes within this much guest time of the last start is a quick one; so many in a row end the guest.
 const QUICK_RESET_NS: u64 = 1_000_000_000;
@@ -286,7 +287,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         self.note_running(true)?;
         self.note_state();
         self.keep_journal();
-        if self.guest.arriving().is_some() {
+        if self.arriving().is_some() {
             self.go_on_arriving()?;
             return Ok(Wait::No);
         }
@@ -300,8 +301,8 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
     fn slice(&mut self) -> Result<Wait, Closed> {
         self.feed_console();
         self.deliver_packets()?;
-        let full = |driver: &Self| driver.waits_for_journal();
-        if let Some(instant) = self.resting().or_else(|| self.waits_for_room()).or_else(|| full(self)) {
+        let rests = self.resting().or_else(|| self.waits_for_room()).or_else(|| self.waits_for_journal());
+        if let Some(instant) = rests {
             return Ok(Wait::Until(instant.min(self.lease_end_ns())));
         }
         if let Some(until_tsc) = self.idle {
@@ -425,7 +426,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
 
     /// Compares what the guest may do with what it does; stamps and, for changes of its own accord, reports the difference.
     fn note_running(&mut self, own_accord: bool) -> Result<(), Closed> {
-        let here = self.phase == Phase::Live && self.guest.arriving().is_none();
+        let here = self.phase == Phase::Live && self.arriving().is_none();
         let may_run = here && self.pause.is_none() && !self.is_halted() && self.lease_holds();
         if may_run == self.running {
             return Ok(());
@@ -456,7 +457,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
     }
 
     fn end(&mut self, state: VmState, reason: &str) -> Result<(), Closed> {
-        self.guest.stop_recording(reason);
+        self.stop_recording(reason);
         self.phase = Phase::Ended(state, reason.to_owned());
         self.note_over();
         self.note_running(true)
@@ -529,8 +530,8 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
                 First::Ran(instant) => instant,
                 First::No | First::Awaited => 0,
             },
-            recording: self.guest.recording(),
-            replaying: self.guest.arriving(),
+            recording: self.recorded(),
+            replaying: self.arriving(),
             debugged: self.debugged(),
         }
     }
@@ -689,12 +690,16 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         match self.phase {
             Phase::Fresh => return Err(failure(Code::Conflict, "this machine has no state yet")),
             Phase::Live if self.running => return Err(failure(Code::Conflict, "the guest runs: pause it first")),
-            Phase::Live if self.guest.arriving().is_some() => {
+            Phase::Live if self.arriving().is_some() => {
                 return Err(failure(Code::Conflict, "the guest goes through a recording"));
             }
             Phase::Live | Phase::Ended(..) => {}
         }
-        let sections = self.guest.pack().map_err(|text| failure(Code::Internal, &text))?;
+        let packed = match self.guest.door_mut() {
+            Some(door) => door.pack().map_err(|error| chain(&error)),
+            None => self.guest.capture(),
+        };
+        let sections = packed.map_err(|text| failure(Code::Internal, &text))?;
         let state_digest = (self.terms.state_digest)(&sections).to_vec();
         Ok(Reply::Sections(RunnerSections { sections, state_digest }))
     }

@@ -1,56 +1,13 @@
 //! What the runner asks of a machine: the seam between the driver and the engine.
 //!
 //! The driver (pacing, lease, pause, console) is tested against a guest made of a script; the only real
-//! implementation is [`vmcb_engine::machine::Machine`]. The seam refuses to know processes, sockets and time.
+//! implementation is a [`Door`], behind which there is a [`vmcb_engine::machine::Machine`]. The seam refuses to know processes,
+//! sockets and time.
 
-use proto::v1::{Position, RecordRequest, RecordingInfo, RunnerFailure, Section};
+use proto::v1::Section;
 use vmcb_engine::engine::Stops;
 pub use vmcb_engine::machine::Outcome;
-
-/// A machine's recording, as the driver sees it.
-pub trait Recorded {
-    /// Records from now on, or ends what is recorded.
-    ///
-    /// # Errors
-    /// Another recording is being made, or there is nothing to record.
-    fn record(&mut self, request: &RecordRequest) -> Result<(), RunnerFailure>;
-    /// Ends what is recorded, if anything is.
-    fn stop_recording(&mut self, why: &str);
-    /// True if something is recorded.
-    fn is_recording(&self) -> bool;
-    /// How the recording stands; none if there never was one.
-    fn recording(&self) -> Option<RecordingInfo>;
-    /// Unix nanoseconds now.
-    fn set_realtime(&mut self, realtime_ns: u64);
-    /// Closes the block that is open, if it says anything.
-    fn close_block(&mut self);
-    /// Blocks from this one on, or as many as fit; those before it are kept no longer.
-    fn take_journal(&mut self, from: u64) -> Vec<Vec<u8>>;
-    /// True while the guest must not run, because blocks are not taken.
-    fn must_wait(&self) -> bool;
-    /// Takes a block of the recording that is gone through before the machine first runs.
-    ///
-    /// # Errors
-    /// It does not continue the one before.
-    fn expect_block(&mut self, frame: &[u8]) -> Result<(), String>;
-    /// Begins to go through what was expected, to a position.
-    ///
-    /// # Errors
-    /// The position is not in it.
-    fn arrive_at(&mut self, until: Position, images: Option<(Vec<u8>, Option<Vec<u8>>)>) -> Result<(), String>;
-    /// Where it is on the way; `None`: it is on none.
-    fn arriving(&self) -> Option<Position>;
-    /// Goes on for a few milliseconds; true when it is there.
-    ///
-    /// # Errors
-    /// The machine is not what was recorded; it is of no use then.
-    fn arrive(&mut self) -> Result<bool, String>;
-    /// [`Guest::capture`] of a machine that goes elsewhere, with its recording.
-    ///
-    /// # Errors
-    /// What could not be captured.
-    fn pack(&mut self) -> Result<Vec<Section>, String>;
-}
+use vmcb_engine::replay::Door;
 
 /// Which memory a debugger means.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -93,7 +50,11 @@ pub trait Debugged {
 }
 
 /// A machine as the driver sees it.
-pub trait Guest: Recorded + Debugged {
+pub trait Guest: Debugged {
+    /// What records it, and goes through recordings; none: it cannot be recorded.
+    fn door(&self) -> Option<&Door>;
+    /// The same, to be used.
+    fn door_mut(&mut self) -> Option<&mut Door>;
     /// Loads the kernel into a machine without state.
     ///
     /// # Errors

@@ -4,22 +4,20 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
-use proto::status::Code;
-use proto::v1::{JournalFull, MachineConfig, Position, RecordRequest, RecordingInfo, RunnerFailure, Section};
+use proto::v1::{MachineConfig, Section};
 use vmcb_engine::cpu::CpuState;
 use vmcb_engine::device::block::DiskImage;
 use vmcb_engine::device::net::{Link, NetLink};
 use vmcb_engine::engine::Stops;
-use vmcb_engine::journal::RecordingId;
 use vmcb_engine::machine::{Machine, Outcome, Parts};
 use vmcb_engine::memory::{GuestMemory, PAGE_BYTES, StampTable, sized_memfd};
-use vmcb_engine::replay::{BootImages, Door, WhenFull};
+use vmcb_engine::replay::Door;
 use vmcb_engine::snapshot;
 
 use super::Built;
 use super::driver::Cable;
 use super::faults::Missing;
-use super::guest::{Debugged, Guest, Place, Recorded};
+use super::guest::{Debugged, Guest, Place};
 use super::open::{Opened, TapCable};
 
 /// Builds the machine of a runner process. `lazy`: pages of RAM come while it runs.
@@ -84,79 +82,6 @@ fn text(error: &dyn std::error::Error) -> String {
     crate::vm::actor::chain(error)
 }
 
-/// Most bytes of a journal that wait for the agent, where it does not say.
-const KEPT_BYTES_MAX: usize = 64 << 20;
-
-impl Recorded for Door {
-    fn record(&mut self, request: &RecordRequest) -> Result<(), RunnerFailure> {
-        let refused = |code: Code, message: String| RunnerFailure { code: code as u32, message };
-        if request.recording.is_empty() {
-            Door::stop_recording(self, "stopped");
-            return Ok(());
-        }
-        let id = RecordingId::from_slice(&request.recording)
-            .ok_or_else(|| refused(Code::BadInput, "a recording has a name of 16 bytes".to_owned()))?;
-        let when_full = match request.full() {
-            JournalFull::Wait => WhenFull::Wait,
-            JournalFull::End | JournalFull::Unspecified => WhenFull::End,
-        };
-        let kept_bytes_max = match request.kept_bytes_max {
-            0 => KEPT_BYTES_MAX,
-            bytes => bytes.try_into().unwrap_or(usize::MAX),
-        };
-        Door::record(self, id, kept_bytes_max, when_full).map_err(|error| refused(Code::Conflict, text(&error)))
-    }
-
-    fn stop_recording(&mut self, why: &str) {
-        Door::stop_recording(self, why);
-    }
-
-    fn is_recording(&self) -> bool {
-        Door::is_recording(self)
-    }
-
-    fn recording(&self) -> Option<RecordingInfo> {
-        self.info()
-    }
-
-    fn set_realtime(&mut self, realtime_ns: u64) {
-        Door::set_realtime(self, realtime_ns);
-    }
-
-    fn close_block(&mut self) {
-        Door::close_block(self);
-    }
-
-    fn take_journal(&mut self, from: u64) -> Vec<Vec<u8>> {
-        self.take(from)
-    }
-
-    fn must_wait(&self) -> bool {
-        Door::must_wait(self)
-    }
-
-    fn expect_block(&mut self, frame: &[u8]) -> Result<(), String> {
-        self.expect(frame).map_err(|error| text(&error))
-    }
-
-    fn arrive_at(&mut self, until: Position, images: Option<(Vec<u8>, Option<Vec<u8>>)>) -> Result<(), String> {
-        let images = images.map(|(kernel, initrd)| BootImages { kernel, initrd });
-        Door::arrive_at(self, until.into(), images).map_err(|error| text(&error))
-    }
-
-    fn arriving(&self) -> Option<Position> {
-        Door::arriving(self).map(Position::from)
-    }
-
-    fn arrive(&mut self) -> Result<bool, String> {
-        Door::arrive(self).map_err(|error| text(&error))
-    }
-
-    fn pack(&mut self) -> Result<Vec<Section>, String> {
-        Door::pack(self).map_err(|error| text(&error))
-    }
-}
-
 impl Debugged for Door {
     fn read_cpu(&self, vcpu: usize) -> Option<Vec<u8>> {
         self.machine().peek_cpu(vcpu).map(|state| state.to_bytes())
@@ -168,15 +93,10 @@ impl Debugged for Door {
     }
 
     fn read_memory(&self, place: Place, into: &mut [u8]) -> usize {
-        let (length, mut done) = (into.len() as u64, 0);
-        for piece in pieces(self.machine(), place, length) {
-            let Some((gpa, bytes)) = piece else { break };
-            if self.machine().memory().read(gpa, &mut into[done..done + bytes]).is_err() {
-                break;
-            }
-            done += bytes;
+        match place {
+            Place::Linear { vcpu, address } => self.machine().read_linear(vcpu, address, into),
+            Place::Physical(gpa) => self.machine().read_physical(gpa, into),
         }
-        done
     }
 
     fn write_memory(&mut self, place: Place, bytes: &[u8]) -> Result<(), String> {
@@ -239,6 +159,14 @@ impl Link for TapCable {
 }
 
 impl Guest for Door {
+    fn door(&self) -> Option<&Door> {
+        Some(self)
+    }
+
+    fn door_mut(&mut self) -> Option<&mut Door> {
+        Some(self)
+    }
+
     fn boot(&mut self, kernel: &[u8], initrd: Option<&[u8]>) -> Result<(), String> {
         Door::boot(self, kernel, initrd).map_err(|error| text(&error))
     }

@@ -442,7 +442,8 @@ impl Actor {
 
     async fn pause_and_discard(&mut self, held: &Held) -> Result<(), Failure> {
         if let Some(runner) = self.runner.clone() {
-            // No debugger lets it go on meanwhile. The discard ends the process anyway; the guest must not run for one moment longer than this.
+            // No debugger lets it go on meanwhile. The discard ends the process anyway; the guest must not run for one
+            // moment longer than this.
             let _none = runner.debug(DebugAsk::Detach(RunnerDebugDetach {})).await;
             let _ended = runner.pause("another host owns it").await;
         }

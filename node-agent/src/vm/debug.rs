@@ -15,17 +15,19 @@ use proto::v1::runner_reply::Reply;
 use proto::v1::runner_request::Request;
 use proto::v1::{
     RunnerCpu, RunnerDebug, RunnerDebugAttach, RunnerDebugDetach, RunnerDebugGoOn, RunnerDebugHalt, RunnerDebugStep,
-    RunnerDebugged, RunnerHalt, RunnerMemory, RunnerState, RunnerStops, RunnerWatched, VmRef, VmState,
+    RunnerDebugged, RunnerHalt, RunnerMemory, RunnerState, RunnerStops, VmRef, VmState,
 };
 use tokio::runtime;
 use tokio::sync::watch;
 use vmcb_engine::cpu::CpuState;
+use vmcb_engine::engine::Stops;
 
 use super::actor::{Actor, refusal};
 use super::runner::Runner;
 use crate::migration::Failure;
-use crate::replay::gdb::{Access, DebugError, Debuggee, Halt, Motion, Stops, Watched};
+use crate::replay::gdb::{DebugError, Debuggee, Halt, Motion};
 use crate::replay::instant::{dump, parse_number};
+use crate::runner::driver::debugging::{meant, told};
 
 /// How often a moving guest's debugger is looked at for an interrupt.
 const LOOK: Duration = Duration::from_millis(50);
@@ -121,15 +123,11 @@ impl Live {
             RunnerHalt::Asked => Halt::Interrupted,
             RunnerHalt::Stepped => Halt::Stepped,
             RunnerHalt::Breakpoint => Halt::Instruction(self.current),
-            RunnerHalt::Watched => {
-                let RunnerWatched { address, bytes, reads, writes } = debugged.watched.unwrap_or_default();
-                let access = match (reads, writes) {
-                    (true, true) => Access::Any,
-                    (true, false) => Access::Read,
-                    (false, _) => Access::Write,
-                };
-                Halt::Watched { vcpu: self.current, watched: Watched { address, bytes, access } }
-            }
+            // A runner that does not say what was touched has stopped all the same.
+            RunnerHalt::Watched => match debugged.watched.as_ref().and_then(meant) {
+                Some(watched) => Halt::Watched { vcpu: self.current, watched },
+                None => Halt::Stepped,
+            },
             RunnerHalt::Ended => Halt::Over,
         }
     }
@@ -191,16 +189,8 @@ impl Debuggee for Live {
     }
 
     fn set_stops(&mut self, stops: &Stops) -> Result<(), DebugError> {
-        let watched = |watched: &Watched| RunnerWatched {
-            address: watched.address,
-            bytes: watched.bytes,
-            reads: watched.access != Access::Write,
-            writes: watched.access != Access::Read,
-        };
-        let stops = RunnerStops {
-            breakpoints: stops.instructions.iter().copied().collect(),
-            watched: stops.watched.iter().map(watched).collect(),
-        };
+        let Stops { breakpoints, watchpoints } = stops.clone();
+        let stops = RunnerStops { breakpoints, watched: watchpoints.iter().map(told).collect() };
         self.ask(Ask::SetStops(stops)).map(drop).map_err(|failure| gone(&failure))
     }
 

@@ -90,12 +90,11 @@ impl Way {
     }
 
     async fn take(&self, from: u64) -> Result<RunnerJournal, Failure> {
-        match self.runner.call(Request::TakeJournal(RunnerTakeJournal { from, flush: false })).await {
+        match self.runner.call(Request::TakeJournal(RunnerTakeJournal { from })).await {
             Ok(Reply::Journal(journal)) => Ok(journal),
             Ok(_) => Err(Failure::new(Code::Protocol, "the runner answered something else")),
             // A guest that waits for a page of its RAM answers after it has come.
             Err(_) if self.runner.standing.stalled().is_some() => {
-                tokio::time::sleep(LOOK).await;
                 Ok(RunnerJournal { info: Some(Default::default()), blocks: Vec::new() })
             }
             Err(failure) => Err(failure),

@@ -6,13 +6,13 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use node_agent::runner::guest::{Debugged, Guest, Outcome, Place, Recorded};
+use node_agent::runner::guest::{Debugged, Guest, Outcome, Place};
 use node_agent::runner::open::Opened;
 use node_agent::runner::{Built, Options, run};
-use proto::status::Code;
-use proto::v1::{MachineConfig, Position, RecordRequest, RecordingInfo, RunnerFailure, Section};
+use proto::v1::{MachineConfig, Section};
 use vmcb_engine::engine::Stops;
 use vmcb_engine::memory::{GuestMemory, sized_memfd};
+use vmcb_engine::replay::Door;
 
 const ARGUMENTS: &str = "GODWIT_TEST_RUNNER";
 
@@ -35,54 +35,6 @@ struct Counter {
     idle: bool,
     said: Vec<u8>,
     power_off: bool,
-}
-
-impl Recorded for Counter {
-    fn record(&mut self, _: &RecordRequest) -> Result<(), RunnerFailure> {
-        Err(RunnerFailure { code: Code::Incapable as u32, message: "this guest is not recorded".into() })
-    }
-
-    fn stop_recording(&mut self, _: &str) {}
-
-    fn is_recording(&self) -> bool {
-        false
-    }
-
-    fn recording(&self) -> Option<RecordingInfo> {
-        None
-    }
-
-    fn set_realtime(&mut self, _: u64) {}
-
-    fn close_block(&mut self) {}
-
-    fn take_journal(&mut self, _: u64) -> Vec<Vec<u8>> {
-        Vec::new()
-    }
-
-    fn must_wait(&self) -> bool {
-        false
-    }
-
-    fn expect_block(&mut self, _: &[u8]) -> Result<(), String> {
-        Err("this guest replays nothing".into())
-    }
-
-    fn arrive_at(&mut self, _: Position, _: Option<(Vec<u8>, Option<Vec<u8>>)>) -> Result<(), String> {
-        Err("this guest replays nothing".into())
-    }
-
-    fn arriving(&self) -> Option<Position> {
-        None
-    }
-
-    fn arrive(&mut self) -> Result<bool, String> {
-        Ok(true)
-    }
-
-    fn pack(&mut self) -> Result<Vec<Section>, String> {
-        Guest::capture(self)
-    }
 }
 
 impl Debugged for Counter {
@@ -116,6 +68,14 @@ impl Debugged for Counter {
 }
 
 impl Guest for Counter {
+    fn door(&self) -> Option<&Door> {
+        None
+    }
+
+    fn door_mut(&mut self) -> Option<&mut Door> {
+        None
+    }
+
     fn boot(&mut self, kernel: &[u8], _initrd: Option<&[u8]>) -> Result<(), String> {
         self.memory.write(0, kernel).map_err(|error| error.to_string())?;
         self.said.extend_from_slice(b"booted\n");

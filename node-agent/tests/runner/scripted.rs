@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex};
 
 use node_agent::clock::Clock;
 use node_agent::runner::driver::{BootImages, Closed, Outbox, Output, Terms};
-use node_agent::runner::guest::{Debugged, Guest, Outcome, Place, Recorded};
-use proto::status::Code;
-use proto::v1::{MachineConfig, Position, RecordRequest, RecordingInfo, RunnerFailure, Section};
+use node_agent::runner::guest::{Debugged, Guest, Outcome, Place};
+use proto::v1::{MachineConfig, Section};
 use vmcb_engine::engine::Stops;
+use vmcb_engine::replay::Door;
 
 /// A clock that the test moves.
 #[derive(Clone, Default)]
@@ -90,54 +90,6 @@ impl Scripted {
     }
 }
 
-impl Recorded for Scripted {
-    fn record(&mut self, _: &RecordRequest) -> Result<(), RunnerFailure> {
-        Err(RunnerFailure { code: Code::Incapable as u32, message: "this guest is not recorded".into() })
-    }
-
-    fn stop_recording(&mut self, _: &str) {}
-
-    fn is_recording(&self) -> bool {
-        false
-    }
-
-    fn recording(&self) -> Option<RecordingInfo> {
-        None
-    }
-
-    fn set_realtime(&mut self, _: u64) {}
-
-    fn close_block(&mut self) {}
-
-    fn take_journal(&mut self, _: u64) -> Vec<Vec<u8>> {
-        Vec::new()
-    }
-
-    fn must_wait(&self) -> bool {
-        false
-    }
-
-    fn expect_block(&mut self, _: &[u8]) -> Result<(), String> {
-        Err("this guest replays nothing".into())
-    }
-
-    fn arrive_at(&mut self, _: Position, _: Option<(Vec<u8>, Option<Vec<u8>>)>) -> Result<(), String> {
-        Err("this guest replays nothing".into())
-    }
-
-    fn arriving(&self) -> Option<Position> {
-        None
-    }
-
-    fn arrive(&mut self) -> Result<bool, String> {
-        Ok(true)
-    }
-
-    fn pack(&mut self) -> Result<Vec<Section>, String> {
-        Guest::capture(self)
-    }
-}
-
 impl Debugged for Scripted {
     fn read_cpu(&self, vcpu: usize) -> Option<Vec<u8>> {
         (vcpu == 0).then(Vec::new)
@@ -171,6 +123,14 @@ impl Debugged for Scripted {
 }
 
 impl Guest for Scripted {
+    fn door(&self) -> Option<&Door> {
+        None
+    }
+
+    fn door_mut(&mut self) -> Option<&mut Door> {
+        None
+    }
+
     fn boot(&mut self, kernel: &[u8], _initrd: Option<&[u8]>) -> Result<(), String> {
         self.seen.lock().unwrap().booted = kernel.to_vec();
         if kernel.is_empty() { Err("the kernel is empty".into()) } else { Ok(()) }

@@ -28,6 +28,7 @@ use proto::ids::Digest;
 
 use crate::vmcb::Segment;
 use crate::vmcb::access::SegmentRegister;
+use crate::vmcb::registers::{cr0, efer};
 
 /// Indices into [`CpuState::gprs`], in encoding order.
 pub mod gpr {
@@ -74,6 +75,16 @@ impl Default for CpuState {
 }
 
 impl CpuState {
+    /// True if instructions are 64-bit ones: long mode, and CS says so (APM2 4.8.1).
+    pub fn is_64_bit(&self) -> bool {
+        self.efer & efer::LME != 0 && self.cr0 & cr0::PG != 0 && self.cs.long()
+    }
+
+    /// Linear address of the instruction that is executed next: CS has no base in 64-bit mode (APM2 4.5.3).
+    pub fn code_address(&self) -> u64 {
+        if self.is_64_bit() { self.rip } else { self.rip.wrapping_add(self.cs.base) & 0xffff_ffff }
+    }
+
     /// The saved form as bytes: the body of a section `cpu/N`.
     pub fn to_bytes(&self) -> Vec<u8> {
         self.encode().encode_to_vec()

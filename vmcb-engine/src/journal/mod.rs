@@ -18,6 +18,8 @@ mod write;
 
 use std::fmt;
 
+pub use proto::ids::RecordingId;
+
 pub use events::{Event, EventError, Probe};
 pub use read::{Block, Chain, ChainError, Stamped};
 pub use write::{Closed, Closing, Cut, Head, Writer};
@@ -28,23 +30,6 @@ pub const SEMANTICS: u32 = 1;
 
 /// Bytes of events after which a block is closed.
 pub const BLOCK_BYTES: usize = 64 << 10;
-
-/// Names a recording: 16 random bytes.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
-pub struct RecordingId(pub [u8; 16]);
-
-impl RecordingId {
-    /// From a message; `None` if it is not 16 bytes.
-    pub fn from_slice(bytes: &[u8]) -> Option<Self> {
-        bytes.try_into().ok().map(Self)
-    }
-}
-
-impl fmt::Display for RecordingId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
-}
 
 /// An instant of a machine, between two instructions. What comes later has more of both.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Hash)]

@@ -18,7 +18,7 @@ use crate::engine::{Clock, LoadError, Stops};
 use crate::memory::{GuestMemory, PAGE_BYTES};
 use crate::snapshot::state_digest;
 use crate::vmcb::registers::{cr0, cr4, efer};
-use crate::vmcb::segment::{ATTRIB_DB, ATTRIB_L};
+use crate::vmcb::segment::ATTRIB_DB;
 
 /// MSRs that a device follows: they change by the guest's own hand only.
 const FOLLOWED_MSRS: [u32; 2] = [0x4b56_4d00, 0x4b56_4d01];
@@ -85,10 +85,7 @@ impl Machine {
 
     /// Linear address of the instruction before which a vCPU stands; `None` if there is no such vCPU.
     pub fn stands_at(&self, vcpu: usize) -> Option<u64> {
-        const LONG: u16 = 1 << 9;
-        let state = self.peek_cpu(vcpu)?;
-        let long = state.efer & efer::LME != 0 && state.cr0 & cr0::PG != 0 && state.cs.attrib & LONG != 0;
-        Some(if long { state.rip } else { state.rip.wrapping_add(state.cs.base) & 0xffff_ffff })
+        self.peek_cpu(vcpu).map(|state| state.code_address())
     }
 
     /// Sections of the devices, as [`Machine::capture`] would have them; nothing is forgotten.
@@ -109,10 +106,19 @@ impl Machine {
 
     /// Reads linear memory by the tables of a vCPU; how many bytes from the beginning are mapped RAM.
     pub fn read_linear(&self, vcpu: usize, linear: u64, into: &mut [u8]) -> usize {
+        self.read_by(|at| self.translate(vcpu, at), linear, into)
+    }
+
+    /// Reads guest-physical memory; how many bytes from the beginning are RAM.
+    pub fn read_physical(&self, gpa: u64, into: &mut [u8]) -> usize {
+        self.read_by(Some, gpa, into)
+    }
+
+    fn read_by(&self, gpa_of: impl Fn(u64) -> Option<u64>, start: u64, into: &mut [u8]) -> usize {
         let mut done = 0;
         while done < into.len() {
-            let Some(at) = linear.checked_add(done as u64) else { break };
-            let Some(gpa) = self.translate(vcpu, at) else { break };
+            let Some(at) = start.checked_add(done as u64) else { break };
+            let Some(gpa) = gpa_of(at) else { break };
             let end = into.len().min(done + (PAGE_BYTES - at % PAGE_BYTES) as usize);
             if self.memory.read(gpa, &mut into[done..end]).is_err() {
                 break;
@@ -127,10 +133,10 @@ impl Machine {
     pub fn next_instruction(&self, vcpu: usize) -> Option<(String, Vec<u8>)> {
         let state = self.peek_cpu(vcpu)?;
         let mut bytes = [0; INSTRUCTION_BYTES_MAX];
-        let read = self.read_linear(vcpu, state.cs.base.wrapping_add(state.rip), &mut bytes);
-        let bits = match (ATTRIB_L.get(state.cs.attrib.into()), ATTRIB_DB.get(state.cs.attrib.into())) {
-            (1, _) => 64,
-            (_, 1) => 32,
+        let read = self.read_linear(vcpu, state.code_address(), &mut bytes);
+        let bits = match (state.is_64_bit(), ATTRIB_DB.get(state.cs.attrib.into())) {
+            (true, _) => 64,
+            (false, 1) => 32,
             _ => 16,
         };
         let instruction = Decoder::with_ip(bits, &bytes[..read], state.rip, DecoderOptions::AMD).decode();

@@ -51,8 +51,7 @@ impl Door {
         if matches!(self.body, Body::Player { .. }) {
             return Err(ArrivalError::Busy);
         }
-        let config = self.machine().config();
-        let rate = Rate { tsc_per_instruction: config.tsc_per_instruction, tsc_hz: config.tsc_hz };
+        let rate = Rate::of(self.machine().config());
         let (chain, tape) = self.incoming.get_or_insert_with(|| (Chain::new(), Tape::new(rate)));
         let block = chain.take(frame)?;
         tape.push(block)?;

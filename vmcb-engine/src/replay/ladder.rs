@@ -54,6 +54,8 @@ struct Step {
 
 /// The rungs of one machine.
 pub struct Ladder {
+    /// RAM and disks of the machine.
+    spaces: Vec<SharedPages>,
     /// RAM and disks at the first rung.
     base: Vec<SharedPages>,
     /// In order of position; the first is the beginning and stays.
@@ -107,8 +109,10 @@ impl Ladder {
     /// # Errors
     /// No memory for a copy of RAM and disks.
     pub fn new(player: &mut Player, bytes_max: u64) -> Result<Self, LadderError> {
-        let base: Result<Vec<SharedPages>, LadderError> = spaces(player.machine())?.iter().map(copy).collect();
+        let spaces = spaces(player.machine())?;
+        let base: Result<Vec<SharedPages>, LadderError> = spaces.iter().map(copy).collect();
         let mut ladder = Self {
+            spaces,
             base: base?,
             steps: Vec::new(),
             versions: BTreeMap::new(),
@@ -184,9 +188,9 @@ impl Ladder {
     }
 
     /// Pages that may differ from those of the rung that the machine is on.
-    fn changed(&self, spaces: &[SharedPages]) -> Result<Vec<Key>, PagesError> {
+    fn changed(&self) -> Result<Vec<Key>, PagesError> {
         let mut keys = Vec::new();
-        for (space, pages) in spaces.iter().enumerate() {
+        for (space, pages) in self.spaces.iter().enumerate() {
             let runs = pages.since(self.mark)?;
             keys.extend(runs.into_iter().flat_map(|run: Run| run.first..run.end()).map(|page| (space, page)));
         }
@@ -194,13 +198,12 @@ impl Ladder {
     }
 
     fn insert(&mut self, at: usize, player: &mut Player) -> Result<(), LadderError> {
-        let spaces = spaces(player.machine())?;
-        let keys = self.changed(&spaces)?;
+        let keys = self.changed()?;
         let here = player.position();
         let mut bytes = Vec::new();
         for &(space, page) in &keys {
             bytes.clear();
-            spaces[space].append_pages(Run { first: page, pages: 1 }, &mut bytes)?;
+            self.spaces[space].append_pages(Run { first: page, pages: 1 }, &mut bytes)?;
             let contents = filled(&bytes);
             self.page_bytes += contents.as_ref().map_or(0, |_| PAGE_BYTES);
             let versions = self.versions.entry((space, page)).or_default();
@@ -215,8 +218,7 @@ impl Ladder {
     /// # Errors
     /// RAM or a disk cannot be read or written, or the machine refuses; then it is of no use.
     pub fn climb(&mut self, player: &mut Player, rung: usize) -> Result<(), LadderError> {
-        let spaces = spaces(player.machine())?;
-        let mut keys = self.changed(&spaces)?;
+        let mut keys = self.changed()?;
         let between = self.on.min(rung) + 1..=self.on.max(rung);
         keys.extend(self.steps[between].iter().flat_map(|step| &step.keys));
         keys.sort_unstable();
@@ -227,7 +229,7 @@ impl Ladder {
             let one = Run { first: page, pages: 1 };
             now.clear();
             then.clear();
-            spaces[space].append_pages(one, &mut now)?;
+            self.spaces[space].append_pages(one, &mut now)?;
             self.contents((space, page), position, &mut then)?;
             if now == then {
                 continue;
@@ -237,7 +239,7 @@ impl Ladder {
                 let memory = player.machine().memory();
                 memory.write(memory.gpa_of(page), &then).expect("a page of RAM");
             } else {
-                spaces[space].write_pages(page, &then)?;
+                self.spaces[space].write_pages(page, &then)?;
             }
         }
         let step = &self.steps[rung];

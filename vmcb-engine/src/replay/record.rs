@@ -96,7 +96,6 @@ pub(super) enum Body {
 #[derive(Clone, Debug)]
 struct Recorder {
     writer: Writer,
-    probe_every: u64,
     next_probe: u64,
     kept: VecDeque<Closed>,
     kept_bytes: usize,
@@ -106,18 +105,9 @@ struct Recorder {
 }
 
 impl Recorder {
-    fn new(writer: Writer, position: Position, kept_bytes_max: usize, when_full: WhenFull) -> Self {
+    fn new(writer: Writer, kept_bytes_max: usize, when_full: WhenFull) -> Self {
         let (kept, kept_bytes) = (VecDeque::new(), 0);
-        let mut new =
-            Self { writer, probe_every: 0, next_probe: 0, kept, kept_bytes, kept_bytes_max, when_full, ended: None };
-        new.probe_every(PROBE_EVERY, position);
-        new
-    }
-
-    /// Probes lie at the multiples of this.
-    fn probe_every(&mut self, instructions: u64, position: Position) {
-        self.probe_every = instructions;
-        self.next_probe = (position.retired / instructions + 1) * instructions;
+        Self { writer, next_probe: 0, kept, kept_bytes, kept_bytes_max, when_full, ended: None }
     }
 
     fn id(&self) -> RecordingId {
@@ -250,9 +240,7 @@ impl Door {
         let cut = cut(&self.machine_mut().capture()?, self.machine().config());
         let head = Head { recording: id, sequence: 0, previous: None };
         let writer = Writer::new(head, self.position(), cut);
-        let mut recorder = Recorder::new(writer, self.position(), kept_bytes_max, when_full);
-        recorder.probe_every(self.probe_every, self.position());
-        self.recorder = Some(recorder);
+        self.begin(Recorder::new(writer, kept_bytes_max, when_full));
         Ok(())
     }
 
@@ -359,8 +347,9 @@ impl Door {
                 return outcome;
             }
             self.note(&Event::Probe(super::probe(self.machine())));
+            let probe_every = self.probe_every;
             if let Some(recorder) = self.active() {
-                recorder.next_probe += recorder.probe_every;
+                recorder.next_probe += probe_every;
             }
             if probe == until_retired {
                 return Outcome::Reached;
@@ -529,10 +518,15 @@ impl Door {
 
     /// The machine goes on, and so does the recording that came along.
     fn unpack(&mut self) {
-        if let Some((_, mut recorder)) = self.parcel.take() {
-            recorder.probe_every(self.probe_every, self.position());
-            self.recorder = Some(recorder);
+        if let Some((_, recorder)) = self.parcel.take() {
+            self.begin(recorder);
         }
+    }
+
+    /// Probes lie at multiples of their distance.
+    fn begin(&mut self, recorder: Recorder) {
+        let next_probe = (self.position().retired / self.probe_every + 1) * self.probe_every;
+        self.recorder = Some(Recorder { next_probe, ..recorder });
     }
 }
 
@@ -584,7 +578,7 @@ fn open(message: RecorderV1, position: Position, cut: Cut) -> Result<Recorder, D
     let first =
         sequence.checked_sub(blocks.len() as u64).ok_or(DoorError::Parcel("has more blocks than there were"))?;
     let writer = Writer::new(Head { recording, sequence, previous }, position, cut);
-    let mut recorder = Recorder::new(writer, position, kept_bytes_max.try_into().unwrap_or(usize::MAX), when_full);
+    let mut recorder = Recorder::new(writer, kept_bytes_max.try_into().unwrap_or(usize::MAX), when_full);
     for (sequence, frame) in (first..).zip(blocks) {
         recorder.keep(Closed { sequence, frame });
     }

@@ -1,5 +1,7 @@
 //! A recording as a replay needs it: what happened, in order, and what time it was for people. It refuses to know machines.
 
+use proto::v1::MachineConfig;
+
 use crate::journal::{Block, Cut, Event, Position};
 
 /// Something that happened to the machine.
@@ -50,6 +52,11 @@ pub struct Rate {
 }
 
 impl Rate {
+    /// In a machine of this configuration.
+    pub fn of(config: &MachineConfig) -> Self {
+        Self { tsc_per_instruction: config.tsc_per_instruction, tsc_hz: config.tsc_hz }
+    }
+
     /// TSC at a position; `None` if no machine gets there.
     pub fn tsc(&self, position: Position) -> Option<u64> {
         let busy = position.retired.checked_mul(self.tsc_per_instruction.into())?;

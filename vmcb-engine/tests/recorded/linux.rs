@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use proto::v1::{BootSource, DiskConfig, MachineConfig, NetConfig};
+use proto::v1::{BootSource, DiskConfig, MachineConfig};
 
-use crate::replaying::Guest;
+use crate::replaying::{Guest, config};
 
 const RAM_BYTES: u64 = 512 << 20;
 const DISK_BYTES: u64 = 8 << 20;
@@ -20,27 +20,16 @@ fn named_or(variable: &str, file: &str) -> Option<Vec<u8>> {
     std::fs::read(path).ok()
 }
 
-fn config(vcpus: u32) -> MachineConfig {
-    MachineConfig {
-        vcpus,
-        memory_bytes: RAM_BYTES,
-        cpu_model: "soft-v1".into(),
-        engine: "soft".into(),
-        boot: Some(BootSource { cmdline: "console=ttyS0 panic=-1 reboot=t".into(), ..BootSource::default() }),
-        disks: vec![DiskConfig { size_bytes: DISK_BYTES, ..DiskConfig::default() }],
-        nets: vec![NetConfig { tap: String::new(), mac: vec![2, 0, 0, 0, 0, 9] }],
-        seed: vec![7; 32],
-        epoch_ns: 1_700_000_000_000_000_000,
-        tsc_hz: 1_000_000_000,
-        tsc_per_instruction: 1,
-        paced: false,
-        generation_id: vec![3; 16],
-    }
-}
-
 /// With a disk and a network card; `None`, aloud, where there is no kernel.
 pub fn linux(vcpus: u32) -> Option<Guest> {
     let kernel = named_or("GODWIT_TEST_KERNEL", "vmlinuz")?;
     let initrd = named_or("GODWIT_TEST_INITRD", "initramfs.cpio");
-    Some(Guest { config: config(vcpus), kernel, initrd })
+    let config = MachineConfig {
+        vcpus,
+        memory_bytes: RAM_BYTES,
+        boot: Some(BootSource { cmdline: "console=ttyS0 panic=-1 reboot=t".into(), ..BootSource::default() }),
+        disks: vec![DiskConfig { size_bytes: DISK_BYTES, ..DiskConfig::default() }],
+        ..config()
+    };
+    Some(Guest { config, kernel, initrd })
 }

@@ -17,12 +17,9 @@ mod kernel;
 pub mod linux;
 mod user;
 
-use proto::v1::{BootSource, DiskConfig, MachineConfig, NetConfig};
+use proto::v1::MachineConfig;
 
-use crate::replaying::{CODE, Guest, elf};
-
-const RAM_BYTES: u64 = 16 << 20;
-const DISK_BYTES: u64 = 1 << 20;
+use crate::replaying::{CODE, Guest, config, elf};
 
 /// 64-bit code of the kernel; the 32-bit entry lies before it.
 const KERNEL: u64 = CODE as u64 + 0x400;
@@ -65,21 +62,7 @@ const USER_CS: u16 = 0x3b;
 
 /// The guest with so many processors, one or two.
 pub fn rich(vcpus: u32) -> Guest {
-    let config = MachineConfig {
-        vcpus,
-        memory_bytes: RAM_BYTES,
-        cpu_model: "soft-v1".into(),
-        engine: "soft".into(),
-        boot: Some(BootSource::default()),
-        disks: vec![DiskConfig { size_bytes: DISK_BYTES, ..DiskConfig::default() }],
-        nets: vec![NetConfig { tap: String::new(), mac: vec![2, 0, 0, 0, 0, 9] }],
-        seed: vec![7; 32],
-        epoch_ns: 1_700_000_000_000_000_000,
-        tsc_hz: 1_000_000_000,
-        tsc_per_instruction: 3,
-        paced: false,
-        generation_id: vec![3; 16],
-    };
+    let config = MachineConfig { vcpus, tsc_per_instruction: 3, ..config() };
     Guest { config, kernel: elf(&image(vcpus)), initrd: None }
 }
 

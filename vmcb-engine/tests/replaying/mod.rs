@@ -543,8 +543,7 @@ fn packet(random: &mut Random) -> Vec<u8> {
 impl Recorded {
     /// The tape from a base on.
     pub fn tape(&self, from: Position) -> Arc<Tape> {
-        let MachineConfig { tsc_per_instruction, tsc_hz, .. } = self.guest.config;
-        let mut tape = Tape::new(Rate { tsc_per_instruction, tsc_hz });
+        let mut tape = Tape::new(Rate::of(&self.guest.config));
         let mut whole = Chain::new();
         let blocks: Vec<_> = self.frames.iter().map(|frame| whole.take(frame).unwrap()).collect();
         // The last of those that begin here.

@@ -14,49 +14,18 @@ mod registers;
 mod target;
 mod wire;
 
-use std::collections::BTreeSet;
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 
 use gdbstub::stub::{DisconnectReason, GdbStub};
 use vmcb_engine::cpu::CpuState;
+use vmcb_engine::engine::{Stops, Watchpoint};
 
 use target::{Loop, Session};
 use wire::Wire;
 
 /// Longest packet that a client may send.
 const PACKET_BYTES_MAX: usize = 16 << 10;
-
-/// What is asked of a watched range.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub enum Access {
-    /// Reads.
-    Read,
-    /// Writes.
-    Write,
-    /// Both.
-    Any,
-}
-
-/// A range of linear addresses that is watched.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct Watched {
-    /// First byte.
-    pub address: u64,
-    /// How many; at least one.
-    pub bytes: u64,
-    /// Which accesses stop.
-    pub access: Access,
-}
-
-/// Where the debuggee shall stop.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Stops {
-    /// Linear addresses of instructions.
-    pub instructions: BTreeSet<u64>,
-    /// Data.
-    pub watched: BTreeSet<Watched>,
-}
 
 /// How the debuggee moves.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -83,7 +52,7 @@ pub enum Halt {
         /// Who touched it.
         vcpu: usize,
         /// The range.
-        watched: Watched,
+        watched: Watchpoint,
     },
     /// The beginning of what is known.
     Beginning,

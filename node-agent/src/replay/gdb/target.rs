@@ -20,18 +20,18 @@ use gdbstub::target::ext::base::reverse_exec::{
 use gdbstub::target::ext::base::single_register_access::{SingleRegisterAccess, SingleRegisterAccessOps};
 use gdbstub::target::ext::breakpoints::{
     Breakpoints, BreakpointsOps, HwBreakpoint, HwBreakpointOps, HwWatchpoint, HwWatchpointOps, SwBreakpoint,
-    SwBreakpointOps, WatchKind,
+    SwBreakpointOps, WatchKind as GdbWatchKind,
 };
 use gdbstub::target::ext::monitor_cmd::{ConsoleOutput, MonitorCmd, MonitorCmdOps};
 use gdbstub::target::ext::thread_extra_info::{ThreadExtraInfo, ThreadExtraInfoOps};
 use gdbstub::target::{Target, TargetError, TargetResult};
 
 use vmcb_engine::cpu::CpuState;
+use vmcb_engine::engine::{Stops, WatchKind, Watchpoint};
 
 use super::registers::{RegisterFile, RegisterNumber, X86_64};
 use super::wire::Wire;
-use super::{Access, DebugError, Debuggee, Halt, Motion, Stops, Watched};
-use crate::replay::instant::code_address;
+use super::{DebugError, Debuggee, Halt, Motion};
 
 /// Most stops of each kind: what a client asks for is bounded.
 const STOPS_MAX: usize = 1024;
@@ -93,16 +93,16 @@ impl<'a, D: Debuggee> Session<'a, D> {
         Ok(match halt {
             Halt::Stepped => MultiThreadStopReason::SignalWithThread { tid: current, signal: Signal::SIGTRAP },
             Halt::Instruction(vcpu) => {
-                let address = code_address(&self.debuggee.cpu(vcpu)?);
+                let address = self.debuggee.cpu(vcpu)?.code_address();
                 let software = self.software.contains(&address) || !self.hardware.contains(&address);
                 let tid = thread(vcpu);
                 if software { MultiThreadStopReason::SwBreak(tid) } else { MultiThreadStopReason::HwBreak(tid) }
             }
             Halt::Watched { vcpu, watched } => {
-                let kind = match watched.access {
-                    Access::Read => WatchKind::Read,
-                    Access::Write => WatchKind::Write,
-                    Access::Any => WatchKind::ReadWrite,
+                let kind = match watched.kind {
+                    WatchKind::Read => GdbWatchKind::Read,
+                    WatchKind::Write | WatchKind::PhysicalWrite => GdbWatchKind::Write,
+                    WatchKind::Access => GdbWatchKind::ReadWrite,
                 };
                 MultiThreadStopReason::Watch { tid: thread(vcpu), kind, addr: watched.address }
             }
@@ -113,14 +113,14 @@ impl<'a, D: Debuggee> Session<'a, D> {
         })
     }
 
-    fn watched(address: u64, bytes: u64, kind: WatchKind) -> Option<Watched> {
-        let access = match kind {
-            WatchKind::Read => Access::Read,
-            WatchKind::Write => Access::Write,
-            WatchKind::ReadWrite => Access::Any,
+    fn watched(address: u64, bytes: u64, kind: GdbWatchKind) -> Option<Watchpoint> {
+        let kind = match kind {
+            GdbWatchKind::Read => WatchKind::Read,
+            GdbWatchKind::Write => WatchKind::Write,
+            GdbWatchKind::ReadWrite => WatchKind::Access,
         };
         let fits = (1..=WATCHED_BYTES_MAX).contains(&bytes) && address.checked_add(bytes - 1).is_some();
-        fits.then_some(Watched { address, bytes, access })
+        fits.then_some(Watchpoint { address, bytes, kind })
     }
 
     fn change(&mut self, change: impl FnOnce(&mut Stops) -> bool) -> TargetResult<bool, Self> {
@@ -139,7 +139,7 @@ impl<'a, D: Debuggee> Session<'a, D> {
         if !change(&mut self.software, &mut self.hardware) {
             return Ok(false);
         }
-        self.stops.instructions = self.software.union(&self.hardware).copied().collect();
+        self.stops.breakpoints = self.software.union(&self.hardware).copied().collect();
         self.debuggee.set_stops(&self.stops).map_err(TargetError::Fatal)?;
         Ok(true)
     }
@@ -336,20 +336,23 @@ impl<D: Debuggee> HwBreakpoint for Session<'_, D> {
 }
 
 impl<D: Debuggee> HwWatchpoint for Session<'_, D> {
-    fn add_hw_watchpoint(&mut self, address: u64, bytes: u64, kind: WatchKind) -> TargetResult<bool, Self> {
+    fn add_hw_watchpoint(&mut self, address: u64, bytes: u64, kind: GdbWatchKind) -> TargetResult<bool, Self> {
         let Some(watched) = Self::watched(address, bytes, kind) else { return Ok(false) };
-        self.change(|stops| {
-            let room = stops.watched.len() < STOPS_MAX;
-            room && {
-                stops.watched.insert(watched);
-                true
+        self.change(|Stops { watchpoints, .. }| {
+            let room = watchpoints.len() < STOPS_MAX;
+            if room && !watchpoints.contains(&watched) {
+                watchpoints.push(watched);
             }
+            room
         })
     }
 
-    fn remove_hw_watchpoint(&mut self, address: u64, bytes: u64, kind: WatchKind) -> TargetResult<bool, Self> {
+    fn remove_hw_watchpoint(&mut self, address: u64, bytes: u64, kind: GdbWatchKind) -> TargetResult<bool, Self> {
         let Some(watched) = Self::watched(address, bytes, kind) else { return Ok(false) };
-        self.change(|stops| stops.watched.remove(&watched))
+        self.change(|Stops { watchpoints, .. }| {
+            let there = watchpoints.iter().position(|other| *other == watched);
+            there.map(|at| watchpoints.remove(at)).is_some()
+        })
     }
 }
 

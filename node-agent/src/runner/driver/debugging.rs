@@ -157,7 +157,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
     fn attach_debugger(&mut self) -> Result<(), RunnerFailure> {
         match self.phase {
             _ if self.debugger.is_some() => return Err(conflict("a debugger is attached already")),
-            _ if self.guest.arriving().is_some() => return Err(conflict("the guest goes through a recording")),
+            _ if self.arriving().is_some() => return Err(conflict("the guest goes through a recording")),
             Phase::Fresh => return Err(conflict("this machine has no state yet")),
             Phase::Ended(VmState::Stopped, _) => return Err(conflict("the guest has ended")),
             Phase::Live | Phase::Ended(..) => {}
@@ -172,7 +172,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
     fn must_be_writable(&self) -> Result<(), RunnerFailure> {
         match &self.phase {
             Phase::Live if !self.is_halted() => Err(conflict("the guest runs: halt it first")),
-            Phase::Live if self.guest.must_wait() => {
+            Phase::Live if self.must_wait() => {
                 Err(failure(Code::Exhausted, "what was recorded is not taken, and there is no room for more"))
             }
             Phase::Live => Ok(()),
@@ -208,7 +208,8 @@ fn place(asked: &RunnerMemory) -> Place {
     }
 }
 
-fn told(watched: &Watchpoint) -> RunnerWatched {
+/// A watchpoint in the form that travels.
+pub fn told(watched: &Watchpoint) -> RunnerWatched {
     let Watchpoint { address, bytes, kind } = *watched;
     let (reads, writes) = match kind {
         WatchKind::Read => (true, false),
@@ -218,22 +219,29 @@ fn told(watched: &Watchpoint) -> RunnerWatched {
     RunnerWatched { address, bytes, reads, writes }
 }
 
+/// A watchpoint that has travelled; `None` if it watches for nothing.
+pub fn meant(watched: &RunnerWatched) -> Option<Watchpoint> {
+    let RunnerWatched { address, bytes, reads, writes } = *watched;
+    let kind = match (reads, writes) {
+        (true, true) => WatchKind::Access,
+        (true, false) => WatchKind::Read,
+        (false, true) => WatchKind::Write,
+        (false, false) => return None,
+    };
+    Some(Watchpoint { address, bytes, kind })
+}
+
 fn wanted(stops: &RunnerStops) -> Result<Stops, RunnerFailure> {
     if stops.breakpoints.len().max(stops.watched.len()) > STOPS_MAX {
         return Err(bad("more stops than there may be"));
     }
     let watchpoint = |watched: &RunnerWatched| {
-        let RunnerWatched { address, bytes, reads, writes } = *watched;
-        let kind = match (reads, writes) {
-            (true, true) => WatchKind::Access,
-            (true, false) => WatchKind::Read,
-            (false, true) => WatchKind::Write,
-            (false, false) => return Err(bad("nothing is watched for")),
-        };
+        let watchpoint = meant(watched).ok_or_else(|| bad("nothing is watched for"))?;
+        let Watchpoint { address, bytes, .. } = watchpoint;
         if !WATCHED_BYTES.contains(&bytes) || address.checked_add(bytes - 1).is_none() {
             return Err(bad("1 to 4096 bytes can be watched"));
         }
-        Ok(Watchpoint { address, bytes, kind })
+        Ok(watchpoint)
     };
     let watchpoints = stops.watched.iter().map(watchpoint).collect::<Result<_, _>>()?;
     Ok(Stops { breakpoints: stops.breakpoints.clone(), watchpoints })

@@ -6,11 +6,19 @@
 
 use proto::status::Code;
 use proto::v1::runner_reply::Reply;
-use proto::v1::{RecordRequest, RunnerFailure, RunnerJournal, RunnerReplay, RunnerTakeJournal, VmState};
+use proto::v1::{
+    JournalFull, Position, RecordRequest, RecordingInfo, RunnerFailure, RunnerJournal, RunnerReplay, RunnerTakeJournal,
+    VmState,
+};
+use vmcb_engine::journal::RecordingId;
+use vmcb_engine::replay::{BootImages, Door, WhenFull};
 
 use super::{Closed, Driver, Guest, Outbox, Phase, Wait, failure};
 use crate::clock::Clock;
+use crate::vm::actor::chain;
 
+/// Most bytes of a journal that wait for the agent, where it does not say.
+const KEPT_BYTES_MAX: usize = 64 << 20;
 /// How long a block stays open.
 pub const BLOCK_NS: u64 = 2_000_000_000;
 /// A guest that waits for its journal to be taken looks again after so long.
@@ -24,73 +32,115 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         if self.running {
             self.wake();
         }
-        self.guest.set_realtime(self.clock.realtime_ns());
         self.block_until_ns = self.clock.boottime_ns().saturating_add(BLOCK_NS);
-        self.guest.record(request)
+        let realtime_ns = self.clock.realtime_ns();
+        let door = self.guest.door_mut().ok_or_else(no_door)?;
+        door.set_realtime(realtime_ns);
+        if request.recording.is_empty() {
+            door.stop_recording("stopped");
+            return Ok(());
+        }
+        let id = RecordingId::from_slice(&request.recording)
+            .ok_or_else(|| failure(Code::BadInput, "a recording has a name of 16 bytes"))?;
+        let when_full = match request.full() {
+            JournalFull::Wait => WhenFull::Wait,
+            JournalFull::End | JournalFull::Unspecified => WhenFull::End,
+        };
+        let kept_bytes_max = match request.kept_bytes_max {
+            0 => KEPT_BYTES_MAX,
+            bytes => bytes.try_into().unwrap_or(usize::MAX),
+        };
+        door.record(id, kept_bytes_max, when_full).map_err(|error| failure(Code::Conflict, &chain(&error)))
+    }
+
+    /// True if something is recorded.
+    fn is_recording(&self) -> bool {
+        self.guest.door().is_some_and(Door::is_recording)
+    }
+
+    /// How the recording stands; none if there never was one.
+    pub(super) fn recorded(&self) -> Option<RecordingInfo> {
+        self.guest.door()?.info()
+    }
+
+    /// Ends what is recorded, if anything is.
+    pub(super) fn stop_recording(&mut self, why: &str) {
+        if let Some(door) = self.guest.door_mut() {
+            door.stop_recording(why);
+        }
+    }
+
+    /// Where the guest is on its way through a recording; none: it is on none.
+    pub(super) fn arriving(&self) -> Option<Position> {
+        self.guest.door()?.arriving().map(Position::from)
     }
 
     /// A guest that has come goes through a recording before it runs.
     pub(super) fn replay(&mut self, replay: &RunnerReplay) -> Result<(), RunnerFailure> {
-        let fresh = self.sealed && !self.running && self.guest.arriving().is_none();
+        let fresh = self.sealed && !self.running && self.arriving().is_none();
         if self.phase != Phase::Live || !fresh {
             return Err(failure(Code::Conflict, "only a guest that has just come can go through a recording"));
         }
         let corrupt = |text: String| failure(Code::Corrupt, &text);
-        replay.blocks.iter().try_for_each(|frame| self.guest.expect_block(frame)).map_err(corrupt)?;
+        let door = self.guest.door_mut().ok_or_else(no_door)?;
+        replay.blocks.iter().try_for_each(|frame| door.expect(frame)).map_err(|error| corrupt(chain(&error)))?;
         let Some(until) = replay.until else { return Ok(()) };
         let images = self.images.as_mut().map(|images| images.load()).transpose().map_err(corrupt)?;
-        self.guest.arrive_at(until, images).map_err(corrupt)
+        let images = images.map(|(kernel, initrd)| BootImages { kernel, initrd });
+        door.arrive_at(until.into(), images).map_err(|error| corrupt(chain(&error)))
     }
 
     /// A few milliseconds of that. A guest that is not what was recorded has ended.
     pub(super) fn go_on_arriving(&mut self) -> Result<(), Closed> {
-        match self.guest.arrive() {
-            Ok(_) => {
-                self.booted_tsc = self.guest.tsc();
-                Ok(())
-            }
-            Err(text) => self.end(VmState::Crashed, &format!("the recording does not replay: {text}")),
+        let arrived = self.guest.door_mut().map_or(Ok(true), Door::arrive);
+        if let Err(error) = arrived {
+            return self.end(VmState::Crashed, &format!("the recording does not replay: {}", chain(&error)));
         }
+        self.booted_tsc = self.guest.tsc();
+        Ok(())
     }
 
     pub(super) fn take_journal(&mut self, take: &RunnerTakeJournal) -> Reply {
-        if take.flush {
-            self.block_until_ns = 0;
-            self.keep_journal();
-        }
-        let blocks = self.guest.take_journal(take.from);
-        Reply::Journal(RunnerJournal { info: self.guest.recording(), blocks })
+        let blocks = self.guest.door_mut().map_or_else(Vec::new, |door| door.take(take.from));
+        Reply::Journal(RunnerJournal { info: self.recorded(), blocks })
     }
 
     /// Tells the door the time, and closes its block if that is due.
     pub(super) fn keep_journal(&mut self) {
-        if !self.guest.is_recording() {
-            return;
-        }
-        self.guest.set_realtime(self.clock.realtime_ns());
+        let realtime_ns = self.clock.realtime_ns();
+        let Some(door) = self.guest.door_mut().filter(|door| door.is_recording()) else { return };
+        door.set_realtime(realtime_ns);
         let now = self.clock.boottime_ns();
         if now < self.block_until_ns {
             return;
         }
         if let (Some(until_tsc), Some(pace), true) = (self.idle, &self.pace, self.running) {
-            let tsc = pace.woken(now, self.guest.tsc(), until_tsc);
-            self.guest.skip_idle_until(tsc);
+            door.skip_idle_until(pace.woken(now, door.machine().tsc(), until_tsc));
         }
-        self.guest.close_block();
+        door.close_block();
         self.block_until_ns = now.saturating_add(BLOCK_NS);
     }
 
     /// A guest that waits is looked at again when its block is to be closed.
     pub(super) fn until_block_closes(&self, wait: Wait) -> Wait {
         match wait {
-            Wait::Until(instant) if self.guest.is_recording() => Wait::Until(instant.min(self.block_until_ns)),
-            Wait::Input if self.guest.is_recording() => Wait::Until(self.block_until_ns),
+            Wait::Until(instant) if self.is_recording() => Wait::Until(instant.min(self.block_until_ns)),
+            Wait::Input if self.is_recording() => Wait::Until(self.block_until_ns),
             wait => wait,
         }
     }
 
     /// Until when the guest must wait for its journal to be taken; none if it need not.
     pub(super) fn waits_for_journal(&self) -> Option<u64> {
-        self.guest.must_wait().then(|| self.clock.boottime_ns().saturating_add(WAIT_NS))
+        self.must_wait().then(|| self.clock.boottime_ns().saturating_add(WAIT_NS))
     }
+
+    /// True while the guest must not run, because blocks are not taken.
+    pub(super) fn must_wait(&self) -> bool {
+        self.guest.door().is_some_and(Door::must_wait)
+    }
+}
+
+fn no_door() -> RunnerFailure {
+    failure(Code::Incapable, "this guest cannot be recorded")
 }

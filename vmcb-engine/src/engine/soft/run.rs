@@ -143,11 +143,17 @@ impl Core {
         }
     }
 
+    /// Linear address of an instruction.
+    #[inline(always)]
+    pub(super) fn linear_rip(&self, rip: u64) -> u64 {
+        if self.mode.long { rip } else { rip.wrapping_add(self.segments[CS].base) & 0xffff_ffff }
+    }
+
     /// Guest-physical address and operations of the block that begins at `rip`, if it is known and the translation of its
     /// page is cached: what is found must not outlive its translation, or where a run is cut would be visible.
     #[inline(always)]
     pub(super) fn block_at(&self, rip: u64) -> Option<(u64, *const Op)> {
-        let linear = if self.mode.long { rip } else { rip.wrapping_add(self.segments[CS].base) & 0xffff_ffff };
+        let linear = self.linear_rip(rip);
         let gpa = Tlb::code_gpa(self.tlb_base, linear)?;
         self.blocks.find(gpa, self.mode).map(|ops| (gpa, ops))
     }

@@ -8,7 +8,7 @@
 //! slow path ([`super::walk`]), which notes what it did. The noted instruction is done as always; its block ends behind it
 //! as one does whose code was overwritten, and the loop comes back.
 
-use super::core::{CS, Core, RIP_BASE, Step};
+use super::core::{Core, RIP_BASE, Step};
 use super::decode::Fetched;
 use super::op::Flow;
 use super::tlb::{ENTRIES, Tlb};
@@ -103,11 +103,6 @@ impl Core {
     /// Why the loop came back with [`super::run::Ended::Stopped`], once.
     pub fn take_stop(&mut self) -> Option<Why> {
         self.stops.as_deref_mut().and_then(|stops| stops.met.take()).map(|met| met.why)
-    }
-
-    /// Linear address of RIP.
-    fn linear_rip(&self, rip: u64) -> u64 {
-        if self.mode.long { rip } else { rip.wrapping_add(self.segments[CS].base) & 0xffff_ffff }
     }
 
     /// A part of a repeated instruction is done, and RIP is at it: its next part is not an instruction of its own.

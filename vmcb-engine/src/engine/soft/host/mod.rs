@@ -34,7 +34,6 @@ use crate::cpu::{CpuState, RunState};
 use crate::engine::{Clock, Engine, EngineRung, Exit, LoadError, Platform, Stops};
 use crate::memory::GuestMemory;
 use crate::vmcb::control::V_INTR_MASKING;
-use crate::vmcb::registers::{cr0, efer};
 use crate::vmcb::{Intercept, Vmcb, tlb_control};
 
 /// How the engine does its work. No guest can tell one tuning from another but by stale translations: a guest that changes its
@@ -318,9 +317,7 @@ impl Engine for SoftEngine {
     fn pass_breakpoints(&mut self) {
         for vcpu in &mut self.vcpus {
             vcpu.core.set_retired(self.clock.retired);
-            let save = &vcpu.vmcb.save;
-            let long = save.efer & efer::LME != 0 && save.cr0 & cr0::PG != 0 && save.cs.long();
-            let linear = if long { save.rip } else { save.rip.wrapping_add(save.cs.base) & 0xffff_ffff };
+            let linear = vcpu.peek().code_address();
             vcpu.core.pass_breakpoint(linear);
         }
     }
