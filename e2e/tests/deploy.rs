@@ -308,6 +308,7 @@ fn install() -> Installed {
                 ("hosta.example:7401", &format!("localhost:{port}")),
                 ("controller.example:7400", &controller_at),
                 ("127.0.0.1:9401", &format!("127.0.0.1:{metrics}")),
+                ("/run/godwit-ram", "/dev/shm"),
                 ("/usr/libexec/godwit/vm-runner", runner.to_str().unwrap()),
             ],
         );

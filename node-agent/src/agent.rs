@@ -95,7 +95,7 @@ impl Agent {
             store,
             clock: Box::new(HostClock),
             leases: Leases::new(!config.controller.is_empty()),
-            launch: Launch { program: config.runner.clone(), sandbox: config.sandbox },
+            launch: Launch { program: config.runner.clone(), sandbox: config.sandbox, ram_dir: config.ram_dir.clone() },
             tls: Arc::clone(&tls),
             facts: Facts::measure(&config.capabilities.withhold),
             engine: config.engine,

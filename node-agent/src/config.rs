@@ -12,6 +12,8 @@
 //! log_format = "text"                  # or "json"
 //! engine = "soft"                      # or "auto"
 //! sandbox = true                       # runners drop privileges and filter system calls
+//! ram_dir = "/run/godwit-ram"          # a tmpfs for guests' RAM, mounted huge=within_size; default: each guest its own, which
+//!                                      # needs CAP_SYS_ADMIN, or else small pages
 //!
 //! [capabilities]
 //! withhold = ["avx2", "MSR C001_1029"]   # features that guests here are not promised, to level a pool; default: none
@@ -55,6 +57,9 @@ pub struct Config {
     /// Whether runners are jailed.
     #[serde(default = "yes")]
     pub sandbox: bool,
+    /// A directory on a tmpfs for the RAM of guests.
+    #[serde(default)]
+    pub ram_dir: Option<PathBuf>,
     /// What guests are promised.
     #[serde(default)]
     pub capabilities: Capabilities,
@@ -157,6 +162,7 @@ impl Config {
         for file in [&mut config.state_dir, &mut config.tls.ca, &mut config.tls.cert, &mut config.tls.key] {
             *file = base.join(&*file);
         }
+        config.ram_dir = config.ram_dir.map(|directory| base.join(directory));
         if config.runner.as_os_str().is_empty() {
             let program = std::env::current_exe()
                 .map_err(|source| ConfigError::File { path: PathBuf::from("/proc/self/exe"), source })?;

@@ -7,6 +7,8 @@
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use vmcb_engine::memory::{Backing, GuestMemory};
+
 use super::ceilings::Ceilings;
 use super::{Measurement, Report};
 use crate::cluster::{Cluster, wait};
@@ -144,13 +146,13 @@ fn phases(result: &serde_json::Value) -> String {
     phases.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
-/// Memory that this machine gave back to its own host is slow to touch again: touch it before measuring.
+/// Memory that this machine gave back to its own host is slow to touch again: touch it before measuring, in pages of the
+/// same size as those that guests get, or others are touched.
 fn warm(bytes: u64) {
-    let mut memory = vec![0u8; bytes as usize];
-    for page in memory.chunks_mut(4096) {
-        page[0] = 1;
+    let memory = GuestMemory::create_on(Backing::Huge, bytes).expect("this machine has more memory than a guest");
+    for page in 0..memory.pages() {
+        memory.write(memory.gpa_of(page), &[1]).expect("each of its pages is RAM");
     }
-    std::hint::black_box(&memory);
 }
 
 /// CPU seconds of controller and agents so far. The runners run the guest and are not counted.

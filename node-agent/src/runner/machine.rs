@@ -1,7 +1,7 @@
 //! The real guest: a [`Machine`] built from the opened configuration, and what of it the agent shares.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use proto::v1::{MachineConfig, Section};
@@ -10,7 +10,7 @@ use vmcb_engine::device::block::DiskImage;
 use vmcb_engine::device::net::{Link, NetLink};
 use vmcb_engine::engine::Stops;
 use vmcb_engine::machine::{Machine, Outcome, Parts};
-use vmcb_engine::memory::{GuestMemory, PAGE_BYTES, StampTable, sized_memfd};
+use vmcb_engine::memory::{Backing, GuestMemory, PAGE_BYTES, StampTable, sized_memfd};
 use vmcb_engine::replay::Door;
 use vmcb_engine::snapshot;
 
@@ -20,12 +20,30 @@ use super::faults::Missing;
 use super::guest::{Debugged, Guest, Place};
 use super::open::{Opened, TapCable};
 
-/// Builds the machine of a runner process. `lazy`: pages of RAM come while it runs.
+/// How RAM and disks of a machine begin.
+#[derive(Clone, Debug, Default)]
+pub struct Beginnings {
+    /// What is in them comes from outside.
+    pub incoming: bool,
+    /// Pages of RAM come while the guest runs.
+    pub lazy: bool,
+    /// A directory on a tmpfs for RAM; otherwise it has a tmpfs of its own.
+    pub ram_dir: Option<PathBuf>,
+}
+
+/// Builds the machine of a runner process.
 ///
 /// # Errors
 /// What does not fit, in words; a disk's error names its file.
-pub fn build(config: &MachineConfig, opened: &Opened, incoming: bool, lazy: bool) -> Result<Built<Door>, String> {
-    let memory = GuestMemory::create(config.memory_bytes).map_err(|error| text(&error))?;
+pub fn build(config: &MachineConfig, opened: &Opened, beginnings: &Beginnings) -> Result<Built<Door>, String> {
+    let Beginnings { incoming, lazy, ref ram_dir } = *beginnings;
+    let backing = match ram_dir {
+        // A huge page is there as a whole, and pages that are missing are asked for one by one.
+        _ if lazy => Backing::Small,
+        Some(directory) => Backing::On(directory),
+        None => Backing::Huge,
+    };
+    let memory = GuestMemory::create_on(backing, config.memory_bytes).map_err(|error| text(&error))?;
     let mut descriptors = vec![
         ("ram".to_owned(), share(memory.ram_fd())?),
         ("ram-stamps".to_owned(), share(memory.stamps_fd())?),

@@ -143,6 +143,8 @@ pub struct Launch {
     pub program: PathBuf,
     /// Whether it jails itself.
     pub sandbox: bool,
+    /// Where RAM lies; `None`: wherever the runner finds best.
+    pub ram_dir: Option<PathBuf>,
 }
 
 struct Call {
@@ -194,6 +196,9 @@ impl Runner {
         }
         let mut command = tokio::process::Command::new(&launch.program);
         command.arg("--dir").arg(directory).arg("--sandbox").arg(launch.sandbox.to_string());
+        if let Some(directory) = &launch.ram_dir {
+            command.arg("--ram-dir").arg(directory);
+        }
         match arrival {
             Arrival::Boots => {}
             Arrival::Whole => {

@@ -146,6 +146,7 @@ impl TestFleet {
             log_format: LogFormat::Text,
             engine: Engine::Auto,
             sandbox: self.runner.1,
+            ram_dir: None,
             capabilities: Capabilities::default(),
         }
         .check()

@@ -1,13 +1,14 @@
-//! Guest RAM: a memfd, with a second memfd of page stamps beside it.
+//! Guest RAM: a file in memory ([`backing`]), with a memfd of page stamps beside it.
 //!
 //! Dirt is a date, not a flag: each page has the epoch of its last write ([`stamps`]). Nothing is ever cleared, so a
 //! reader that failed forgets nothing, and several readers never disturb each other.
 //!
 //! Layout (notes of the boot contract): RAM up to 3 GiB lies at guest-physical 0; what is above lies at 4 GiB, so that
-//! the hole below 4 GiB is free for devices. A *page number* is the index into the memfd, never a guest-physical number.
+//! the hole below 4 GiB is free for devices. A *page number* is the index into the file, never a guest-physical number.
 //!
 //! This room refuses to know what the pages mean, who reads them, and the wall clock.
 
+mod backing;
 pub mod digest;
 pub mod frozen;
 pub mod shared;
@@ -15,12 +16,14 @@ pub mod stamps;
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+pub use backing::Backing;
 pub use frozen::Keeper;
 pub use stamps::{StampSlice, StampTable};
 
@@ -48,6 +51,9 @@ pub enum MemoryError {
         #[source]
         source: std::io::Error,
     },
+    /// RAM would lie on a disk.
+    #[error("{0} is on no tmpfs")]
+    NotTmpfs(PathBuf),
     /// The mapping was refused.
     #[error("cannot map guest memory")]
     Map(#[source] MmapRegionError),
@@ -88,13 +94,21 @@ pub struct GuestMemory {
 }
 
 impl GuestMemory {
-    /// New, zeroed RAM of `bytes`.
+    /// New, zeroed RAM of `bytes`, of small pages.
     ///
     /// # Errors
     /// A size that makes no machine, or a host without memory.
     pub fn create(bytes: u64) -> Result<Self, MemoryError> {
+        Self::create_on(Backing::Small, bytes)
+    }
+
+    /// New, zeroed RAM of `bytes`.
+    ///
+    /// # Errors
+    /// A size that makes no machine, a host without memory, or a directory that is on no tmpfs.
+    pub fn create_on(backing: Backing<'_>, bytes: u64) -> Result<Self, MemoryError> {
         check_size(bytes)?;
-        let ram = sized_memfd("guest-ram", bytes)?;
+        let ram = backing.file(bytes)?;
         let stamps = sized_memfd("guest-ram-stamps", StampTable::file_bytes(bytes / PAGE_BYTES))?;
         Self::attach(ram, stamps, bytes)
     }
@@ -128,7 +142,7 @@ impl GuestMemory {
         self.bytes / PAGE_BYTES
     }
 
-    /// The memfd of RAM.
+    /// The file of RAM.
     pub fn ram_fd(&self) -> BorrowedFd<'_> {
         self.ram.as_fd()
     }
