@@ -14,7 +14,7 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::caller;
-use crate::migration::{Failure, Receiver, Replies, read_hello, refusal};
+use crate::migration::{Failure, Inbound, Receiver, Replies, read_hello, refusal};
 use crate::tls::Identity;
 use crate::vm::{Message, Vms};
 
@@ -32,10 +32,11 @@ impl LanesService {
 impl Lanes for LanesService {
     type LaneStream = Replies;
 
-    async fn lane(&self, request: Request<Streaming<Chunk>>) -> Result<Response<Replies>, Status> {
+    async fn lane(&self, mut request: Request<Streaming<Chunk>>) -> Result<Response<Replies>, Status> {
         let caller = caller(&request, &["host", "controller"])?;
         let vms = Arc::clone(&self.vms);
-        let mut inbound = request.into_inner();
+        let laid = Inbound::take(request.extensions_mut());
+        let mut inbound = laid.ok_or_else(|| Status::internal("a lane without a body"))?;
         let (queue, replies) = mpsc::unbounded_channel();
         // The answer's headers go out at once: a source may wait for them before its hello.
         tokio::spawn(async move {

@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::{Request, Status};
 
-use crate::migration::{Failure, MESSAGE_BYTES_MAX, tune_server};
+use crate::migration::{Aside, Failure, MESSAGE_BYTES_MAX, tune_server};
 use crate::tls::{Identity, Peer, PeerStream, Tls};
 use crate::vm::Vms;
 
@@ -74,6 +74,7 @@ pub async fn serve(
     let lanes = LanesServer::new(lanes::LanesService::new(vms))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let lanes = Aside(lanes);
     let (greeted, incoming) = mpsc::channel(HANDSHAKES_MAX);
     let accepting = tokio::spawn(accept(listener, tls, greeted, shutdown.clone()));
     let served = tune_server(Server::builder())

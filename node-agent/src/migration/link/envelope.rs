@@ -25,7 +25,7 @@ use vmcb_engine::transfer::runs::PIECE_PAGES;
 use crate::migration::message::Message;
 
 /// Tag of `Chunk.frame`: field 1, length-delimited.
-const TAG: u8 = 1 << 3 | 2;
+pub const TAG: u8 = 1 << 3 | 2;
 
 /// Room for the pages of a batch, and for a header and an envelope for each of them.
 const BUFFER_BYTES: usize = PIECE_PAGES as usize * (PAGE_BYTES as usize + 80);

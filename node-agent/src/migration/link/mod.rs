@@ -3,7 +3,7 @@
 //! - [`send`]: the source's driver, one task; [`workers`]: threads that read, hash and queue pages, one a lane.
 //! - [`Receiver`]: the target's driver; one thread a lane checks and writes pages, in the order of the lane.
 //! - [`load`]: what goes out in one go; for a checkpoint without what the target has, and sealed.
-//! - [`envelope`]: what the call puts around a frame, so that frames leave without being copied.
+//! - [`envelope`]: what the call puts around a frame, so that frames leave without being copied; [`inbound`]: how it comes off.
 //! - [`pace`]: how long a thread must wait so that all lanes together keep to a bandwidth.
 //!
 //! ```text
@@ -13,6 +13,7 @@
 //! stays bounded and a slow lane only slows itself. It refuses to decide anything that the machines can decide.
 
 mod envelope;
+mod inbound;
 mod load;
 mod pace;
 mod receive;
@@ -31,6 +32,7 @@ use tonic::transport::{Endpoint, Server};
 
 use super::Failure;
 use super::message::Message;
+pub use inbound::{Aside, Inbound};
 pub use receive::{Phase, Receiver, Replies};
 pub use send::send;
 
@@ -38,6 +40,9 @@ pub use send::send;
 /// has arrived and is not yet written lies in memory.
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+
+/// Bytes of an HTTP/2 frame: a batch of ours has room in one.
+const FRAME_BYTES: u32 = 512 << 10;
 
 /// A connection that says nothing for so long is asked, and given up when it does not answer: a silent network must not
 /// keep a guest standing.
@@ -59,6 +64,7 @@ pub fn tune_endpoint(endpoint: Endpoint) -> Endpoint {
 pub fn tune_server<L>(server: Server<L>) -> Server<L> {
     server
         .tcp_nodelay(true)
+        .max_frame_size(FRAME_BYTES)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .http2_keepalive_interval(Some(SILENCE))

@@ -1,0 +1,256 @@
+//! The messages of a `Lane` call as they arrive, each in one piece of memory that is used again.
+//!
+//! Counterpart of [`super::envelope`]: HTTP/2 brings an envelope in pieces. tonic gathers them in memory that is new for
+//! each message and grows while it does; here large messages are gathered in buffers of the size that senders fill. Everything
+//! else of the call (headers, replies, status) is tonic's, which is given an empty body ([`Aside`]).
+//!
+//! It refuses to know what is in a frame, and believes nothing: lengths are checked before anything is allocated.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, Bytes};
+use http_body::Body as _;
+use prost::Message as _;
+use proto::v1::Chunk;
+use tokio_stream::Stream;
+use tonic::Status;
+use tonic::body::Body;
+use tonic::codegen::Service;
+use tonic::codegen::http::{Extensions, Request, Response};
+use tonic::server::NamedService;
+
+use super::envelope::{Buffers, TAG};
+use crate::migration::MESSAGE_BYTES_MAX;
+
+/// Bytes of gRPC's flag and length.
+const PREFIX_BYTES: usize = 5;
+/// Smaller messages get memory of their own size.
+const LARGE_BYTES: usize = 64 << 10;
+
+/// A service whose calls find their body in the extensions of the request ([`Inbound::take`]).
+#[derive(Clone, Debug)]
+pub struct Aside<S>(pub S);
+
+#[derive(Clone)]
+struct Laid(Arc<Mutex<Option<Body>>>);
+
+impl<S> Service<Request<Body>> for Aside<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = S::Future;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.0.poll_ready(context)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let (mut parts, body) = request.into_parts();
+        parts.extensions.insert(Laid(Arc::new(Mutex::new(Some(body)))));
+        self.0.call(Request::from_parts(parts, Body::empty()))
+    }
+}
+
+impl<S: NamedService> NamedService for Aside<S> {
+    const NAME: &'static str = S::NAME;
+}
+
+/// The messages of one call, in order.
+pub struct Inbound {
+    body: Body,
+    piece: Bytes,
+    prefix: Vec<u8>,
+    /// The message that is being gathered, and how long it will be.
+    message: Option<(Vec<u8>, usize)>,
+    buffers: Arc<Buffers>,
+    over: bool,
+}
+
+impl Inbound {
+    /// What the caller sends; `None` if the service is not [`Aside`], or it was taken before.
+    pub fn take(extensions: &mut Extensions) -> Option<Inbound> {
+        let laid = extensions.remove::<Laid>()?;
+        let body = laid.0.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        Some(Self::of(body))
+    }
+
+    fn of(body: Body) -> Inbound {
+        let prefix = Vec::with_capacity(PREFIX_BYTES);
+        Inbound { body, piece: Bytes::new(), prefix, message: None, buffers: Arc::default(), over: false }
+    }
+
+    /// Takes in as much of the piece as belongs to one message; returns the message if that completes it, and otherwise leaves
+    /// nothing of the piece.
+    fn gather(&mut self) -> Result<Option<Chunk>, Status> {
+        if self.message.is_none() {
+            let wanted = (PREFIX_BYTES - self.prefix.len()).min(self.piece.len());
+            self.prefix.extend_from_slice(&self.piece.split_to(wanted));
+            let Some(&[flag, a, b, c, d]) = self.prefix.first_chunk() else { return Ok(None) };
+            let bytes = u32::from_be_bytes([a, b, c, d]) as usize;
+            if flag != 0 {
+                return Err(Status::unimplemented("messages of lanes are not compressed"));
+            }
+            if bytes > MESSAGE_BYTES_MAX {
+                let text = format!("a message of {bytes} bytes; {MESSAGE_BYTES_MAX} are the most");
+                return Err(Status::out_of_range(text));
+            }
+            self.prefix.clear();
+            let mut buffer = if bytes >= LARGE_BYTES { self.buffers.take() } else { Vec::with_capacity(bytes) };
+            buffer.clear();
+            self.message = Some((buffer, bytes));
+        }
+        let Some((mut gathered, bytes)) = self.message.take() else { return Ok(None) };
+        let wanted = (bytes - gathered.len()).min(self.piece.len());
+        gathered.extend_from_slice(&self.piece[..wanted]);
+        self.piece.advance(wanted);
+        if gathered.len() < bytes {
+            self.message = Some((gathered, bytes));
+            return Ok(None);
+        }
+        let message = if bytes >= LARGE_BYTES { self.buffers.lend(gathered) } else { gathered.into() };
+        open(message).map(Some)
+    }
+}
+
+/// Takes the frame out of a `Chunk`. Those that our senders write hold nothing else.
+fn open(message: Bytes) -> Result<Chunk, Status> {
+    if message.first() == Some(&TAG) {
+        let mut rest = &message[1..];
+        if let Ok(bytes) = prost::encoding::decode_varint(&mut rest)
+            && bytes == rest.len() as u64
+        {
+            return Ok(Chunk { frame: message.slice(message.len() - rest.len()..) });
+        }
+    }
+    Chunk::decode(message).map_err(|error| Status::internal(error.to_string()))
+}
+
+impl Stream for Inbound {
+    type Item = Result<Chunk, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.over {
+            return Poll::Ready(None);
+        }
+        let end = loop {
+            match self.gather() {
+                Ok(Some(chunk)) => return Poll::Ready(Some(Ok(chunk))),
+                Err(status) => break Some(Err(status)),
+                Ok(None) => {}
+            }
+            match ready!(Pin::new(&mut self.body).poll_frame(context)) {
+                Some(Ok(frame)) => self.piece = frame.into_data().unwrap_or_default(),
+                Some(Err(status)) => break Some(Err(status)),
+                None if self.message.is_none() && self.prefix.is_empty() => break None,
+                None => break Some(Err(Status::internal("the lane ended in the middle of a message"))),
+            }
+        };
+        self.over = true;
+        Poll::Ready(end)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use tokio_stream::StreamExt;
+
+    use super::*;
+    use crate::migration::link::envelope::enclose_frame;
+
+    struct Pieces(std::vec::IntoIter<Bytes>);
+
+    impl http_body::Body for Pieces {
+        type Data = Bytes;
+        type Error = Infallible;
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<http_body::Frame<Bytes>, Infallible>>> {
+            Poll::Ready(self.0.next().map(|piece| Ok(http_body::Frame::data(piece))))
+        }
+    }
+
+    /// What comes out, and whether it ended well.
+    fn read(bytes: &[u8], cuts: &[usize]) -> (Vec<Bytes>, Option<Status>) {
+        let mut ends: Vec<usize> = cuts.iter().map(|cut| cut % (bytes.len() + 1)).chain([bytes.len()]).collect();
+        ends.sort_unstable();
+        let mut from = 0;
+        let pieces: Vec<Bytes> = ends
+            .into_iter()
+            .map(|end| Bytes::copy_from_slice(&bytes[std::mem::replace(&mut from, end)..end]))
+            .collect();
+        let mut inbound = Inbound::of(Body::new(Pieces(pieces.into_iter())));
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let mut frames = Vec::new();
+            while let Some(next) = inbound.next().await {
+                match next {
+                    Ok(chunk) => frames.push(chunk.frame),
+                    Err(status) => {
+                        assert!(inbound.next().await.is_none(), "an error is the last word");
+                        return (frames, Some(status));
+                    }
+                }
+            }
+            (frames, None)
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn messages_are_those_that_were_sent_however_they_are_cut(
+            sizes in proptest::collection::vec(prop_oneof![0..40usize, 60_000..140_000usize], 0..6),
+            cuts in proptest::collection::vec(any::<usize>(), 0..12),
+            missing in 0..30usize,
+        ) {
+            let sent: Vec<Vec<u8>> = sizes.iter().enumerate().map(|(at, size)| vec![at as u8 + 1; *size]).collect();
+            let whole: Vec<u8> = sent.iter().flat_map(|frame| enclose_frame(frame)).collect();
+            let (frames, failed) = read(&whole, &cuts);
+            prop_assert!(failed.is_none(), "{failed:?}");
+            prop_assert_eq!(&frames, &sent);
+            let cut = &whole[..whole.len().saturating_sub(missing)];
+            let (frames, failed) = read(cut, &cuts);
+            prop_assert!(sent.starts_with(&frames.iter().map(|f| f.to_vec()).collect::<Vec<_>>()));
+            let complete: usize = frames.iter().map(|frame| enclose_frame(frame).len()).sum();
+            prop_assert_eq!(failed.is_some(), complete < cut.len());
+        }
+
+        #[test]
+        fn whatever_comes_does_no_harm(bytes in proptest::collection::vec(any::<u8>(), 0..60)) {
+            let _ = read(&bytes, &[7]);
+        }
+    }
+
+    #[test]
+    fn messages_of_other_writers_are_understood_and_those_that_are_too_long_refused() {
+        // Field 2, unknown here, before the frame.
+        let message = [&[0x10, 5, TAG, 3][..], b"abc"].concat();
+        let enveloped = [&[0, 0, 0, 0, message.len() as u8][..], &message].concat();
+        assert_eq!(read(&enveloped, &[]).0, ["abc"]);
+        assert_eq!(read(&[0, 0, 0, 0, 0], &[]).0, [""]);
+        let refused = |bytes: &[u8]| read(bytes, &[]).1.unwrap().code();
+        assert_eq!(refused(&[1, 0, 0, 0, 0]), tonic::Code::Unimplemented);
+        assert_eq!(refused(&[0, 255, 255, 255, 255]), tonic::Code::OutOfRange);
+        assert_eq!(refused(&[0, 0, 0, 0, 2, TAG, 9]), tonic::Code::Internal);
+    }
+
+    #[test]
+    fn buffers_of_large_messages_are_used_again() {
+        let frame = vec![3; LARGE_BYTES];
+        let whole = [enclose_frame(&frame), enclose_frame(&frame)].concat();
+        let body = Body::new(Pieces(vec![Bytes::from(whole)].into_iter()));
+        let mut inbound = Inbound::of(body);
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let mut next = || runtime.block_on(inbound.next()).unwrap().unwrap().frame;
+        let first = next();
+        let address = first.as_ptr();
+        drop(first);
+        assert_eq!(next().as_ptr(), address);
+    }
+}
