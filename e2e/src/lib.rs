@@ -6,3 +6,4 @@ pub mod cluster;
 pub mod fault;
 pub mod guest;
 pub mod leftovers;
+pub mod linux;

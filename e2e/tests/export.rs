@@ -10,6 +10,7 @@ use std::process::Command;
 
 use e2e::cluster::{Cluster, wait};
 use e2e::guest::{Program, REGION, bare};
+use e2e::linux::Linux;
 use iced_x86::code_asm::{al, dx, edx, qword_ptr, rax, rdi};
 use proto::status::Code;
 
@@ -201,15 +202,10 @@ const LINUX: u64 = 0xffff_ffff_8100_0000;
 
 #[test]
 fn linux_is_found_where_its_kernel_was_linked() {
-    let guest = std::env::var_os("GODWIT_GUEST")
-        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/guest"), PathBuf::from);
-    let files = ["vmlinuz", "initramfs.cpio"].map(|name| guest.join(name));
-    if !files.iter().all(|file| file.is_file()) {
-        eprintln!("SKIPPED: no Linux guest in {}; run deploy/guest", guest.display());
-        return;
-    }
+    let Some(linux) = Linux::found() else { return };
     let cluster = Cluster::up(1);
-    let files = ["--kernel", text(&files[0]), "--initrd", text(&files[1])];
+    let (kernel, initrd) = (linux.file("vmlinuz"), linux.file("initramfs.cpio"));
+    let files = ["--kernel", &kernel, "--initrd", &initrd];
     let args = ["vm", "create", "vm1", "--host", "hostA", "--memory", "256M"];
     let cmdline = ["--cmdline", "console=ttyS0 nokaslr panic=-1"];
     cluster.ok(args.into_iter().chain(files).chain(cmdline));

@@ -2,12 +2,12 @@
 //! namespace of the test. After the hand-over the wire sees the guest's announcements, and the bridge between the hosts
 //! sends to the new one; a Linux guest (deploy/guest) answers pings before and after.
 
-use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use e2e::cluster::{Cluster, wait};
+use e2e::linux::{Linux, asked};
 use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketFlags, SocketType};
 
 use super::{BUSY, is_root, runs, skip};
@@ -163,32 +163,20 @@ fn inside() {
 
 /// The Linux of deploy/guest with an address, if it is there; the in-tree guest otherwise.
 fn boot(cluster: &Cluster) -> bool {
-    let guest = std::env::var_os("GODWIT_GUEST")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest"), Into::into);
     let net = format!("tap=tap0,mac={MAC}");
-    if !guest.join("vmlinuz").is_file() || !runs("busybox", &["true"]) {
+    let Some(linux) = Linux::found().filter(|_| runs("busybox", &["true"])) else {
         skip("pings: no Linux guest, or no busybox");
         let memory = BUSY.memory_bytes().to_string();
         cluster.create_with("vm1", "hostA", BUSY, &["--memory", &memory, "--net", &net]);
         cluster.goes_on("vm1", 3);
         return false;
-    }
-    let file = |name: &str| guest.join(name).to_str().unwrap().to_owned();
-    let cmdline = std::fs::read_to_string(guest.join("cmdline")).unwrap();
-    let cmdline = format!("{} godwit.work=off", cmdline.trim());
-    let (kernel, initrd) = (file("vmlinuz"), file("initramfs.cpio"));
+    };
+    let cmdline = format!("{} godwit.work=off", linux.cmdline());
+    let (kernel, initrd) = (linux.file("vmlinuz"), linux.file("initramfs.cpio"));
     let args = ["vm", "create", "vm1", "--host", "hostA", "--memory", "256M", "--net", &net, "--kernel", &kernel];
     cluster.ok(args.into_iter().chain(["--initrd", &initrd, "--cmdline", &cmdline]));
     wait("Linux to be up", || cluster.console("vm1").contains("guest# ").then_some(()));
-    let mut console = cluster.command(["vm", "console", "vm1"]);
-    let mut console = console.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let mut keys = console.stdin.take().unwrap();
-    keys.write_all(
-        format!("ip addr add {GUEST}/24 dev eth0; ip link set eth0 up; echo net-is-$((40 + 2))\n").as_bytes(),
-    )
-    .unwrap();
-    wait("the guest's address", || cluster.console("vm1").contains("net-is-42").then_some(()));
-    console.kill().unwrap();
-    console.wait().unwrap();
+    let address = format!("ip addr add {GUEST}/24 dev eth0; ip link set eth0 up; echo net-is-$((40 + 2))");
+    asked(cluster, "vm1", &address, |console| console.contains("net-is-42").then_some(()));
     true
 }

@@ -7,6 +7,7 @@
 //! | `changes` | `incremental-1`, `incremental-5`, `incremental-20` |
 //! | `roads` | `first-*`, `restore-*`, `lazy-*`, to a directory (`file`) and to SeaweedFS (`s3`) |
 //! | `fleet` | `fleet-20` |
+//! | `sweeps` | `sweep-4g` |
 //!
 //! The guest is the in-tree one, full of pages that no compression makes smaller. Times are measured from outside: from
 //! the command to its answer. `--quick` makes guests a sixteenth of the size, to see that all of it works.
@@ -18,6 +19,7 @@ mod parts;
 mod restic;
 mod roads;
 mod stops;
+mod sweeps;
 
 use std::time::{Duration, Instant};
 
@@ -57,7 +59,8 @@ pub fn run(report: &Report, cases: &[String], quick: bool) -> Result<(), String>
     stops::run(&suite)?;
     changes::run(&suite)?;
     roads::run(&suite)?;
-    fleet::run(&suite)
+    fleet::run(&suite)?;
+    sweeps::run(&suite)
 }
 
 impl Suite<'_> {
@@ -142,6 +145,25 @@ fn timed<T>(work: impl FnOnce() -> T) -> (T, f64) {
     (done, begun.elapsed().as_secs_f64() * 1000.0)
 }
 
+/// What the work gave, and the most that the controller had resident meanwhile, in MiB.
+fn controllers_peak<T>(cluster: &Cluster, work: impl FnOnce() -> T) -> Result<(T, f64), String> {
+    let controller = cluster.daemon("controller");
+    // From now on the peak is that of this work.
+    let forget_peak = format!("/proc/{controller}/clear_refs");
+    std::fs::write(&forget_peak, "5").map_err(|e| format!("{forget_peak}: {e}"))?;
+    let done = work();
+    let status = format!("/proc/{controller}/status");
+    let text = std::fs::read_to_string(&status).map_err(|e| format!("{status}: {e}"))?;
+    let peak = peak_mib(&text).ok_or_else(|| format!("{status} has no VmHWM"))?;
+    Ok((done, peak))
+}
+
+/// The most that a process ever had resident, from its `/proc/PID/status`.
+fn peak_mib(status: &str) -> Option<f64> {
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"))?;
+    Some(kib.trim().parse::<f64>().ok()? / 1024.0)
+}
+
 /// Bytes that an agent has sent for checkpoints, from its metrics.
 fn sent_bytes(metrics: &str) -> Result<f64, String> {
     let line = metrics.lines().find_map(|line| line.strip_prefix("godwit_agent_sent_bytes_total{kind=\"checkpoint\"}"));
@@ -179,6 +201,15 @@ mod tests {
                     godwit_agent_sent_bytes_total{kind=\"checkpoint\"} 1234\n";
         assert_eq!(sent_bytes(page), Ok(1234.0));
         assert!(sent_bytes("godwit_agent_info 1\n").is_err());
+    }
+
+    #[test]
+    fn the_peak_is_read_in_mib() {
+        let status = "VmPeak:\t  900000 kB\nVmHWM:\t  262144 kB\nVmRSS:\t   1000 kB\n";
+        assert_eq!(peak_mib(status), Some(256.0));
+        assert_eq!(peak_mib("VmRSS:\t 1 kB\n"), None);
+        let own = std::fs::read_to_string("/proc/self/status").unwrap();
+        assert!(peak_mib(&own).unwrap() > 0.0);
     }
 
     #[test]
