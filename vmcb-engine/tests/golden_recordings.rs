@@ -19,7 +19,7 @@ use recorded::{file, rich};
 use replaying::*;
 use vmcb_engine::engine::soft::Tuning;
 use vmcb_engine::journal::{Chain, ChainError, Event, SEMANTICS};
-use vmcb_engine::replay::{BootImages, Goal, Happening, Pause, PlayError, Player, Rate, Tape};
+use vmcb_engine::replay::{BootImages, Entry, Goal, Happening, Pause, PlayError, Player, Rate, Tape};
 
 const BYTES_MAX: u64 = 300 << 10;
 
@@ -38,6 +38,7 @@ fn recordings() -> Vec<(&'static str, Guest, Plan)> {
         ("one-vcpu.gwr", rich(1), plan(11, 400_000, 1009)),
         ("two-vcpus.gwr", rich(2), plan(22, 600_000, 1511)),
         // Typing, cables, packets that nobody reads, and new starts of the machine.
+        ("details.gwr", rich(1), plan(44, 400_000, 4001)),
         ("devices.gwr", file::with_image(small()), Plan { resets: true, before: 20, ..plan(33, 500_000, 5003) }),
     ]
 }
@@ -99,7 +100,12 @@ fn the_present_version_records_what_it_recorded() {
     for (name, guest, plan) in recordings() {
         let (golden, again) = (file::read(&folder(SEMANTICS).join(name)), record_guest(guest, plan));
         let [golden, again] = [golden, again].map(|recorded| recorded.tape(recorded.bases[0].position));
-        assert!(golden.entries() == again.entries(), "{name}: the same history has another recording");
+        let is_detail = |it: &&Entry| matches!(it.happening, Happening::Event(Event::Detail(_)));
+        // Recorders of earlier builds said less of the same machine.
+        let detailed = golden.entries().iter().any(|it| is_detail(&it));
+        let again = again.entries().iter().filter(|it| detailed || !is_detail(it));
+        assert!(golden.entries().iter().eq(again), "{name}: the same history has another recording");
+        assert_eq!(detailed, name == "details.gwr", "{name}");
     }
 }
 

@@ -7,6 +7,7 @@
 //!          3 link      card, up u8      8 memory     address, bytes
 //!          4 held      card, bytes      9 processor  vCPU, bytes (a `CpuStateV1`)
 //!          5 released  nothing               10 stood      vCPU, linear address
+//!         11 detail    vCPUs, each: number, words (8 bytes each), checks | checks of the devices (4 bytes each)
 //! ```
 //! Numbers are LEB128 varints of at most ten bytes, `bytes` are a length and as many bytes. A packet costs 6 to 14 bytes
 //! besides itself.
@@ -50,6 +51,8 @@ pub enum Event {
     Reset,
     /// Nothing entered: what the machine was like here, to compare with.
     Probe(Probe),
+    /// Nothing entered: more of what the machine was like at the probe that follows, to name what differs.
+    Detail(Detail),
     /// A debugger wrote to RAM.
     Memory {
         /// Guest-physical address.
@@ -81,6 +84,26 @@ pub struct Probe {
     pub cpus: Vec<[u8; 8]>,
     /// Of all devices' sections.
     pub devices: [u8; 8],
+}
+
+/// More of a machine than a [`Probe`] says: equal digests are equal machines, this is for those that are not.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Detail {
+    /// Of some vCPUs.
+    pub cpus: Vec<CpuDetail>,
+    /// The first 4 bytes of BLAKE3 of each device's section, in order.
+    pub devices: Vec<[u8; 4]>,
+}
+
+/// One vCPU's fields, in the order of `cpu/fields.rs`.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct CpuDetail {
+    /// Which.
+    pub vcpu: u32,
+    /// The first fields as they were.
+    pub words: Vec<u64>,
+    /// The first byte of BLAKE3 of each other field.
+    pub checks: Vec<u8>,
 }
 
 /// Why bytes are no events.
@@ -131,6 +154,7 @@ pub(super) fn put(event: &Event, after: Position, into: &mut Vec<u8>) {
         Event::Memory { .. } => 8,
         Event::Processor { .. } => 9,
         Event::Stood { .. } => 10,
+        Event::Detail(_) => 11,
     };
     into.push(kind);
     put_number(after.retired, into);
@@ -153,6 +177,7 @@ pub(super) fn put(event: &Event, after: Position, into: &mut Vec<u8>) {
             cpus.iter().for_each(|digest| into.extend_from_slice(digest));
             into.extend_from_slice(devices);
         }
+        Event::Detail(detail) => put_detail(detail, into),
         Event::Memory { gpa, bytes } => {
             put_number(*gpa, into);
             put_bytes(bytes, into);
@@ -162,6 +187,18 @@ pub(super) fn put(event: &Event, after: Position, into: &mut Vec<u8>) {
             put_number(*linear, into);
         }
     }
+}
+
+fn put_detail(Detail { cpus, devices }: &Detail, into: &mut Vec<u8>) {
+    put_number(cpus.len() as u64, into);
+    for CpuDetail { vcpu, words, checks } in cpus {
+        put_number((*vcpu).into(), into);
+        put_number(words.len() as u64, into);
+        words.iter().for_each(|word| into.extend_from_slice(&word.to_le_bytes()));
+        put_bytes(checks, into);
+    }
+    put_number(devices.len() as u64, into);
+    devices.iter().for_each(|check| into.extend_from_slice(check));
 }
 
 /// Reads events one after the other.
@@ -195,6 +232,7 @@ impl<'a> Cursor<'a> {
             8 => Event::Memory { gpa: self.number()?, bytes: self.payload()? },
             9 => Event::Processor { vcpu: self.small()?, state: self.payload()? },
             10 => Event::Stood { vcpu: self.small()?, linear: self.number()? },
+            11 => Event::Detail(self.detail()?),
             kind => return Err(EventError::Kind { kind, at: begun }),
         };
         Ok((event, after))
@@ -265,6 +303,30 @@ impl<'a> Cursor<'a> {
         let cpus: Result<Vec<[u8; 8]>, EventError> = (0..vcpus).map(|_| self.digest()).collect();
         Ok(Probe { cpus: cpus?, devices: self.digest()? })
     }
+
+    fn detail(&mut self) -> Result<Detail, EventError> {
+        let begun = self.at;
+        let vcpus = self.number()?;
+        if vcpus > VCPUS_MAX {
+            return Err(EventError::Payload(begun));
+        }
+        let cpus: Result<Vec<CpuDetail>, EventError> = (0..vcpus).map(|_| self.cpu_detail()).collect();
+        Ok(Detail { cpus: cpus?, devices: self.items()? })
+    }
+
+    fn cpu_detail(&mut self) -> Result<CpuDetail, EventError> {
+        let vcpu = self.small()?;
+        let words = self.items()?.into_iter().map(u64::from_le_bytes).collect();
+        Ok(CpuDetail { vcpu, words, checks: self.payload()? })
+    }
+
+    /// A count, and as many times `N` bytes.
+    fn items<const N: usize>(&mut self) -> Result<Vec<[u8; N]>, EventError> {
+        let begun = self.at;
+        let count = usize::try_from(self.number()?).ok().filter(|count| *count <= PAYLOAD_BYTES_MAX / N);
+        let bytes = self.slice(count.ok_or(EventError::Payload(begun))? * N)?;
+        Ok(bytes.chunks_exact(N).filter_map(|chunk| chunk.try_into().ok()).collect())
+    }
 }
 
 #[cfg(test)]
@@ -272,6 +334,12 @@ pub(super) mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    fn any_detail() -> impl Strategy<Value = CpuDetail> {
+        let words = proptest::collection::vec(any::<u64>(), 0..20);
+        let checks = proptest::collection::vec(any::<u8>(), 0..200);
+        (any::<u32>(), words, checks).prop_map(|(vcpu, words, checks)| CpuDetail { vcpu, words, checks })
+    }
 
     /// Any event.
     pub(in crate::journal) fn any_event() -> impl Strategy<Value = Event> {
@@ -285,6 +353,8 @@ pub(super) mod tests {
             Just(Event::Reset),
             (proptest::collection::vec(any::<[u8; 8]>(), 0..4), any::<[u8; 8]>())
                 .prop_map(|(cpus, devices)| Event::Probe(Probe { cpus, devices })),
+            (proptest::collection::vec(any_detail(), 0..3), proptest::collection::vec(any::<[u8; 4]>(), 0..9))
+                .prop_map(|(cpus, devices)| Event::Detail(Detail { cpus, devices })),
             (any::<u64>(), bytes()).prop_map(|(gpa, bytes)| Event::Memory { gpa, bytes }),
             (any::<u32>(), bytes()).prop_map(|(vcpu, state)| Event::Processor { vcpu, state }),
             (any::<u32>(), any::<u64>()).prop_map(|(vcpu, linear)| Event::Stood { vcpu, linear }),

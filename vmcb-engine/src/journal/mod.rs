@@ -20,7 +20,7 @@ use std::fmt;
 
 pub use proto::ids::RecordingId;
 
-pub use events::{Event, EventError, Probe};
+pub use events::{CpuDetail, Detail, Event, EventError, Probe};
 pub use read::{Block, Chain, ChainError, Stamped};
 pub use write::{Closed, Closing, Cut, Head, Writer};
 

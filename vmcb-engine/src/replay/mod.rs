@@ -5,6 +5,7 @@
 //! | `record` | the door: every outside value passes it, with its position |
 //! | `arrive` | a machine that comes from a checkpoint goes through a recording before it runs |
 //! | `tape` | what a recording says happened, and what time it was |
+//! | `probe` | what a machine is like, in as few bytes as a journal has for it |
 //! | `play` | a machine to which it happens again, compared with what was recorded |
 //! | `ladder` | rungs to go back to |
 //! | `timeline` | any instant of it, forwards and backwards |
@@ -16,14 +17,10 @@
 mod arrive;
 mod ladder;
 mod play;
+mod probe;
 mod record;
 mod tape;
 mod timeline;
-
-use proto::ids::Digest;
-
-use crate::journal::Probe;
-use crate::machine::Machine;
 
 pub use arrive::ArrivalError;
 pub use ladder::LadderError;
@@ -31,17 +28,6 @@ pub use play::{BootImages, Goal, Hit, Mismatch, Pause, PlayError, Player, Said};
 pub use record::{Door, DoorError, PARCEL_BYTES_MAX, PROBE_EVERY, SECTION, WhenFull, config_digest};
 pub use tape::{Entry, Happening, Rate, Tape, TapeError};
 pub use timeline::{Arrival, LastWrite, Spacing, Timeline, TimelineError, Written};
-
-/// What a machine is like now, in as few bytes as a journal has for it.
-pub fn probe(machine: &Machine) -> Probe {
-    let short = |digest: Digest| {
-        let mut first = [0; 8];
-        first.copy_from_slice(&digest.0[..8]);
-        first
-    };
-    let probe = machine.probe();
-    Probe { cpus: probe.cpus.into_iter().map(short).collect(), devices: short(probe.devices) }
-}
 
 #[cfg(test)]
 mod tests;

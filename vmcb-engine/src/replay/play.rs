@@ -8,6 +8,7 @@
 
 use std::sync::Arc;
 
+use super::probe::{self, Differing};
 use super::record::position;
 use super::tape::{Entry, Happening, Tape};
 use crate::cpu::CpuState;
@@ -349,6 +350,7 @@ impl Player {
                 reset.map_err(|source| PlayError::Machine { position, source })?;
             }
             Event::Probe(probe) => self.compare_probe(probe)?,
+            Event::Detail(detail) => self.named(probe::differs_from_detail(&self.machine, detail))?,
             Event::Memory { gpa, bytes } => {
                 self.machine.memory().write(*gpa, bytes).map_err(|e| wrong(e.to_string()))?;
             }
@@ -374,20 +376,16 @@ impl Player {
     }
 
     fn compare_probe(&mut self, recorded: &Probe) -> Result<(), PlayError> {
-        let ours = super::probe(&self.machine);
-        if ours.cpus.len() != recorded.cpus.len() {
-            return Err(self.differs("the number of vCPUs", ours.cpus.len(), recorded.cpus.len()).into());
-        }
-        let cpus = ours.cpus.iter().zip(&recorded.cpus).enumerate();
-        let cpus = cpus.map(|(vcpu, (ours, recorded))| (format!("the digest of cpu/{vcpu}"), ours, recorded));
-        let devices = ("the digest of the devices".to_owned(), &ours.devices, &recorded.devices);
-        for (field, ours, recorded) in cpus.chain([devices]) {
-            if ours != recorded {
-                return Err(self.differs(&field, hex(ours), hex(recorded)).into());
-            }
-        }
+        self.named(probe::differs_from_probe(&self.machine, recorded))?;
         self.equal(self.position());
         Ok(())
+    }
+
+    fn named(&self, differing: Option<Differing>) -> Result<(), Mismatch> {
+        match differing {
+            Some(Differing { field, ours, recorded }) => Err(self.differs(&field, ours, recorded)),
+            None => Ok(()),
+        }
     }
 
     fn equal(&mut self, position: Position) {
@@ -468,8 +466,4 @@ impl Player {
             self.console_bytes -= self.console.remove(0).bytes.len();
         }
     }
-}
-
-fn hex(bytes: &[u8; 8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

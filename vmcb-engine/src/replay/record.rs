@@ -17,6 +17,7 @@ use prost::Message;
 use proto::v1::{JournalFull, MachineConfig, RecorderV1, RecordingInfo, Section};
 
 use super::play::Player;
+use super::probe;
 use super::tape::Tape;
 use crate::cpu::CpuState;
 use crate::journal::{Chain, Closed, Closing, Cut, Event, Head, Position, RecordingId, Writer};
@@ -33,6 +34,9 @@ const SECTION_VERSION: u32 = 1;
 pub const PARCEL_BYTES_MAX: usize = 4 << 20;
 /// Bytes of blocks that [`Door::take`] returns at once, unless one alone is longer.
 const TAKE_BYTES: usize = 1 << 20;
+
+/// About what the detail of a vCPU takes.
+const DETAIL_BYTES: usize = 512;
 
 /// What happens when blocks are not taken and there is no room for more.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -146,6 +150,7 @@ fn payload_bytes(event: &Event) -> usize {
         | Event::Held { bytes, .. }
         | Event::Memory { bytes, .. }
         | Event::Processor { state: bytes, .. } => bytes.len(),
+        Event::Detail(detail) => detail.cpus.len() * DETAIL_BYTES + detail.devices.len() * 4,
         Event::Link { .. } | Event::Released | Event::Reset | Event::Probe(_) | Event::Stood { .. } => 0,
     }
 }
@@ -346,7 +351,10 @@ impl Door {
             if outcome != Outcome::Reached || self.machine().retired() != probe {
                 return outcome;
             }
-            self.note(&Event::Probe(super::probe(self.machine())));
+            if self.active().is_some() {
+                self.note(&Event::Detail(probe::detail(self.machine())));
+                self.note(&Event::Probe(probe::probe(self.machine())));
+            }
             let probe_every = self.probe_every;
             if let Some(recorder) = self.active() {
                 recorder.next_probe += probe_every;
