@@ -12,8 +12,10 @@ use crate::vmcb::Vmcb;
 
 pub mod soft;
 pub mod stops;
+pub mod uses;
 
 pub use stops::{Stops, WatchKind, Watchpoint, Why};
+pub use uses::Uses;
 
 /// The machine's time. Guest TSC = `retired * tsc_per_instruction + skipped_tsc` (+ the vCPU's own offset).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -186,7 +188,8 @@ pub trait Engine {
     /// Everything that a later run depends on, cached translations included, but RAM. The guest cannot tell that it was
     /// taken.
     fn rung(&self) -> EngineRung;
-    /// Makes the engine what it was, its time included; RAM is what it was already. Stops stay set.
+    /// Makes the engine what it was, its time included; RAM is what it was already, by writes that the engine was told of.
+    /// Stops stay set.
     ///
     /// # Errors
     /// The rung is of another engine; nothing has changed.
@@ -205,6 +208,14 @@ pub trait Engine {
     fn last_ran(&self, vcpu: usize) -> Option<u64> {
         (vcpu == 0).then_some(self.clock().retired)
     }
+    /// Linear pages that may have been used since this was asked last, or the engine climbed and was asked then; `None`: any
+    /// may have been. The guest cannot tell.
+    fn take_uses(&mut self) -> Option<Uses> {
+        None
+    }
+    /// Decodes everything anew, and no more than so many operations at once from now on: another way to do the same work.
+    /// The guest cannot tell; if it can, that is a fault of the engine, which two executions show.
+    fn set_block_ops_max(&mut self, _: usize) {}
     /// The VMCB that holds this vCPU now.
     fn vmcb(&self, vcpu: usize) -> Vmcb;
 }

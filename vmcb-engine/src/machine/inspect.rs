@@ -14,7 +14,7 @@ use proto::v1::Section;
 use super::{Life, Machine, MachineError};
 use crate::addr::is_canonical;
 use crate::cpu::CpuState;
-use crate::engine::{Clock, LoadError, Stops};
+use crate::engine::{Clock, LoadError, Stops, Uses};
 use crate::memory::{GuestMemory, PAGE_BYTES};
 use crate::snapshot::state_digest;
 use crate::vmcb::registers::{cr0, cr4, efer};
@@ -158,6 +158,18 @@ impl Machine {
     /// Where runs come back.
     pub fn stops(&self) -> &Stops {
         &self.stops
+    }
+
+    /// Linear pages that may have been used since this was asked last; `None`: any may have been. Whoever climbs asks then,
+    /// too: what was used before is no use of what comes.
+    pub fn take_uses(&mut self) -> Option<Uses> {
+        self.engine.take_uses()
+    }
+
+    /// The engine does its work with decoded blocks of at most so many operations from now on, all of them decoded anew. No
+    /// guest can tell: two executions that differ show a fault of the engine.
+    pub fn set_block_ops_max(&mut self, ops_max: usize) {
+        self.engine.set_block_ops_max(ops_max);
     }
 
     /// The instructions before which the vCPUs stand now are executed without a stop. After a breakpoint that is so by

@@ -40,9 +40,9 @@ impl Machine {
         Ok(Rung { engine, devices, vcpu: self.bus.vcpu(), arrived: self.arrived })
     }
 
-    /// Makes the machine what it was, its time included. RAM and disks hold what they held then already, by whatever means:
-    /// decoded code is forgotten, and pages are stamped when they are written again. Console output that nobody took is
-    /// gone; stops that are set stay.
+    /// Makes the machine what it was, its time included. RAM and disks hold what they held then already, RAM by writes through
+    /// [`Machine::memory`], which says where decoded code lay; pages are stamped when they are written again. Console output
+    /// that nobody took is gone; stops that are set stay.
     ///
     /// # Errors
     /// The rung is not one of this machine: then nothing has changed, or the machine is of no use.

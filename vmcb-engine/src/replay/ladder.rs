@@ -15,6 +15,7 @@ use std::ops::RangeInclusive;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use super::play::Player;
+use crate::engine::{Stops, Uses, WatchKind};
 use crate::journal::Position;
 use crate::machine::{Machine, MachineError, Rung};
 use crate::memory::shared::{PagesError, Run, SharedPages};
@@ -50,6 +51,15 @@ struct Step {
     cursor: usize,
     /// Pages that have a version of this position.
     keys: Vec<Key>,
+    /// Linear pages that may have been used from here to the next rung; `None`: any.
+    uses: Option<Uses>,
+}
+
+impl Step {
+    /// Bytes of host memory that it takes besides its pages.
+    fn bytes(&self) -> u64 {
+        (self.rung.bytes() + self.uses.as_ref().map_or(0, |_| Uses::BYTES)) as u64
+    }
 }
 
 /// The rungs of one machine.
@@ -122,16 +132,32 @@ impl Ladder {
             rung_bytes: 0,
             bytes_max,
         };
-        ladder.lay(0, player, Vec::new())?;
-        ladder.mark = player.machine_mut().advance_epoch();
+        ladder.lay(0, player, Vec::new(), None)?;
+        ladder.begin(0, player);
         Ok(ladder)
     }
 
-    fn lay(&mut self, at: usize, player: &Player, keys: Vec<Key>) -> Result<(), LadderError> {
+    fn lay(&mut self, at: usize, player: &Player, keys: Vec<Key>, uses: Option<Uses>) -> Result<(), LadderError> {
         let rung = player.machine().rung()?;
-        self.rung_bytes += rung.bytes() as u64;
-        self.steps.insert(at, Step { position: player.position(), rung, cursor: player.cursor(), keys });
+        let step = Step { position: player.position(), rung, cursor: player.cursor(), keys, uses };
+        self.rung_bytes += step.bytes();
+        self.steps.insert(at, step);
         Ok(())
+    }
+
+    /// The player's machine stands on a rung: what it writes and uses from here on is of the span behind it.
+    fn begin(&mut self, on: usize, player: &mut Player) {
+        self.on = on;
+        self.mark = player.machine_mut().advance_epoch();
+        player.machine_mut().take_uses();
+    }
+
+    /// Replaces what is known of the span behind a rung.
+    fn note_uses(&mut self, rung: usize, uses: Option<Uses>) {
+        let step = &mut self.steps[rung];
+        self.rung_bytes -= step.bytes();
+        step.uses = uses;
+        self.rung_bytes += step.bytes();
     }
 
     /// How many rungs.
@@ -169,6 +195,14 @@ impl Ladder {
         }
     }
 
+    /// Whether any of these stops may be met between a rung and the position of the next one; false is certain.
+    pub fn may_meet_after(&self, rung: usize, until: Position, stops: &Stops) -> bool {
+        let next = self.steps.get(rung + 1).filter(|next| next.position == until);
+        let Some((Some(uses), _)) = next.map(|next| (self.steps[rung].uses.as_ref(), next)) else { return true };
+        let physical = stops.watchpoints.iter().any(|watch| watch.kind == WatchKind::PhysicalWrite);
+        physical || uses.may_meet(stops)
+    }
+
     /// The player stands on a rung from now on: on the one that is there, or a new one.
     ///
     /// # Errors
@@ -176,13 +210,17 @@ impl Ladder {
     pub fn stand(&mut self, player: &mut Player) -> Result<(), LadderError> {
         let here = player.position();
         let at = self.at_or_before(here).unwrap_or(0);
-        if self.steps[at].position != here {
-            self.insert(at + 1, player)?;
-            self.on = at + 1;
-        } else {
-            self.on = at;
+        let on = if self.steps[at].position == here { at } else { at + 1 };
+        let uses = player.machine_mut().take_uses();
+        if on != at {
+            // What is known of the whole span holds for its second part.
+            let rest = self.steps[at].uses.clone();
+            self.insert(on, player, rest)?;
+            self.note_uses(at, uses);
+        } else if on == self.on + 1 && self.steps[self.on].uses.is_none() {
+            self.note_uses(self.on, uses);
         }
-        self.mark = player.machine_mut().advance_epoch();
+        self.begin(on, player);
         self.thin(here);
         Ok(())
     }
@@ -197,7 +235,7 @@ impl Ladder {
         Ok(keys)
     }
 
-    fn insert(&mut self, at: usize, player: &mut Player) -> Result<(), LadderError> {
+    fn insert(&mut self, at: usize, player: &mut Player, uses: Option<Uses>) -> Result<(), LadderError> {
         let keys = self.changed()?;
         let here = player.position();
         let mut bytes = Vec::new();
@@ -210,7 +248,7 @@ impl Ladder {
             let place = versions.partition_point(|(position, _)| *position < here);
             versions.insert(place, (here, contents));
         }
-        self.lay(at, player, keys)
+        self.lay(at, player, keys, uses)
     }
 
     /// Puts the player's machine onto a rung.
@@ -245,8 +283,7 @@ impl Ladder {
         let step = &self.steps[rung];
         player.machine_mut().climb(&step.rung)?;
         player.set_cursor(step.cursor);
-        self.on = rung;
-        self.mark = player.machine_mut().advance_epoch();
+        self.begin(rung, player);
         Ok(())
     }
 
@@ -284,8 +321,11 @@ impl Ladder {
 
     /// Takes a rung out: its versions of pages become the next rung's, where that one has none of its own.
     fn remove(&mut self, at: usize) {
-        let Step { position, rung, keys, .. } = self.steps.remove(at);
-        self.rung_bytes -= rung.bytes() as u64;
+        let removed = self.steps.remove(at);
+        self.rung_bytes -= removed.bytes();
+        let Step { position, keys, uses, .. } = removed;
+        let before = self.steps[at - 1].uses.clone();
+        self.note_uses(at - 1, both(before, uses));
         self.on -= usize::from(self.on > at);
         let mut handed_on = Vec::new();
         let next = self.steps.get(at).map(|step| step.position);
@@ -309,6 +349,13 @@ impl Ladder {
             step.keys.extend(handed_on);
         }
     }
+}
+
+/// What was used in two spans.
+fn both(first: Option<Uses>, second: Option<Uses>) -> Option<Uses> {
+    let (mut all, second) = (first?, second?);
+    all.add(&second);
+    Some(all)
 }
 
 fn filled(bytes: &[u8]) -> Page {

@@ -95,6 +95,11 @@ impl Goal {
         Goal { position: Goal::FAR, tsc }
     }
 
+    /// Instructions after which it is reached for certain.
+    pub(super) fn retired(&self) -> u64 {
+        self.position.retired
+    }
+
     /// This one, or after so many instructions, whichever comes first.
     pub fn or_instruction(self, retired: u64) -> Goal {
         Goal { position: self.position.min(Position { retired, skipped_tsc: 0 }), tsc: self.tsc }

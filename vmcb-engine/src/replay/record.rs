@@ -453,6 +453,10 @@ impl Door {
     /// The machine's.
     pub fn capture(&mut self) -> Result<Vec<Section>, MachineError> {
         self.note_stood();
+        if self.parcel.is_none() && self.active().is_some() {
+            // The cut itself is one digest.
+            self.note(&Event::Detail(probe::detail(self.machine())));
+        }
         let sections = self.machine_mut().capture()?;
         let cut = cut(&sections, self.machine().config());
         let (position, realtime_ns) = (self.position(), self.realtime_ns);

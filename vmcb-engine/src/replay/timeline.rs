@@ -1,9 +1,10 @@
 //! Any instant of a recording, forwards and backwards.
 //!
 //! Forwards is replaying. Backwards is going to a rung of the ladder before the instant and replaying from there; on the
-//! way rungs are laid: far apart while going forward, close together where somebody goes backwards, because who takes one
-//! step back takes another. The last stop before now is found from rung to rung backwards: each span is replayed with
-//! stops on, and the last hit of the latest span that has one wins.
+//! way rungs are laid: far apart while going forward, close together before a goal and where somebody goes backwards, because
+//! who takes one step back takes another. The last stop before now is found from rung to rung backwards: each span is
+//! replayed with stops on, and the last hit of the latest span that has one wins. Spans in which no page of a stop can have
+//! been used are passed over.
 //!
 //! Both ends of the recording are ends. This file refuses to know debuggers and files.
 
@@ -11,6 +12,7 @@ use super::ladder::{Ladder, LadderError};
 use super::play::{Goal, Hit, Pause, PlayError, Player};
 use crate::engine::{Stops, WatchKind, Watchpoint, Why};
 use crate::journal::Position;
+use crate::machine::Machine;
 
 /// Most instructions at once while a vCPU that is to step sleeps.
 const STEP_SPAN_MAX: u64 = 1 << 20;
@@ -28,8 +30,19 @@ pub struct Spacing {
 
 impl Default for Spacing {
     fn default() -> Self {
-        Self { coarse: 20_000_000, fine: 2_000_000, bytes_max: 512 << 20 }
+        Self { coarse: 10_000_000, fine: 1_000_000, bytes_max: 512 << 20 }
     }
+}
+
+/// How rungs are laid on the way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Laying {
+    /// Far apart.
+    Coarse,
+    /// Close together.
+    Fine,
+    /// Far apart, and close together before the goal: who arrives there looks around.
+    Approaching,
 }
 
 /// Why a timeline does not go where it was asked to.
@@ -91,6 +104,19 @@ impl Timeline {
         &self.player
     }
 
+    /// The machine at the present. Whoever changes it has another history in sight, until the present is another one.
+    pub fn machine_mut(&mut self) -> &mut Machine {
+        self.player.machine_mut()
+    }
+
+    /// Goes to the beginning, also from a present that was changed there.
+    ///
+    /// # Errors
+    /// RAM or a disk cannot be written.
+    pub fn rewind(&mut self) -> Result<(), TimelineError> {
+        Ok(self.ladder.climb(&mut self.player, 0)?)
+    }
+
     /// Rungs and the bytes that they take.
     pub fn rungs(&self) -> (usize, u64) {
         (self.ladder.rungs(), self.ladder.bytes())
@@ -131,7 +157,7 @@ impl Timeline {
             }
             Some(_) => {}
         }
-        self.forward(Goal::tsc(tsc), self.spacing.coarse, interrupted)
+        self.forward(Goal::tsc(tsc), Laying::Approaching, interrupted)
     }
 
     fn go(&mut self, to: Position, interrupted: &mut dyn FnMut() -> bool) -> Result<Arrival, TimelineError> {
@@ -144,20 +170,29 @@ impl Timeline {
         if back || self.ladder.position(rung) > here {
             self.ladder.climb(&mut self.player, rung)?;
         }
-        let spacing = if back { self.spacing.fine } else { self.spacing.coarse };
-        self.forward(Goal::position(to), spacing, interrupted)
+        let laying = if back { Laying::Fine } else { Laying::Approaching };
+        self.forward(Goal::position(to), laying, interrupted)
     }
 
     /// Replays to a goal or a stop, laying rungs.
     fn forward(
         &mut self,
         goal: Goal,
-        spacing: u64,
+        laying: Laying,
         interrupted: &mut dyn FnMut() -> bool,
     ) -> Result<Arrival, TimelineError> {
+        let Spacing { coarse, fine, .. } = self.spacing;
+        // From here on they are laid close together. The end of a recording is a place where people go, too.
+        let near = match laying {
+            Laying::Coarse => u64::MAX,
+            Laying::Fine => 0,
+            Laying::Approaching => goal.retired().min(self.player.tape().end().retired).saturating_sub(coarse),
+        };
         loop {
-            let below = self.ladder.at_or_before(self.position()).unwrap_or(0);
-            let next = self.ladder.position(below).retired.saturating_add(spacing);
+            let here = self.position();
+            let below = self.ladder.at_or_before(here).unwrap_or(0);
+            let behind = |distance| self.ladder.position(below).retired.saturating_add(distance);
+            let next = if here.retired < near { behind(coarse).min(near) } else { behind(fine) };
             match self.player.run_to(goal.or_instruction(next), interrupted)? {
                 Pause::Reached if goal.is_reached(self.player.machine()) => return Ok(Arrival::Reached),
                 Pause::Reached => self.ladder.stand(&mut self.player)?,
@@ -179,7 +214,7 @@ impl Timeline {
     ) -> Result<Arrival, TimelineError> {
         self.player.machine_mut().set_stops(stops);
         self.player.machine_mut().pass_breakpoints();
-        let arrival = self.forward(Goal::instruction(u64::MAX), self.spacing.coarse, interrupted);
+        let arrival = self.forward(Goal::instruction(u64::MAX), Laying::Approaching, interrupted);
         self.player.machine_mut().set_stops(&Stops::default());
         arrival
     }
@@ -200,8 +235,7 @@ impl Timeline {
         loop {
             let before = self.position().retired;
             self.player.machine_mut().set_stops(stops);
-            let arrival =
-                self.forward(Goal::instruction(before.saturating_add(span)), self.spacing.coarse, interrupted);
+            let arrival = self.forward(Goal::instruction(before.saturating_add(span)), Laying::Coarse, interrupted);
             self.player.machine_mut().set_stops(&Stops::default());
             let arrival = arrival?;
             let after = self.position().retired;
@@ -249,7 +283,7 @@ impl Timeline {
             let lower = self.ladder.position(rung);
             self.ladder.climb(&mut self.player, rung)?;
             // Up to `upper` and no further: then it says when the vCPU ran last.
-            match self.forward(Goal::position(upper), self.spacing.fine, interrupted)? {
+            match self.forward(Goal::position(upper), Laying::Fine, interrupted)? {
                 Arrival::Interrupted => {
                     self.go(now, &mut || false)?;
                     return Ok(Arrival::Interrupted);
@@ -279,6 +313,10 @@ impl Timeline {
         let mut upper = now;
         while let Some(rung) = self.ladder.before(upper) {
             let lower = self.ladder.position(rung);
+            if !self.ladder.may_meet_after(rung, upper, stops) {
+                upper = lower;
+                continue;
+            }
             self.ladder.climb(&mut self.player, rung)?;
             match self.last_hit(stops, upper, interrupted, &mut |_| ())? {
                 Search::Found(Found { hit, retired, .. }) => {
@@ -309,7 +347,7 @@ impl Timeline {
         self.player.machine_mut().set_stops(stops);
         let mut last = None;
         let found = loop {
-            match self.forward(Goal::position(upper), self.spacing.coarse, interrupted) {
+            match self.forward(Goal::position(upper), Laying::Coarse, interrupted) {
                 Ok(Arrival::Hit(hit)) => {
                     let here = self.position();
                     let at = at_each(&self.player);

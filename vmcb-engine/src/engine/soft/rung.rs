@@ -11,7 +11,8 @@ use super::svm::control::Controls;
 use super::svm::exit::SvmExit;
 use super::svm::leave::Hosted;
 use super::svm::msr::Msrs;
-use super::tlb::Cached;
+use super::tlb::{Access, Cached};
+use crate::engine::Uses;
 use crate::vmcb::Segment;
 
 /// One processor.
@@ -89,6 +90,7 @@ impl Core {
             shares_memory: _,
             block_ops_max: _,
             new_code_pages: _,
+            uses: _,
             hosted,
             gathers_flags: _,
             stop_at: _,
@@ -129,9 +131,11 @@ impl Core {
         }
     }
 
-    /// Makes the processor what it was. Decoded code is forgotten, and no breakpoint was met here; stops stay set.
+    /// Makes the processor what it was; no breakpoint was met here, and stops stay set. Decoded code stays as long as nobody
+    /// says that its page was written: each fetch asks for its translation first, and those are the rung's.
     pub fn climb(&mut self, rung: &CoreRung) {
-        self.forget_code();
+        self.blocks.drop_held();
+        self.returns.forget();
         (self.gprs, self.flags, self.rip) = (rung.gprs, rung.flags, rung.rip);
         (self.system_flags, self.segments, self.cpl) = (rung.system_flags, rung.segments, rung.cpl);
         [self.gdtr, self.idtr, self.ldtr, self.tr] = rung.tables;
@@ -154,8 +158,17 @@ impl Core {
         self.tlb.replace(&rung.translations, |page| memory.host_of(page));
     }
 
-    /// Lets go of everything that was decoded: RAM may have become another. The caller clears the lines of the pages
-    /// that it returns when every processor has.
+    /// Linear pages that may have been used since this was asked last.
+    pub fn take_uses(&mut self) -> Uses {
+        let taken = std::mem::take(&mut self.uses);
+        self.tlb.pages(Access::Read).for_each(|linear| self.uses.read.insert(linear));
+        self.tlb.pages(Access::Write).for_each(|linear| self.uses.write.insert(linear));
+        self.tlb.pages(Access::Execute).for_each(|linear| self.uses.execute.insert(linear));
+        taken
+    }
+
+    /// Lets go of everything that was decoded. The caller clears the lines of the pages that it returns when every processor
+    /// has.
     pub fn forget_code(&mut self) -> Vec<u64> {
         let pages: Vec<u64> = self.blocks.pages().collect();
         self.drop_code(&pages);

@@ -132,8 +132,9 @@ impl Core {
 
     /// Where the code at RIP lies, for a block that is about to run.
     pub(super) fn fetch(&mut self) -> Step<Fetched> {
-        let fetched = self.translate_code(self.rip)?;
         let linear = self.linear_rip(self.rip);
+        self.uses.execute.insert(linear);
+        let fetched = self.translate_code(self.rip)?;
         if let Some(stops) = self.stops.as_deref_mut() {
             stops.entered = (fetched.gpa, linear);
         }

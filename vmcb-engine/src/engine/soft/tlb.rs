@@ -242,6 +242,16 @@ impl Tlb {
         watched.for_each(|entry| entry.tag |= REARM);
     }
 
+    /// Linear addresses of the pages of a table.
+    pub fn pages(&self, access: Access) -> impl Iterator<Item = u64> {
+        let entries = match access {
+            Access::Read => &self.read,
+            Access::Write => &self.write,
+            Access::Execute => &self.execute,
+        };
+        entries.iter().filter(|entry| entry.tag != EMPTY).map(|entry| entry.tag & PAGE_MASK)
+    }
+
     /// Every translation. By which path it is used is left out: two processors that agree here cannot be told apart by
     /// their guests.
     pub fn contents(&self) -> Vec<Cached> {

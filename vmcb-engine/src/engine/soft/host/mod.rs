@@ -31,7 +31,7 @@ use super::svm::enter::HostTsc;
 use super::tlb::Cached;
 use crate::capability::{CpuModel, Topology};
 use crate::cpu::{CpuState, RunState};
-use crate::engine::{Clock, Engine, EngineRung, Exit, LoadError, Platform, Stops};
+use crate::engine::{Clock, Engine, EngineRung, Exit, LoadError, Platform, Stops, Uses};
 use crate::memory::GuestMemory;
 use crate::vmcb::control::V_INTR_MASKING;
 use crate::vmcb::{Intercept, Vmcb, tlb_control};
@@ -328,6 +328,21 @@ impl Engine for SoftEngine {
 
     fn last_ran(&self, vcpu: usize) -> Option<u64> {
         self.last_ran.get(vcpu).copied().filter(|retired| *retired > 0)
+    }
+
+    fn take_uses(&mut self) -> Option<Uses> {
+        let uses = self.vcpus.iter_mut().map(|vcpu| vcpu.core.take_uses());
+        uses.reduce(|mut all, more| {
+            all.add(&more);
+            all
+        })
+    }
+
+    fn set_block_ops_max(&mut self, ops_max: usize) {
+        self.forget_all_code();
+        for vcpu in &mut self.vcpus {
+            vcpu.core.block_ops_max = ops_max.clamp(1, OPS_MAX);
+        }
     }
 
     fn vmcb(&self, vcpu: usize) -> Vmcb {

@@ -62,7 +62,6 @@ impl SoftEngine {
     pub(super) fn climb_to(&mut self, rung: &EngineRung) -> Result<(), LoadError> {
         let rung = rung.get::<SoftRung>().filter(|rung| rung.vcpus.len() == self.vcpus.len());
         let rung = rung.ok_or_else(|| LoadError::Illegal("the rung is of another kind of engine".to_owned()))?;
-        self.forget_all_code();
         for (vcpu, rung) in self.vcpus.iter_mut().zip(&rung.vcpus) {
             vcpu.climb(rung);
         }
@@ -75,7 +74,7 @@ impl SoftEngine {
         Ok(())
     }
 
-    fn forget_all_code(&mut self) {
+    pub(super) fn forget_all_code(&mut self) {
         for vcpu in &mut self.vcpus {
             for page in vcpu.core.forget_code() {
                 self.memory.stamps().clear_code_lines(page);
