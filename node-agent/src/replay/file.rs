@@ -15,7 +15,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use proto::frame::{self, FrameError, HEADER_BYTES, Header, Kind};
+use proto::frame::{self, FrameError, HEADER_BYTES, Header, Kind, PageRun};
 use proto::ids::Digest;
 use proto::v1::{CheckpointRecord, ExportHead, MachineConfig, Section};
 use vmcb_engine::device::block::DiskImage;
@@ -58,6 +58,16 @@ pub enum FileError {
         /// What is wrong.
         #[source]
         source: FrameError,
+    },
+    /// Bytes were changed.
+    #[error("{path} at byte {at}: damaged: {holds} is not what its hash says", path = .path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Where the frame begins.
+        at: u64,
+        /// What the frame says that it holds, for people.
+        holds: String,
     },
     /// Frames in an order that no recording has.
     #[error("{path} at byte {at}: {why}")]
@@ -171,6 +181,11 @@ enum Next {
         at: u64,
         source: FrameError,
     },
+    /// Whole, but not what its hash says.
+    Damaged {
+        at: u64,
+        holds: String,
+    },
 }
 
 impl Frames {
@@ -206,6 +221,7 @@ impl Frames {
         self.at += bytes.len() as u64;
         match frame::split(&bytes) {
             Ok(_) => Ok(Next::Frame { at, kind: header.kind, bytes }),
+            Err(FrameError::Hash { .. }) => Ok(Next::Damaged { at, holds: holds(header.kind, &bytes[HEADER_BYTES..]) }),
             Err(source) => Ok(Next::Bad { at, source }),
         }
     }
@@ -232,8 +248,25 @@ impl Frames {
         FileError::Frame { path: self.path.clone(), at, source }
     }
 
+    fn damaged(&self, at: u64, holds: String) -> FileError {
+        FileError::Damaged { path: self.path.clone(), at, holds }
+    }
+
     fn base(&self, source: BaseError) -> FileError {
         FileError::Base { path: self.path.clone(), source }
+    }
+}
+
+/// What a frame says that it holds. It is damaged, so that may not be so.
+fn holds(kind: Kind, body: &[u8]) -> String {
+    match (kind, PageRun::parse(body)) {
+        (Kind::Pages, Ok((PageRun { first_page, pages, space, .. }, _))) => {
+            let last = first_page + u64::from(pages) - 1;
+            let space = if space == 0 { "RAM".to_owned() } else { format!("space {space}") };
+            format!("a frame of pages {first_page:#x} to {last:#x} of {space}")
+        }
+        (Kind::Journal, _) => "a block of the journal".to_owned(),
+        _ => "its head".to_owned(),
     }
 }
 
@@ -272,6 +305,7 @@ pub fn open(path: &Path, flip: Option<Bit>) -> Result<Recording, FileError> {
             }
             Next::Torn { at } => return Err(frames.order(at, "the file ends here, before its journal begins")),
             Next::Bad { at, source } => return Err(frames.bad(at, source)),
+            Next::Damaged { at, holds } => return Err(frames.damaged(at, holds)),
         }
     }
     if blocks == 0 {
@@ -297,6 +331,7 @@ fn head(frames: &mut Frames) -> Result<ExportHead, FileError> {
             Err(frames.order(at, format!("this is a file of frames, but no recording: the first is of kind {kind:?}")))
         }
         Next::Bad { at, source } => Err(frames.bad(at, source)),
+        Next::Damaged { at, holds } => Err(frames.damaged(at, holds)),
         Next::End => Err(frames.order(0, "the file is empty")),
         Next::Torn { at } => Err(frames.order(at, "the file ends within its first frame")),
     }

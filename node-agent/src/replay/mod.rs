@@ -6,7 +6,9 @@
 //! | `instant` | positions, wall clocks and addresses for people |
 //! | `symbols` | names of addresses |
 //! | `verdict` | is the replay what was recorded? |
-//! | `flip` | what one bit changes |
+//! | `again` | the same span executed in two ways |
+//! | `flip` | what another beginning changes: a flipped bit, another file |
+//! | `differences` | in what two machines differ, by name |
 //! | `history` | a timeline as gdb and its `monitor` see it |
 //! | `gdb` | gdb's protocol |
 //! | `program` | the binary `vm-replay`: what is asked, in order |
@@ -14,6 +16,8 @@
 //! What is read here came from somebody else: a refusal names the place, and nothing panics. This room refuses to know
 //! clusters, agents and runners.
 
+pub mod again;
+pub mod differences;
 pub mod file;
 pub mod flip;
 pub mod gdb;

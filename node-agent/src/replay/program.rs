@@ -3,17 +3,18 @@
 
 use std::io::{self, Write};
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
-use vmcb_engine::replay::{Spacing, Timeline};
+use vmcb_engine::replay::{Player, Spacing, Timeline};
 
 use super::file::{self, Bit, Recording};
 use super::gdb;
 use super::history::History;
 use super::instant::{instant, parse_number};
 use super::symbols::Symbols;
+use super::verdict::Verdict;
 use super::{flip, verdict};
 use crate::vm::actor::chain;
 
@@ -38,8 +39,11 @@ pub struct Arguments {
     #[arg(long, value_name = "HOST:PORT")]
     gdb: Option<String>,
     /// Replay everything and compare; the last line is "same" or says what differs, and where.
-    #[arg(long, conflicts_with_all = ["gdb", "last_write", "flip", "console"])]
+    #[arg(long, conflicts_with_all = ["gdb", "last_write", "console"])]
     check: bool,
+    /// A file of the same recording that is known to be good: name the first instruction that goes otherwise in FILE.
+    #[arg(long, value_name = "GOOD", conflicts_with_all = ["gdb", "last_write", "console", "flip"])]
+    against: Option<PathBuf>,
     /// Which instruction wrote there last before that instant: an address (0x...) or a symbol.
     #[arg(long, value_name = "ADDRESS|SYMBOL")]
     last_write: Option<String>,
@@ -49,7 +53,7 @@ pub struct Arguments {
     /// An ELF file with symbols, such as a vmlinux.
     #[arg(long, value_name = "VMLINUX")]
     symbols: Option<PathBuf>,
-    /// Flip one bit of RAM at the beginning and find the first thing that differs.
+    /// Flip one bit of RAM at the beginning and find the first thing that differs; with --check also the first probe.
     #[arg(long, value_name = "GPA:BIT", value_parser = parse_bit, conflicts_with_all = ["gdb", "last_write", "console"])]
     flip: Option<Bit>,
     /// What the guest had said until that instant.
@@ -79,7 +83,7 @@ pub fn run(arguments: &Arguments) -> ExitCode {
 /// True if the answer is a good one.
 fn answer(arguments: &Arguments, out: &mut dyn Write) -> Result<bool, String> {
     let symbols = arguments.symbols.as_ref().map(read_symbols).transpose()?;
-    let Recording { mut player, checkpoint, warnings } = file::open(&arguments.file, None).map_err(|e| chain(&e))?;
+    let Recording { player, checkpoint, warnings } = opened(&arguments.file, arguments.flip)?;
     warnings.iter().for_each(|warning| eprintln!("vm-replay: warning: {warning}"));
     let tape = player.tape();
     say(out, &format!("recording of {} on checkpoint {}", checkpoint.vm, checkpoint.id))?;
@@ -88,19 +92,64 @@ fn answer(arguments: &Arguments, out: &mut dyn Write) -> Result<bool, String> {
     if !tape.ended().is_empty() {
         say(out, &format!("it ended there: {}", tape.ended()))?;
     }
-    if arguments.check {
-        let verdict = verdict::check(&mut player).map_err(|e| chain(&e))?;
-        verdict.lines().iter().try_for_each(|line| say(out, line))?;
-        return Ok(matches!(verdict, verdict::Verdict::Same { .. }));
+    // The other one of a comparison, and what values of this one are called there.
+    let beside = match (arguments.flip, &arguments.against) {
+        (Some(_), _) => Some((&arguments.file, "with the bit flipped")),
+        (None, Some(good)) => Some((good, "in this file")),
+        (None, None) => None,
+    };
+    match beside {
+        Some((good, with)) => {
+            if arguments.check {
+                check(player, out)?;
+            }
+            compare(good, arguments, with, symbols.as_ref(), out)
+        }
+        None if arguments.check => match check(player, out)? {
+            Verdict::Same { .. } => Ok(true),
+            Verdict::Diverged { mismatch, last_good, .. } => {
+                let player = opened(&arguments.file, None)?.player;
+                let lines = verdict::closer(player, last_good, &mismatch, symbols.as_ref()).map_err(|e| chain(&e))?;
+                lines.iter().try_for_each(|line| say(out, line))?;
+                Ok(false)
+            }
+        },
+        None => {
+            let timeline = Timeline::new(player, Spacing::default()).map_err(|e| chain(&e))?;
+            visit(arguments, History::new(timeline, symbols), out)
+        }
     }
-    if let Some(bit) = arguments.flip {
-        let flipped = file::open(&arguments.file, Some(bit)).map_err(|e| chain(&e))?.player;
-        let found = flip::consequence(player, flipped, bit, symbols.as_ref()).map_err(|e| chain(&e))?;
-        found.lines.iter().try_for_each(|line| say(out, line))?;
-        return Ok(!found.differs);
+}
+
+fn opened(path: &Path, flip: Option<Bit>) -> Result<Recording, String> {
+    file::open(path, flip).map_err(|e| chain(&e))
+}
+
+fn check(mut player: Player, out: &mut dyn Write) -> Result<Verdict, String> {
+    let verdict = verdict::check(&mut player).map_err(|e| chain(&e))?;
+    verdict.lines().iter().try_for_each(|line| say(out, line))?;
+    Ok(verdict)
+}
+
+/// The file, with its bit flipped if one is to be, beside another one of the same recording.
+fn compare(
+    good: &Path,
+    arguments: &Arguments,
+    with: &str,
+    symbols: Option<&Symbols>,
+    out: &mut dyn Write,
+) -> Result<bool, String> {
+    let ours = opened(good, None)?.player;
+    let theirs = opened(&arguments.file, arguments.flip)?.player;
+    let (a, b) = (ours.tape(), theirs.tape());
+    let differing = a.entries().iter().zip(b.entries()).find(|(a, b)| a != b);
+    if a.start() != b.start() || differing.is_some() {
+        let at = differing.map_or(a.start(), |(a, _)| a.position);
+        return Err(format!("{}: this is another recording: other things happened at {at}", good.display()));
     }
-    let timeline = Timeline::new(player, Spacing::default()).map_err(|e| chain(&e))?;
-    visit(arguments, History::new(timeline, symbols), out)
+    let found = flip::consequence(ours, theirs, with, symbols).map_err(|e| chain(&e))?;
+    found.lines.iter().try_for_each(|line| say(out, line))?;
+    Ok(!found.differs)
 }
 
 /// Goes to the instant and answers there.

@@ -1,9 +1,12 @@
 //! What `vm-replay` answers.
 
-use vmcb_engine::journal::{Chain, Event, Position};
+use node_agent::replay::again::twice;
+use vmcb_engine::journal::{Chain, Closing, Event, Head, Position, RecordingId, Writer};
+use vmcb_engine::machine::Machine;
+use vmcb_engine::replay::{Spacing, Timeline};
 
-use crate::files::{Directory, lines, recording, vm_replay};
-use crate::replaying::TURNS;
+use crate::files::{Directory, Parts, lines, parts, recording, seed, vm_replay};
+use crate::replaying::{Plan, Recorded, TURNS, record_guest, small};
 
 #[test]
 fn a_recording_is_the_same_again() {
@@ -145,4 +148,128 @@ fn a_divergence_is_named_with_what_was_good_before() {
         last.contains("the digest of cpu/0 is ") && last.ends_with("the recording says 0101010101010101"),
         "{last}"
     );
+}
+
+/// A recording with probes so close that there are many.
+fn probed() -> Recorded {
+    record_guest(small(), Plan { probe_every: 20_000, ..Plan::new(seed(), 200_000) })
+}
+
+/// The same file, every hash of it right, of a machine whose RAM had one bit flipped.
+fn flipped_and_sealed(recorded: &Recorded) -> Parts {
+    let mut base = recorded.bases[0].clone();
+    base.ram[TURNS as usize] ^= 8;
+    parts(recorded, &base, 0)
+}
+
+#[test]
+fn a_bit_that_was_flipped_in_a_file_is_named_with_its_pages() {
+    let directory = Directory::new("damaged");
+    let (_, good) = recording(100_000);
+    let mut bytes = good.bytes();
+    // A byte of the first page's frame, far behind its header.
+    let at = bytes.len() - good.blocks.iter().map(Vec::len).sum::<usize>() - 100;
+    bytes[at] ^= 1;
+    let file = directory.0.join("damaged.gwr");
+    std::fs::write(&file, &bytes).unwrap();
+    let output = vm_replay(&file, &["--check"]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(2) && said.contains("damaged: a frame of pages 0x"), "{said}");
+}
+
+#[test]
+fn a_base_that_was_changed_and_sealed_again_is_named_by_the_first_probe_and_beside_a_good_file_by_the_instruction() {
+    let directory = Directory::new("sealed");
+    let recorded = probed();
+    let good = directory.file("good.gwr", &parts(&recorded, &recorded.bases[0], 0));
+    let (said, code) = lines(&vm_replay(&good, &["--check"]));
+    assert_eq!((said.last().unwrap().as_str(), code), ("same", 0));
+    let bad = directory.file("bad.gwr", &flipped_and_sealed(&recorded));
+    let (said, code) = lines(&vm_replay(&bad, &["--check"]));
+    let last = said.last().unwrap();
+    assert!(code == 1 && last.starts_with("diverged: at instruction "), "{last}");
+    assert!(last.contains("cpu/0 ") && last.contains(", the recording says "), "a field is named: {last}");
+    assert!(
+        said.iter().any(|line| line.contains("were executed twice, in two ways, and both are the same")),
+        "{said:?}"
+    );
+
+    let against = ["--against", good.to_str().unwrap()];
+    let (said, code) = lines(&vm_replay(&bad, &against));
+    assert_eq!(code, 1);
+    let executed = said.iter().find(|line| line.starts_with("executed: ")).unwrap();
+    assert!(executed.contains("200004h"), "{executed}");
+    let first = said.last().unwrap();
+    assert!(first.contains("cpu/0 ") && first.contains(", in this file "), "{first}");
+    // What `--flip` says of the good file is the same instruction.
+    let (flipped, _) = lines(&vm_replay(&good, &["--check", "--flip", &format!("{TURNS:#x}:3")]));
+    assert!(
+        flipped.contains(executed) && flipped.iter().any(|line| line.contains("the recording says")),
+        "{flipped:?}"
+    );
+    assert_eq!(flipped.last().unwrap().split(" is ").next(), first.split(" is ").next());
+
+    let (_, other) = recording(100_000);
+    let other = directory.file("other.gwr", &other);
+    let output = vm_replay(&bad, &["--against", other.to_str().unwrap()]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(2) && said.contains("this is another recording"), "{said}");
+}
+
+#[test]
+fn a_probe_that_says_something_else_is_named_with_its_register() {
+    let directory = Directory::new("tampered");
+    let recorded = probed();
+    let mut parts = parts(&recorded, &recorded.bases[0], 0);
+    let mut chain = Chain::new();
+    let blocks: Vec<_> = recorded.frames.iter().map(|frame| chain.take(frame).unwrap()).collect();
+    let first = &blocks[0];
+    let head = Head { recording: RecordingId([5; 16]), sequence: 0, previous: None };
+    let mut writer = Writer::new(head, first.start, first.cut.unwrap());
+    let mut tampered = None;
+    for stamped in blocks.iter().flat_map(|block| &block.events) {
+        let mut event = stamped.event.clone();
+        if let Event::Detail(detail) = &mut event
+            && tampered.is_none()
+        {
+            detail.cpus[0].words[6] ^= 0x10;
+            tampered = Some((stamped.position, detail.cpus[0].words[6]));
+        }
+        writer.add(stamped.position, &event);
+    }
+    let position = blocks.last().unwrap().end;
+    parts.blocks = vec![writer.close(Closing { position, realtime_ns: 9, ended: "" }).frame];
+    let (said, code) = lines(&vm_replay(&directory.file("one.gwr", &parts), &["--check"]));
+    let (at, rsi) = tampered.unwrap();
+    let verdict = format!(
+        "diverged: at instruction {} (skipped {}): cpu/0 rsi is {:#x}, the recording says {rsi:#x}",
+        at.retired,
+        at.skipped_tsc,
+        rsi ^ 0x10
+    );
+    assert_eq!((said.last().unwrap(), code), (&verdict, 1));
+}
+
+#[test]
+fn an_engine_that_executes_a_span_in_two_ways_is_at_fault_and_the_instruction_is_named() {
+    let recorded = probed();
+    let spacing = Spacing { coarse: u64::MAX, fine: u64::MAX, ..Spacing::default() };
+    let mut timeline = Timeline::new(recorded.player(&recorded.bases[0]), spacing).unwrap();
+    let until = recorded.bases[0].position.retired + 150_000;
+    let always = |machine: &mut Machine| machine.set_block_ops_max(usize::MAX);
+    let alone = |machine: &mut Machine| machine.set_block_ops_max(1);
+    assert_eq!(twice(&mut timeline, until, &mut always.clone(), &mut alone.clone(), None).unwrap(), None);
+    // A fault that lies in wait in RAM, as one of an engine would.
+    let mut faulty = |machine: &mut Machine| {
+        alone(machine);
+        let mut byte = [0];
+        machine.memory().read(TURNS.into(), &mut byte).unwrap();
+        machine.memory().write(TURNS.into(), &[byte[0] ^ 8]).unwrap();
+    };
+    let apart = twice(&mut timeline, until, &mut always.clone(), &mut faulty, None).unwrap().unwrap();
+    assert!(apart.lines.iter().any(|line| line.starts_with("executed: ") && line.contains("200004h")), "{apart:?}");
+    assert!(apart.lines.last().unwrap().contains("cpu/0 "), "{apart:?}");
+    assert!(apart.position.retired < recorded.bases[0].position.retired + 20_000, "{apart:?}");
+    // It was looked for from the beginning each time: the timeline is as good as before.
+    assert_eq!(twice(&mut timeline, until, &mut always.clone(), &mut alone.clone(), None).unwrap(), None);
 }
