@@ -83,6 +83,7 @@ fn arguments(file: &Path, args: &ReplayArgs, at_ns: Option<u64>) -> Vec<OsString
     option("--last-write", args.last_write.clone().map(OsString::from));
     option("--length", args.length.map(|bytes| bytes.to_string().into()));
     option("--symbols", args.symbols.clone().map(PathBuf::into_os_string));
+    option("--against", args.against.clone().map(PathBuf::into_os_string));
     option("--flip", args.flip.clone().map(OsString::from));
     let flags = [("--check", args.check), ("--console", args.console)];
     words.extend(flags.into_iter().filter(|(_, given)| *given).map(|(name, _)| OsString::from(name)));
@@ -146,6 +147,16 @@ mod tests {
         let line =
             "/f.gwr --at-unix-ns 17 --gdb 127.0.0.1:1 --last-write jiffies --symbols vmlinux --flip 0x1000:3 --check";
         assert_eq!(words.join(" "), line);
+        let args = self::args("ctl replay bad.gwr --check --against good.gwr");
+        let words = arguments(Path::new("bad.gwr"), &args, None);
+        assert_eq!(words, ["bad.gwr", "--against", "good.gwr", "--check"].map(OsString::from));
+    }
+
+    #[test]
+    fn a_checkpoint_without_a_name_is_refused_where_it_is_typed() {
+        let words = ["ctl", "record", "export", "vm1", "--from-checkpoint", "", "--out", "f.gwr"];
+        let refused = Cli::try_parse_from(words).err().unwrap().to_string();
+        assert!(refused.contains("--from-checkpoint"), "{refused}");
     }
 
     #[tokio::test]

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Subcommand, ValueEnum};
 use proto::v1::JournalFull;
 
@@ -70,7 +71,7 @@ pub struct RecordExportArgs {
     #[arg(long, value_parser = when, value_name = "TIME", allow_hyphen_values = true)]
     pub at: Option<When>,
     /// Begin with this checkpoint.
-    #[arg(long, value_name = "ID", conflicts_with = "at")]
+    #[arg(long, value_name = "ID", conflicts_with = "at", value_parser = NonEmptyStringValueParser::new())]
     pub from_checkpoint: Option<String>,
     /// End there [default: with the last block].
     #[arg(long, value_parser = when, value_name = "TIME", allow_hyphen_values = true)]
@@ -110,6 +111,9 @@ pub struct ReplayArgs {
     /// The guest's kernel with its symbols.
     #[arg(long, value_name = "VMLINUX")]
     pub symbols: Option<PathBuf>,
+    /// A file of the same recording that is known to be good: name the first instruction that goes otherwise.
+    #[arg(long, value_name = "GOOD.gwr", conflicts_with = "flip")]
+    pub against: Option<PathBuf>,
     /// Flip this bit of RAM in the checkpoint first, to see what comes of it.
     #[arg(long, value_name = "GPA:BIT")]
     pub flip: Option<String>,
