@@ -36,7 +36,8 @@ enum Suite {
         #[arg(long)]
         quick: bool,
     },
-    /// What recording costs and how fast it is gone through again: boot, cpu, net, disk, idle, back.
+    /// What recording costs and how fast it is gone through again: boot, cpu, net, disk, idle, back
+    /// (with reverse-continue), arrive, qemu.
     Replay {
         /// Only these cases.
         cases: Vec<String>,

@@ -212,9 +212,22 @@ impl Timeline {
         stops: &Stops,
         interrupted: &mut dyn FnMut() -> bool,
     ) -> Result<Arrival, TimelineError> {
+        self.continue_until(stops, Position { retired: u64::MAX, skipped_tsc: 0 }, interrupted)
+    }
+
+    /// Goes on to the next stop, and no further than to the first instant that is not before a position.
+    ///
+    /// # Errors
+    /// The replay fails.
+    pub fn continue_until(
+        &mut self,
+        stops: &Stops,
+        until: Position,
+        interrupted: &mut dyn FnMut() -> bool,
+    ) -> Result<Arrival, TimelineError> {
         self.player.machine_mut().set_stops(stops);
         self.player.machine_mut().pass_breakpoints();
-        let arrival = self.forward(Goal::instruction(u64::MAX), Laying::Approaching, interrupted);
+        let arrival = self.forward(Goal::position(until), Laying::Approaching, interrupted);
         self.player.machine_mut().set_stops(&Stops::default());
         arrival
     }
