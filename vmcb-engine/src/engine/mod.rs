@@ -208,8 +208,8 @@ pub trait Engine {
     fn last_ran(&self, vcpu: usize) -> Option<u64> {
         (vcpu == 0).then_some(self.clock().retired)
     }
-    /// Linear pages that may have been used since this was asked last, or the engine climbed and was asked then; `None`: any
-    /// may have been. The guest cannot tell.
+    /// What may have been used since this was asked last; `None`: anything. Whoever climbs asks then, too: what was used before
+    /// is no use of what comes. The guest cannot tell.
     fn take_uses(&mut self) -> Option<Uses> {
         None
     }

@@ -1,9 +1,12 @@
-//! Which linear pages may have been used: what a search for the last use of an address may pass over.
+//! What may have been used: what a search for the last use of an address may pass over.
 //!
-//! A page is used by a translation that was cached before, or by one that was looked for. So the pages that were cached at
-//! the beginning of a span, and those that were looked for in it, are all that can have been used in it. They are kept as
-//! hashes: a page that was not used may be taken for one that was, never the other way round. Nothing of this can be seen
-//! by the guest. What is searched is not known here.
+//! A linear page is used by a translation that was cached before, or by one that was looked for. So the pages that were
+//! cached at the beginning of a span, and those that were looked for in it, are all that can have been used in it. Pages of
+//! data are kept as hashes: one that was not used may be taken for one that was, never the other way round. Of code it is
+//! known besides which page of RAM each linear page was, and which lines of that page were executed, by whatever linear
+//! address. Nothing of this can be seen by the guest. What is searched is not known here.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::stops::{Stops, WatchKind, Watchpoint};
 
@@ -46,42 +49,76 @@ impl Pages {
         bits_of(linear).into_iter().all(|(word, mask)| self.bits[word] & mask != 0)
     }
 
-    fn clear(&mut self) {
-        self.bits.fill(0);
-    }
-
     fn add(&mut self, other: &Pages) {
         self.bits.iter_mut().zip(&other.bits).for_each(|(ours, theirs)| *ours |= theirs);
     }
 }
 
-/// Linear pages that may have been used in a span.
+/// Code that may have been executed.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Code {
+    /// Linear pages, and the guest-physical ones that they were.
+    pages: BTreeSet<(u64, u64)>,
+    /// Linear pages of which it is not known what they were: their translation failed.
+    nowhere: BTreeSet<u64>,
+    /// Lines (64 bytes each, one bit each) of guest-physical pages.
+    lines: BTreeMap<u64, u64>,
+}
+
+impl Code {
+    /// A linear page was this guest-physical one; both by any address in them.
+    pub fn insert_page(&mut self, linear: u64, gpa: u64) {
+        self.pages.insert((linear >> 12, gpa >> 12));
+    }
+
+    /// A fetch from there failed.
+    pub fn insert_nowhere(&mut self, linear: u64) {
+        self.nowhere.insert(linear >> 12);
+    }
+
+    /// Lines of a guest-physical page were executed.
+    pub fn insert_lines(&mut self, gpa: u64, lines: u64) {
+        *self.lines.entry(gpa >> 12).or_default() |= lines;
+    }
+
+    /// False is certain.
+    pub fn may_contain(&self, linear: u64) -> bool {
+        let (page, line) = (linear >> 12, 1 << ((linear >> 6) & 63));
+        let mut pages = self.pages.range((page, 0)..=(page, u64::MAX));
+        let executed = |gpa: &u64| self.lines.get(gpa).is_some_and(|lines| lines & line != 0);
+        self.nowhere.contains(&page) || pages.any(|(_, gpa)| executed(gpa))
+    }
+
+    fn add(&mut self, other: &Code) {
+        self.pages.extend(&other.pages);
+        self.nowhere.extend(&other.nowhere);
+        other.lines.iter().for_each(|(page, lines)| *self.lines.entry(*page).or_default() |= lines);
+    }
+}
+
+/// What may have been used in a span.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Uses {
-    /// Loaded from.
+    /// Pages loaded from.
     pub read: Pages,
-    /// Stored to.
+    /// Pages stored to.
     pub write: Pages,
-    /// Executed.
-    pub execute: Pages,
+    /// Code executed.
+    pub execute: Code,
 }
 
 impl Uses {
-    /// Bytes of host memory that they take.
-    pub const BYTES: usize = 3 * WORDS * size_of::<u64>();
+    /// Bytes of host memory that they take, about.
+    pub fn bytes(&self) -> usize {
+        let Code { pages, nowhere, lines } = &self.execute;
+        2 * WORDS * size_of::<u64>() + (pages.len() + lines.len()) * 24 + nowhere.len() * 12
+    }
 
     /// Those of two spans.
     pub fn add(&mut self, other: &Uses) {
         self.read.add(&other.read);
         self.write.add(&other.write);
         self.execute.add(&other.execute);
-    }
-
-    /// None.
-    pub fn clear(&mut self) {
-        self.read.clear();
-        self.write.clear();
-        self.execute.clear();
     }
 
     /// False if none of these stops can have been met, and that is certain. What is watched by guest-physical address is not
@@ -120,13 +157,40 @@ mod tests {
     fn what_was_used_may_have_been_met_and_little_else() {
         let mut uses = Uses::default();
         for page in 0..3000u64 {
-            uses.execute.insert(0xffff_ffff_8100_0000 + page * 0x1000 + 5);
+            uses.write.insert(0xffff_ffff_8100_0000 + page * 0x1000 + 5);
         }
-        let at = |address| Stops { breakpoints: vec![address], watchpoints: Vec::new() };
+        let at = |address| watching(address, 8, WatchKind::Write);
         assert!((0..3000u64).all(|page| uses.may_meet(&at(0xffff_ffff_8100_0000 + page * 0x1000 + 0x123))));
         let strangers = (0..3000u64).filter(|page| uses.may_meet(&at(0x5555_0000_0000 + page * 0x1000))).count();
         assert!(strangers < 100, "{strangers}");
-        assert!(!uses.may_meet(&watching(0xffff_ffff_8100_0000, 8, WatchKind::Access)));
+    }
+
+    #[test]
+    fn code_is_known_by_its_lines_whatever_it_was_called() {
+        let at = |address| Stops { breakpoints: vec![address], watchpoints: Vec::new() };
+        let mut uses = Uses::default();
+        // One page of RAM by two names; it was executed by one of them, and nobody knows by which.
+        uses.execute.insert_page(0x40_0123, 0x9000);
+        uses.execute.insert_page(0x7000_0fff, 0x9000);
+        uses.execute.insert_page(0x50_0000, 0xa000);
+        uses.execute.insert_lines(0x9000, 1 << 2);
+        for (address, met) in [
+            (0x40_0080, true),
+            (0x40_00bf, true),
+            (0x40_00c0, false),
+            (0x40_007f, false),
+            (0x7000_0085, true),
+            (0x50_0085, false),
+            (0x9085, false),
+        ] {
+            assert_eq!(uses.may_meet(&at(address)), met, "{address:#x}");
+        }
+        uses.execute.insert_nowhere(0x9abc);
+        assert!(uses.may_meet(&at(0x9085)), "a breakpoint is met before the fetch fails");
+        let mut both = Uses::default();
+        both.execute.insert_lines(0xa000, 1 << 2);
+        both.add(&uses);
+        assert!(both.may_meet(&at(0x50_0085)) && both.bytes() > uses.bytes());
     }
 
     #[test]
@@ -143,7 +207,5 @@ mod tests {
         both.read.insert(0x9000);
         both.add(&uses);
         assert!(both.may_meet(&watching(0x7fff, 1, WatchKind::Write)) && both.read.may_contain(0x9fff));
-        both.clear();
-        assert_eq!(both, Uses::default());
     }
 }

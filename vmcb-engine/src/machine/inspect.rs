@@ -160,8 +160,8 @@ impl Machine {
         &self.stops
     }
 
-    /// Linear pages that may have been used since this was asked last; `None`: any may have been. Whoever climbs asks then,
-    /// too: what was used before is no use of what comes.
+    /// What may have been used since this was asked last; `None`: anything. Whoever climbs asks then, too: what was used before
+    /// is no use of what comes.
     pub fn take_uses(&mut self) -> Option<Uses> {
         self.engine.take_uses()
     }

@@ -51,14 +51,14 @@ struct Step {
     cursor: usize,
     /// Pages that have a version of this position.
     keys: Vec<Key>,
-    /// Linear pages that may have been used from here to the next rung; `None`: any.
+    /// What may have been used from here to the next rung; `None`: anything.
     uses: Option<Uses>,
 }
 
 impl Step {
     /// Bytes of host memory that it takes besides its pages.
     fn bytes(&self) -> u64 {
-        (self.rung.bytes() + self.uses.as_ref().map_or(0, |_| Uses::BYTES)) as u64
+        (self.rung.bytes() + self.uses.as_ref().map_or(0, Uses::bytes)) as u64
     }
 }
 

@@ -209,6 +209,29 @@ impl Blocks {
         block.ops.as_ptr()
     }
 
+    /// Between two runs: no block is found any more, and none leads to another one, until each is shown again. What is hidden
+    /// is killed and replaced as ever. The caller forgets what returns know.
+    pub fn hide(&mut self) {
+        self.heads.fill(Head { key: u64::MAX, ops: 0 });
+        for slot in self.pages.values().flatten() {
+            let Some(block) = self.slots[*slot as usize].as_deref_mut() else { continue };
+            block.links.exits.iter().for_each(|link| link.ops.set(0));
+            block.incoming.clear();
+        }
+        self.held = None;
+    }
+
+    /// Lets the hidden block that begins at `gpa` be found again. Returns its operations and lines.
+    pub fn show(&mut self, gpa: u64, mode: Mode) -> Option<(*const Op, u64)> {
+        let slot = slot_of(gpa | mode.key());
+        let is =
+            |slot: &usize| self.slots[*slot].as_deref().is_some_and(|block| block.gpa == gpa && block.mode == mode);
+        let slot = [slot, slot ^ 1].into_iter().find(is)?;
+        let block = self.slots[slot].as_deref()?;
+        self.heads[slot] = Head { key: gpa | mode.key(), ops: block.first() };
+        Some((block.ops.as_ptr(), block.lines))
+    }
+
     /// Keeps a block that is run once, and returns its operations.
     pub fn hold(&mut self, block: Block) -> *const Op {
         self.held.insert(block.settle(NO_SLOT)).ops.as_ptr()

@@ -227,8 +227,8 @@ pub struct Core {
     pub block_ops_max: usize,
     /// Pages in which this processor was the first to decode code, since somebody asked.
     pub new_code_pages: Vec<u64>,
-    /// Linear pages whose translations were looked for since somebody asked, and those that were cached then.
-    pub uses: crate::engine::Uses,
+    /// What may have been used since somebody asked; nothing is noted before anybody does.
+    pub uses: Option<Box<crate::engine::Uses>>,
     /// Software on this processor whose guest is loaded.
     pub hosted: Option<Box<super::svm::leave::Hosted>>,
     /// The host's MXCSR gathers the flags that SSE operations raise; see `sse/operand.rs`.

@@ -117,9 +117,24 @@ impl Core {
             Ok(decoded) => decoded,
             Err(stop) => return self.fetch_stopped(stop),
         };
+        self.note_lines(decoded.block.gpa, decoded.block.lines);
         let ops = self.hold(decoded.block);
         self.begin_block();
         self.enter(ops)
+    }
+
+    /// The block that begins at `gpa`, if it was decoded but hidden.
+    fn show(&mut self, gpa: u64) -> Option<*const Op> {
+        self.uses.as_ref()?;
+        let (ops, lines) = self.blocks.show(gpa, self.mode)?;
+        self.note_lines(gpa, lines);
+        Some(ops)
+    }
+
+    fn note_lines(&mut self, gpa: u64, lines: u64) {
+        if let Some(uses) = self.uses.as_deref_mut() {
+            uses.execute.insert_lines(gpa, lines);
+        }
     }
 
     fn run_from_loop(&mut self, limit: usize) -> Flow {
@@ -195,7 +210,7 @@ impl Core {
             Err(stop) => return self.fetch_stopped(stop),
         };
         let limit = self.limit_of(limit);
-        if let Some(ops) = self.blocks.find(fetched.gpa, self.mode)
+        if let Some(ops) = self.blocks.find(fetched.gpa, self.mode).or_else(|| self.show(fetched.gpa))
             && count_of(ops) as usize <= limit
         {
             self.begin_block();
@@ -206,6 +221,7 @@ impl Core {
             Err(stop) => return self.fetch_stopped(stop),
         };
         let count = decoded.block.count;
+        self.note_lines(fetched.gpa, decoded.block.lines);
         for (page, lines) in [(decoded.block.page, decoded.block.lines)].into_iter().chain(decoded.second) {
             // A page that has code already is not in any write table.
             if self.memory.stamps().code_lines(page) == 0 {

@@ -158,13 +158,16 @@ impl Core {
         self.tlb.replace(&rung.translations, |page| memory.host_of(page));
     }
 
-    /// Linear pages that may have been used since this was asked last.
-    pub fn take_uses(&mut self) -> Uses {
-        let taken = std::mem::take(&mut self.uses);
-        self.tlb.pages(Access::Read).for_each(|linear| self.uses.read.insert(linear));
-        self.tlb.pages(Access::Write).for_each(|linear| self.uses.write.insert(linear));
-        self.tlb.pages(Access::Execute).for_each(|linear| self.uses.execute.insert(linear));
-        taken
+    /// What may have been used since this was asked last, between two runs. Every block is looked for again when it runs next,
+    /// so that its lines are noted.
+    pub fn take_uses(&mut self) -> Option<Uses> {
+        let mut begun = Uses::default();
+        self.tlb.pages(Access::Read).for_each(|(linear, _)| begun.read.insert(linear));
+        self.tlb.pages(Access::Write).for_each(|(linear, _)| begun.write.insert(linear));
+        self.tlb.pages(Access::Execute).for_each(|(linear, gpa)| begun.execute.insert_page(linear, gpa));
+        self.returns.forget();
+        self.blocks.hide();
+        self.uses.replace(Box::new(begun)).map(|taken| *taken)
     }
 
     /// Lets go of everything that was decoded. The caller clears the lines of the pages that it returns when every processor

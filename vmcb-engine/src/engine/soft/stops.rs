@@ -8,6 +8,7 @@
 //! slow path ([`super::walk`]), which notes what it did. The noted instruction is done as always; its block ends behind it
 //! as one does whose code was overwritten, and the loop comes back.
 
+use super::block::lines_of;
 use super::core::{Core, RIP_BASE, Step};
 use super::decode::Fetched;
 use super::op::Flow;
@@ -133,8 +134,18 @@ impl Core {
     /// Where the code at RIP lies, for a block that is about to run.
     pub(super) fn fetch(&mut self) -> Step<Fetched> {
         let linear = self.linear_rip(self.rip);
-        self.uses.execute.insert(linear);
-        let fetched = self.translate_code(self.rip)?;
+        let fetched = self.translate_code(self.rip);
+        if let Some(uses) = self.uses.as_deref_mut() {
+            match &fetched {
+                Ok(fetched) => {
+                    uses.execute.insert_page(linear, fetched.gpa);
+                    // What begins there may go on in a page that is not there: then nothing is decoded.
+                    uses.execute.insert_lines(fetched.gpa, lines_of(fetched.gpa & 0xfff, 1));
+                }
+                Err(_) => uses.execute.insert_nowhere(linear),
+            }
+        }
+        let fetched = fetched?;
         if let Some(stops) = self.stops.as_deref_mut() {
             stops.entered = (fetched.gpa, linear);
         }

@@ -242,14 +242,15 @@ impl Tlb {
         watched.for_each(|entry| entry.tag |= REARM);
     }
 
-    /// Linear addresses of the pages of a table.
-    pub fn pages(&self, access: Access) -> impl Iterator<Item = u64> {
-        let entries = match access {
-            Access::Read => &self.read,
-            Access::Write => &self.write,
-            Access::Execute => &self.execute,
+    /// Linear and guest-physical addresses of the pages of a table.
+    pub fn pages(&self, access: Access) -> impl Iterator<Item = (u64, u64)> {
+        let (entries, extras) = match access {
+            Access::Read => (&self.read, &self.read_extra),
+            Access::Write => (&self.write, &self.write_extra),
+            Access::Execute => (&self.execute, &self.execute_extra),
         };
-        entries.iter().filter(|entry| entry.tag != EMPTY).map(|entry| entry.tag & PAGE_MASK)
+        let filled = entries.iter().zip(extras).filter(|(entry, _)| entry.tag != EMPTY);
+        filled.map(|(entry, extra)| (entry.tag & PAGE_MASK, extra.gpa))
     }
 
     /// Every translation. By which path it is used is left out: two processors that agree here cannot be told apart by

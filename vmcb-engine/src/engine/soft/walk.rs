@@ -307,11 +307,13 @@ impl Core {
 
     /// Walks, and caches what it finds. A write table entry begins re-armed: the store itself completes it.
     fn translate(&mut self, linear: u64, access: Access) -> Step<Target> {
-        match access {
-            Access::Read => self.uses.read.insert(linear),
-            Access::Write => self.uses.write.insert(linear),
-            // Noted where it is asked for: a fetch that fails has been preceded by a stop, too.
-            Access::Execute => {}
+        if let Some(uses) = self.uses.as_deref_mut() {
+            match access {
+                Access::Read => uses.read.insert(linear),
+                Access::Write => uses.write.insert(linear),
+                // Noted where it is asked for: a fetch that fails has been preceded by a stop, too.
+                Access::Execute => {}
+            }
         }
         if self.mode.long && !is_canonical(linear, 48) {
             // The address is kept: an operand on the stack makes it #SS (`Core::blame_stack`).

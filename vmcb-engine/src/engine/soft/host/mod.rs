@@ -331,11 +331,13 @@ impl Engine for SoftEngine {
     }
 
     fn take_uses(&mut self) -> Option<Uses> {
-        let uses = self.vcpus.iter_mut().map(|vcpu| vcpu.core.take_uses());
-        uses.reduce(|mut all, more| {
-            all.add(&more);
-            all
-        })
+        // Each is asked, whatever the others say.
+        let uses: Vec<Option<Uses>> = self.vcpus.iter_mut().map(|vcpu| vcpu.core.take_uses()).collect();
+        let mut all = Uses::default();
+        for uses in uses {
+            all.add(&uses?);
+        }
+        Some(all)
     }
 
     fn set_block_ops_max(&mut self, ops_max: usize) {
