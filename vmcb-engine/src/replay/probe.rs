@@ -1,6 +1,6 @@
 //! What a machine is like, in as few bytes as a journal has for it, and which part of it is not what it was.
 //!
-//! A probe decides: digests of each vCPU and of all devices. A detail names: the general registers of the vCPUs that ran
+//! A probe decides: digests of each vCPU and of all devices. A detail names: the general registers of the vCPU that ran
 //! last as they were, a byte of each other field, four of each device. It is compared first, so that what differs has a name;
 //! where nothing of it differs, or none was recorded, the digests speak. Refuses to know positions and what follows.
 
@@ -10,8 +10,6 @@ use crate::cpu::{CpuState, Leaf, LeafValue};
 use crate::journal::{CpuDetail, Detail, Probe};
 use crate::machine::Machine;
 
-/// vCPUs of a detail: the one that ran last and those whose turn is next. More would be most of a journal.
-const DETAILED_MAX: usize = 2;
 /// Fields that are kept as they were: general registers, RIP and RFLAGS.
 const WORDS: usize = 18;
 
@@ -35,11 +33,11 @@ pub(super) fn probe(machine: &Machine) -> Probe {
 
 /// Fields of a machine.
 pub(super) fn detail(machine: &Machine) -> Detail {
-    let vcpus = machine.config().vcpus as usize;
-    let turns = (0..vcpus.min(DETAILED_MAX)).map(|turn| (machine.current_vcpu() + turn) % vcpus);
-    let cpus = turns.filter_map(|vcpu| machine.peek_cpu(vcpu).map(|state| cpu_detail(vcpu, &state)));
+    // The others' would be most of the journal of a busy guest.
+    let vcpu = machine.current_vcpu();
+    let cpus = machine.peek_cpu(vcpu).map(|state| cpu_detail(vcpu, &state));
     let devices = machine.device_sections().into_iter().map(|section| first(blake3::hash(&section.body).as_bytes()));
-    Detail { cpus: cpus.collect(), devices: devices.collect() }
+    Detail { cpus: cpus.into_iter().collect(), devices: devices.collect() }
 }
 
 fn first<const N: usize>(digest: &[u8; 32]) -> [u8; N] {
