@@ -182,9 +182,6 @@ impl Config {
         if !is_host_name(&self.name) {
             return value("name", "1 to 40 letters, digits and hyphens");
         }
-        if self.engine == Engine::Kvm {
-            return value("engine", "this release runs guests on the software engine; set engine = \"soft\"");
-        }
         if self.address.is_empty() {
             self.address.clone_from(&self.listen);
         }
@@ -219,8 +216,7 @@ mod tests {
     #[test]
     fn unknown_keys_and_bad_values_are_refused() {
         assert!(toml::from_str::<Config>(&format!("{WHOLE}\nsandbx = true")).is_err());
-        let kvm = toml::from_str::<Config>(&format!("engine = \"kvm\"\n{WHOLE}")).unwrap();
-        assert!(matches!(kvm.check(), Err(ConfigError::Value { key: "engine", .. })));
+        assert!(toml::from_str::<Config>(&format!("engine = \"xen\"\n{WHOLE}")).is_err());
         let withheld =
             toml::from_str::<Config>(&format!("{WHOLE}\n[capabilities]\nwithhold = [\"avx9\"]")).unwrap_err();
         assert!(withheld.to_string().contains("\"avx9\" is no feature"), "{withheld}");

@@ -1,22 +1,20 @@
 //! What this host can give a guest, engine by engine, and whether that is enough for one.
 //!
 //! Measured once, when the agent starts: processor, kernel and settings do not change under it. What is said of an engine
-//! is what is known: KVM is reported where its device is, and not offered, since no guest of this release runs on it.
+//! is what was measured: KVM is reported where its device is, and offered where it has all that a guest needs.
 //! This file refuses to know who asks and which guests there are.
 
 use std::arch::x86_64::{__cpuid, __cpuid_count};
-use std::path::Path;
 
 use proto::capability::{CapabilitySet, Facts as Widths, Withheld};
 use proto::status::Code;
 use proto::v1::{EngineFacts, HostHardware, MachineConfig};
 use vmcb_engine::capability::{CpuModel, soft_host};
+use vmcb_engine::engine::kvm::{self, KvmError};
 
 use crate::host::TSC_HZ;
 use crate::migration::Failure;
 use crate::runner::faults::Faults;
-
-const KVM: &str = "/dev/kvm";
 
 /// All that is reported and checked.
 #[derive(Clone, Debug)]
@@ -30,6 +28,7 @@ pub struct Facts {
     /// Why no guest can run here before its pages have come; empty: it can.
     pub lazy_refused: String,
     soft: CapabilitySet,
+    kvm: Option<CapabilitySet>,
 }
 
 impl Facts {
@@ -47,10 +46,15 @@ impl Facts {
             capabilities: Some(soft.encode()),
             models: models.to_vec(),
         }];
-        engines.extend(kvm(Path::new(KVM)));
+        let measured = kvm::capabilities().map(|mut set| {
+            withheld.iter().for_each(|feature| set.withhold(feature));
+            set
+        });
+        engines.extend(kvm_facts(&measured));
+        let kvm = measured.ok();
         let withheld = withheld.iter().map(|feature| feature.text.clone()).collect();
         let lazy_refused = Faults::open().err().map_or(String::new(), |error| error.to_string());
-        Facts { engines, hardware: hardware(), withheld, lazy_refused, soft }
+        Facts { engines, hardware: hardware(), withheld, lazy_refused, soft, kvm }
     }
 
     /// Names of the engines that run guests.
@@ -69,7 +73,7 @@ impl Facts {
         }
         let guest = CapabilitySet::from_bytes(contract).map_err(|error| Failure::new(Code::Corrupt, error))?;
         let model = model(&guest.model)?;
-        let named = if config.cpu_model.is_empty() { CpuModel::SoftV1.name() } else { &config.cpu_model };
+        let named = named_model(config);
         if named != model.name() {
             let text = format!("the contract is of CPU model {:?}, the configuration says {named:?}", guest.model);
             return Err(Failure::new(Code::Corrupt, text));
@@ -79,12 +83,26 @@ impl Facts {
             let text = format!("the contract's TSC has {} kHz, the configuration's {tsc_hz} Hz", guest.facts.tsc_khz);
             return Err(Failure::new(Code::Corrupt, text));
         }
-        let failing = guest.failing_on(&self.soft);
+        let (host, whose) = self.engine(&config.engine)?;
+        let failing = guest.failing_on(host);
         if failing.is_empty() {
             return Ok(());
         }
         let missing: Vec<String> = failing.iter().map(ToString::to_string).collect();
-        Err(Failure::new(Code::Incapable, format!("this host lacks {}", missing.join(", "))))
+        Err(Failure::new(Code::Incapable, format!("{whose} lacks {}", missing.join(", "))))
+    }
+
+    /// What an engine of this host has, and what it is called in a refusal.
+    fn engine(&self, engine: &str) -> Result<(&CapabilitySet, &'static str), Failure> {
+        if engine != "kvm" {
+            return Ok((&self.soft, "this host"));
+        }
+        let reason = || self.engines.iter().find(|facts| facts.engine == "kvm").map(|facts| facts.reason.as_str());
+        let refused = || {
+            let why = reason().unwrap_or("it has no /dev/kvm");
+            Failure::new(Code::Incapable, format!("this host runs no guests on engine \"kvm\": {why}"))
+        };
+        self.kvm.as_ref().map(|set| (set, "engine \"kvm\" of this host")).ok_or_else(refused)
     }
 }
 
@@ -93,9 +111,18 @@ impl Facts {
 /// # Errors
 /// [`Code::Incapable`]: the model is not known here.
 pub fn contract_of(config: &MachineConfig) -> Result<Vec<u8>, Failure> {
-    let named = if config.cpu_model.is_empty() { CpuModel::SoftV1.name() } else { &config.cpu_model };
+    let named = named_model(config);
     let tsc_hz = if config.tsc_hz == 0 { TSC_HZ } else { config.tsc_hz };
     Ok(model(named)?.contract(tsc_hz / 1000).to_bytes())
+}
+
+/// The name of a configuration's CPU model: its engine's default where it names none.
+pub fn named_model(config: &MachineConfig) -> &str {
+    match (config.cpu_model.as_str(), config.engine.as_str()) {
+        ("", "kvm") => CpuModel::X86V2.name(),
+        ("", _) => CpuModel::SoftV1.name(),
+        (named, _) => named,
+    }
 }
 
 /// A model by its name.
@@ -110,14 +137,18 @@ pub fn model(name: &str) -> Result<CpuModel, Failure> {
     })
 }
 
-/// KVM, if this host has its device.
-fn kvm(device: &Path) -> Option<EngineFacts> {
-    let reason = match std::fs::OpenOptions::new().read(true).write(true).open(device) {
-        Ok(_) => "its device opens, but this release runs no guests on it".to_owned(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
-        Err(error) => format!("{}: {error}", device.display()),
-    };
-    Some(EngineFacts { engine: "kvm".to_owned(), reason, ..EngineFacts::default() })
+/// KVM, if this host has its device. Models at the host's own TSC rate, the one that is meant where none is named first.
+fn kvm_facts(measured: &Result<CapabilitySet, KvmError>) -> Option<EngineFacts> {
+    let engine = "kvm".to_owned();
+    match measured {
+        Ok(set) => {
+            let models = [CpuModel::X86V2, CpuModel::SoftV1].map(|model| model.contract(set.facts.tsc_khz).encode());
+            let capabilities = Some(set.encode());
+            Some(EngineFacts { engine, offered: true, reason: String::new(), capabilities, models: models.to_vec() })
+        }
+        Err(KvmError::Missing) => None,
+        Err(error) => Some(EngineFacts { engine, reason: crate::vm::actor::chain(error), ..EngineFacts::default() }),
+    }
 }
 
 fn hardware() -> HostHardware {
@@ -192,16 +223,23 @@ mod tests {
         assert_eq!(refusal.reason, "this host lacks CPUID 0000_0001.0 ECX[23] popcnt, MSR C001_1029 DE_CFG");
         let reported = CapabilitySet::decode(facts.engines[0].capabilities.clone().unwrap()).unwrap();
         assert_eq!(facts.withheld, ["popcnt", "MSR C001_1029", "avx2"]);
-        assert_eq!(facts.engines[0].models.len(), 1, "the model is known although it is not kept");
+        assert_eq!(facts.engines[0].models.len(), 2, "models are known although they are not kept");
         assert_eq!(reported.differences(&soft_host()).len(), 2);
     }
 
     #[test]
-    fn kvm_is_reported_where_it_is_and_never_offered() {
-        assert_eq!(kvm(Path::new("/nonexistent/kvm")), None);
-        let found = kvm(Path::new("/dev/null")).unwrap();
-        assert!(!found.offered && found.capabilities.is_none() && found.reason.contains("no guests"), "{found:?}");
-        assert_eq!(Facts::measure(&[]).offered(), ["soft"]);
+    fn kvm_is_offered_where_it_can_run_guests_and_the_reason_is_said_where_not() {
+        assert_eq!(kvm_facts(&Err(KvmError::Missing)), None);
+        let locked = kvm_facts(&Err(KvmError::NotPermitted)).unwrap();
+        assert!(!locked.offered && locked.capabilities.is_none() && locked.reason.contains("/dev/kvm"), "{locked:?}");
+        let mut set = soft_host();
+        set.facts.tsc_khz = 2_500_000;
+        let found = kvm_facts(&Ok(set)).unwrap();
+        assert!(found.offered && found.models[0].model == "x86-64-v2" && found.models[0].tsc_khz == 2_500_000);
+        let facts = Facts { kvm: None, engines: vec![locked], ..Facts::measure(&[]) };
+        let on_kvm = MachineConfig { engine: "kvm".into(), ..machine() };
+        let refusal = facts.check_contract(&contract_of(&on_kvm).unwrap(), &on_kvm).unwrap_err();
+        assert!(refusal.code == Code::Incapable && refusal.reason.contains("may not be opened"), "{refusal}");
     }
 
     #[test]

@@ -8,7 +8,6 @@ use std::path::Path;
 
 use proto::status::Code;
 use proto::v1::{BootSource, MachineConfig, NetConfig};
-use vmcb_engine::capability::CpuModel;
 
 use crate::config::Engine;
 use crate::facts;
@@ -94,19 +93,12 @@ pub fn settle(mut config: MachineConfig, vm: &str, default: Engine) -> Result<Ma
         return Err(bad(format!("at most {DISKS_MAX} disks and {NETS_MAX} network cards are possible")));
     }
     match (config.engine.as_str(), default) {
-        ("soft", _) => {}
+        ("soft" | "kvm", _) => {}
         ("" | "auto", Engine::Auto | Engine::Soft) => "soft".clone_into(&mut config.engine),
-        ("kvm", _) | (_, Engine::Kvm) => {
-            return Err(Failure::new(
-                Code::Incapable,
-                "engine \"kvm\": this host runs guests on the software engine only; create it with --engine soft",
-            ));
-        }
-        (other, _) => return Err(bad(format!("engine {other:?} is not known: soft or auto"))),
+        ("" | "auto", Engine::Kvm) => "kvm".clone_into(&mut config.engine),
+        (other, _) => return Err(bad(format!("engine {other:?} is not known: soft, kvm or auto"))),
     }
-    if config.cpu_model.is_empty() {
-        CpuModel::SoftV1.name().clone_into(&mut config.cpu_model);
-    }
+    config.cpu_model = facts::named_model(&config).to_owned();
     facts::model(&config.cpu_model)?;
     if config.tsc_hz == 0 {
         config.tsc_hz = TSC_HZ;
@@ -330,8 +322,10 @@ mod tests {
         assert_eq!(settle(machine(), "vm1", Engine::Auto).unwrap(), settled);
         let odd = MachineConfig { memory_bytes: 3 << 20, ..machine() };
         assert_eq!(settle(odd, "vm1", Engine::Auto).unwrap_err().code, Code::BadInput);
-        let kvm = MachineConfig { engine: "kvm".into(), ..machine() };
-        assert_eq!(settle(kvm, "vm1", Engine::Auto).unwrap_err().code, Code::Incapable);
+        let kvm = settle(MachineConfig { engine: "auto".into(), ..machine() }, "vm1", Engine::Kvm).unwrap();
+        assert_eq!((kvm.engine.as_str(), kvm.cpu_model.as_str()), ("kvm", "x86-64-v2"));
+        let unknown = MachineConfig { engine: "xen".into(), ..machine() };
+        assert_eq!(settle(unknown, "vm1", Engine::Auto).unwrap_err().code, Code::BadInput);
         let group = MachineConfig { nets: vec![NetConfig { mac: vec![1; 6], ..NetConfig::default() }], ..machine() };
         assert_eq!(settle(group, "vm1", Engine::Auto).unwrap_err().code, Code::BadInput);
     }

@@ -43,6 +43,9 @@ const QUICK_RESET_NS: u64 = 1_000_000_000;
 const QUICK_RESETS_MAX: u32 = 5;
 /// Why a guest stands still that a debugger holds.
 pub const UNDER_DEBUGGER: &str = "under a debugger";
+/// Why hardware is not recorded.
+const SOFT_ONLY: &str =
+    "recording, replaying and debugging need the software engine: this guest runs on engine \"kvm\"";
 /// Slices aim at this long.
 const SLICE_NS: u64 = 2_000_000;
 const SLICE_INSTRUCTIONS: std::ops::RangeInclusive<u64> = 10_000..=5_000_000;
@@ -442,6 +445,11 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
                 epoch_ns: self.terms.config.epoch_ns,
             };
             self.pace = self.terms.config.paced.then(|| Pace::start(self.terms.config.tsc_hz, start));
+            if self.guest.runs_in_real_time() {
+                // An idle guest of the other kind catches up when it is next looked at; this one's time runs from here.
+                let tsc = self.pace.as_ref().map_or(start.tsc, |pace| pace.tsc_at(now));
+                self.guest.skip_idle_until(tsc.max(start.tsc));
+            }
         } else {
             self.wake();
             // What is known of it is all there is for now.
@@ -591,7 +599,10 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
                 }
             }
             Request::Resume(_) => self.resume(),
-            Request::AdvanceEpoch(_) => return Ok(Reply::Epoch(RunnerEpoch { epoch: self.guest.advance_epoch() })),
+            Request::AdvanceEpoch(_) => {
+                let epoch = self.guest.advance_epoch().map_err(|text| failure(Code::Internal, &text))?;
+                return Ok(Reply::Epoch(RunnerEpoch { epoch }));
+            }
             Request::Capture(_) => return self.capture(),
             Request::Apply(apply) => {
                 self.must_be_fresh()?;
@@ -628,7 +639,8 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
                 self.console_pending.extend(input.data);
             }
             Request::Vmcbs(_) => {
-                let vmcbs = self.guest.vmcbs().iter().map(|page| page.to_vec()).collect();
+                let vmcbs = self.guest.vmcbs().map_err(|text| failure(Code::Internal, &text))?;
+                let vmcbs = vmcbs.iter().map(|page| page.to_vec()).collect();
                 return Ok(Reply::Vmcbs(VmcbReply {
                     vmcbs,
                     retired_instructions: self.guest.retired(),
@@ -636,6 +648,9 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
                 }));
             }
             Request::Announce(_) => self.announce(),
+            Request::Record(_) | Request::Replay(_) | Request::Debug(_) if self.guest.runs_in_real_time() => {
+                return Err(failure(Code::Incapable, SOFT_ONLY));
+            }
             Request::Record(request) => self.record(&request)?,
             Request::TakeJournal(take) => return Ok(self.take_journal(&take)),
             Request::Replay(replay) => self.replay(&replay)?,

@@ -86,7 +86,10 @@ pub trait Guest: Debugged {
     /// The running epoch of page stamps.
     fn epoch(&self) -> u32;
     /// Closes the running epoch; returns the new one.
-    fn advance_epoch(&mut self) -> u32;
+    ///
+    /// # Errors
+    /// What the guest wrote is not known, in words.
+    fn advance_epoch(&mut self) -> Result<u32, String>;
     /// Closes the running epoch, and keeps what pages and blocks stamped since `mark` hold now; returns the new epoch.
     ///
     /// # Errors
@@ -107,5 +110,19 @@ pub trait Guest: Debugged {
     /// Which section is unknown, missing, twice there or malformed.
     fn apply(&mut self, sections: &[Section]) -> Result<(), String>;
     /// VMCBs by vCPU.
-    fn vmcbs(&self) -> Vec<Box<[u8; 4096]>>;
+    ///
+    /// # Errors
+    /// The engine does not give them, in words.
+    fn vmcbs(&self) -> Result<Vec<Box<[u8; 4096]>>, String>;
+    /// Makes what the process may make no more once it is sealed.
+    ///
+    /// # Errors
+    /// The host's, in words.
+    fn prepare(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+    /// True if its time goes on by itself, also while it does not run: whoever lets it go on says where its time stands.
+    fn runs_in_real_time(&self) -> bool {
+        false
+    }
 }

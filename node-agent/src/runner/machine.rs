@@ -44,11 +44,13 @@ pub fn build(config: &MachineConfig, opened: &Opened, beginnings: &Beginnings) -
         None => Backing::Huge,
     };
     let memory = GuestMemory::create_on(backing, config.memory_bytes).map_err(|error| text(&error))?;
-    let mut descriptors = vec![
-        ("ram".to_owned(), share(memory.ram_fd())?),
-        ("ram-stamps".to_owned(), share(memory.stamps_fd())?),
-        ("ram-kept".to_owned(), share(memory.keeper().fd())?),
-    ];
+    let mut descriptors =
+        vec![("ram".to_owned(), share(memory.ram_fd())?), ("ram-stamps".to_owned(), share(memory.stamps_fd())?)];
+    // Hardware writes pages without anybody being asked first: no instant can be kept, and who wants one stops the guest.
+    let keeps = config.engine != "kvm";
+    if keeps {
+        descriptors.push(("ram-kept".to_owned(), share(memory.keeper().fd())?));
+    }
     let mut disks = Vec::new();
     for (index, disk) in config.disks.iter().enumerate() {
         let failed = |why: String| format!("{}: {why}", disk.path);
@@ -66,7 +68,9 @@ pub fn build(config: &MachineConfig, opened: &Opened, beginnings: &Beginnings) -
             };
             descriptors.push((format!("disk{index}"), data));
             descriptors.push((format!("disk{index}-stamps"), share(image.stamps_fd())?));
-            descriptors.push((format!("disk{index}-kept"), share(image.keeper().fd())?));
+            if keeps {
+                descriptors.push((format!("disk{index}-kept"), share(image.keeper().fd())?));
+            }
         }
         disks.push(image);
     }
@@ -233,8 +237,8 @@ impl Guest for Door {
         self.machine().memory().epoch()
     }
 
-    fn advance_epoch(&mut self) -> u32 {
-        self.machine_mut().advance_epoch()
+    fn advance_epoch(&mut self) -> Result<u32, String> {
+        self.machine_mut().advance_epoch().map_err(|error| text(&error))
     }
 
     fn freeze(&mut self, mark: u32) -> Result<u32, String> {
@@ -257,7 +261,15 @@ impl Guest for Door {
         Door::apply(self, sections).map_err(|error| text(&error))
     }
 
-    fn vmcbs(&self) -> Vec<Box<[u8; 4096]>> {
-        self.machine().vmcbs()
+    fn vmcbs(&self) -> Result<Vec<Box<[u8; 4096]>>, String> {
+        self.machine().vmcbs().map_err(|error| text(&error))
+    }
+
+    fn prepare(&mut self) -> Result<(), String> {
+        self.machine_mut().prepare().map_err(|error| text(&error))
+    }
+
+    fn runs_in_real_time(&self) -> bool {
+        self.machine().runs_in_real_time()
     }
 }

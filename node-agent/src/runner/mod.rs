@@ -3,6 +3,7 @@
 //! ```text
 //! open: config.pb, memory, disks, taps, kernel, console.log, runner.sock       (as the agent's user)
 //! sandbox: user of its own, no new privileges          -> I/O thread is made -> seccomp on both threads
+//! vCPU threads on hardware (they take vCPUs and give them back); all are made before the filter
 //! machine thread: driver (slices, pacing, lease, pause) <-- channels --> I/O thread: socket, log, taps
 //! ```
 //! It holds no network but its taps and no credentials, outlives the agent that started it, and takes the newest
@@ -30,7 +31,7 @@ use self::driver::{Cable, Driver, Terms};
 use self::faults::Missing;
 use self::guest::Guest;
 use self::open::{OpenError, Opened, TapCable};
-use self::sandbox::SandboxError;
+use self::sandbox::{Hardware, SandboxError};
 use self::serve::{Ports, StandingAnswer};
 use crate::clock::{Clock, HostClock};
 
@@ -112,6 +113,7 @@ pub fn run<G: Guest>(
         })
         .collect();
     let (config, missing) = (opened.config, built.missing);
+    let hardware = if config.engine == "kvm" { Hardware::Kvm } else { Hardware::None };
     let standing_answer = missing.is_some().then(StandingAnswer::default);
     let ports = Ports {
         listener: opened.listener,
@@ -124,6 +126,8 @@ pub fn run<G: Guest>(
     let terms = Terms { config, descriptors: names, state_digest, cables, missing, standing_answer };
     let system = |step| move |source| RunnerError::System { step, source };
     let (server, outlet) = serve::join(ports, inputs).map_err(|e| system("eventfd")(e.into()))?;
+    let mut guest = built.guest;
+    guest.prepare().map_err(RunnerError::Build)?;
     let (started, running) = std::sync::mpsc::channel();
     let io = std::thread::Builder::new()
         .name("runner-io".to_owned())
@@ -137,9 +141,9 @@ pub fn run<G: Guest>(
         // the first look at the clock finds the vDSO (prctl PR_GET_AUXV).
         let _thread_runs = running.recv();
         let _found = HostClock.boottime_ns();
-        sandbox::seal()?;
+        sandbox::seal(hardware)?;
     }
-    let mut driver = Driver::new(built.guest, HostClock, outlet, terms, opened.images);
+    let mut driver = Driver::new(guest, HostClock, outlet, terms, opened.images);
     let served = driver.serve(&taken);
     // Dropping the driver closes the outlet: the I/O thread sends its last reply and ends.
     drop(driver);

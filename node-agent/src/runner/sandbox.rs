@@ -113,11 +113,23 @@ const CALLS: &[i64] = &[
     libc::SYS_exit_group,
 ];
 
+/// What a guest's process needs of the kernel to run it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Hardware {
+    /// Nothing: the software engine.
+    None,
+    /// The calls of KVM on the descriptors that it holds.
+    Kvm,
+}
+
+/// Bits 15:8 of a request are its driver's (ioctl(2)); this is KVM's.
+const KVM_REQUESTS: u64 = 0xae00;
+
 /// The filter, compiled for this processor.
 ///
 /// # Errors
 /// [`SandboxError::Filter`].
-pub fn filter() -> Result<BpfProgram, SandboxError> {
+pub fn filter(hardware: Hardware) -> Result<BpfProgram, SandboxError> {
     let without_exec = || {
         let exec = u64::try_from(libc::PROT_EXEC).unwrap_or(4);
         let condition = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(exec), 0)?;
@@ -133,7 +145,17 @@ pub fn filter() -> Result<BpfProgram, SandboxError> {
     rules.insert(libc::SYS_mmap, vec![without_exec()?]);
     rules.insert(libc::SYS_mprotect, vec![without_exec()?]);
     let give_up = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, UNREGISTER_REQUEST.into())?;
-    rules.insert(libc::SYS_ioctl, vec![SeccompRule::new(vec![give_up])?]);
+    let mut requests = vec![SeccompRule::new(vec![give_up])?];
+    if hardware == Hardware::Kvm {
+        let of_kvm = SeccompCmpOp::MaskedEq(0xff00);
+        requests.push(SeccompRule::new(vec![SeccompCondition::new(
+            1,
+            SeccompCmpArgLen::Dword,
+            of_kvm,
+            KVM_REQUESTS,
+        )?])?);
+    }
+    rules.insert(libc::SYS_ioctl, requests);
     rules.insert(libc::SYS_statx, vec![empty_path_statx]);
     let architecture = std::env::consts::ARCH.try_into()?;
     let filter = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, architecture)?;
@@ -144,8 +166,8 @@ pub fn filter() -> Result<BpfProgram, SandboxError> {
 ///
 /// # Errors
 /// [`SandboxError::Filter`].
-pub fn seal() -> Result<(), SandboxError> {
-    Ok(seccompiler::apply_filter_all_threads(&filter()?)?)
+pub fn seal(hardware: Hardware) -> Result<(), SandboxError> {
+    Ok(seccompiler::apply_filter_all_threads(&filter(hardware)?)?)
 }
 
 #[cfg(test)]
@@ -162,11 +184,11 @@ mod tests {
         let Ok(deed) = std::env::var("GODWIT_SANDBOX_CHILD") else { return };
         let memory = GuestMemory::create(16 << 20).unwrap();
         let missing = Missing::watch(memory.mappings());
-        seal().unwrap();
+        seal(if deed.starts_with("kvm") { Hardware::Kvm } else { Hardware::None }).unwrap();
         match deed.as_str() {
             // Where the host permits no userfaultfd there is nothing to give up.
             "give-up" => missing.iter().for_each(|missing| missing.give_up().unwrap()),
-            "ioctl" => drop(rustix::termios::tcgetwinsize(rustix::stdio::stdin())),
+            "ioctl" | "kvm-ioctl" => drop(rustix::termios::tcgetwinsize(rustix::stdio::stdin())),
             "allowed" => drop(vec![1u8; 8 << 20]),
             "socket" => drop(std::net::UdpSocket::bind("127.0.0.1:0")),
             "open" => drop(std::fs::File::open("/etc/passwd")),
@@ -189,7 +211,7 @@ mod tests {
 
     #[test]
     fn a_forbidden_call_kills_the_process() {
-        for deed in ["socket", "open", "exec", "ioctl"] {
+        for deed in ["socket", "open", "exec", "ioctl", "kvm-ioctl"] {
             assert_eq!(run(deed), (Some(libc::SIGSYS), false), "{deed}");
         }
     }

@@ -139,8 +139,8 @@ impl Guest for Counter {
         self.memory.epoch()
     }
 
-    fn advance_epoch(&mut self) -> u32 {
-        self.memory.advance_epoch()
+    fn advance_epoch(&mut self) -> Result<u32, String> {
+        Ok(self.memory.advance_epoch())
     }
 
     fn freeze(&mut self, mark: u32) -> Result<u32, String> {
@@ -177,8 +177,8 @@ impl Guest for Counter {
         Ok(())
     }
 
-    fn vmcbs(&self) -> Vec<Box<[u8; 4096]>> {
-        vec![Box::new([0x5a; 4096])]
+    fn vmcbs(&self) -> Result<Vec<Box<[u8; 4096]>>, String> {
+        Ok(vec![Box::new([0x5a; 4096])])
     }
 }
 

@@ -209,15 +209,15 @@ impl Guest for Scripted {
         self.seen.lock().unwrap().epoch
     }
 
-    fn advance_epoch(&mut self) -> u32 {
+    fn advance_epoch(&mut self) -> Result<u32, String> {
         let mut seen = self.seen.lock().unwrap();
         seen.epoch += 1;
-        seen.epoch
+        Ok(seen.epoch)
     }
 
     fn freeze(&mut self, _mark: u32) -> Result<u32, String> {
         self.seen.lock().unwrap().frozen = Some(0);
-        Ok(self.advance_epoch())
+        self.advance_epoch()
     }
 
     fn thaw(&mut self) -> bool {
@@ -244,8 +244,8 @@ impl Guest for Scripted {
         Ok(())
     }
 
-    fn vmcbs(&self) -> Vec<Box<[u8; 4096]>> {
-        vec![Box::new([7; 4096])]
+    fn vmcbs(&self) -> Result<Vec<Box<[u8; 4096]>>, String> {
+        Ok(vec![Box::new([7; 4096])])
     }
 }
 

@@ -3,13 +3,15 @@
 //! | file | what |
 //! |---|---|
 //! | `soft_v1` | the frozen CPU model `soft-v1`: CPUID, power-up state, writable control bits |
-//! | `msr` | its MSRs: reset values, legal writes, and which part holds them |
+//! | `x86_64_v2` | the frozen CPU model `x86-64-v2`: the same with less, for any AMD host |
+//! | `msr` | their MSRs: reset values, legal writes, and which part holds them |
 //!
 //! A contract is made once, when the guest is created, and travels with it. How contracts and hosts compare, and what the
 //! bits are called, is `proto::capability`, which is passed on here. This room refuses to execute CPUID.
 
 pub mod msr;
 pub mod soft_v1;
+pub mod x86_64_v2;
 
 #[cfg(test)]
 mod tests;
@@ -30,16 +32,18 @@ pub struct Topology {
     pub tsc_hz: u64,
 }
 
-/// A named CPU contract. There is one; the type is what later ones must offer.
+/// A named CPU contract.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum CpuModel {
     /// [`soft_v1`].
     SoftV1,
+    /// [`x86_64_v2`].
+    X86V2,
 }
 
 impl CpuModel {
     /// Every model.
-    pub const ALL: [CpuModel; 1] = [CpuModel::SoftV1];
+    pub const ALL: [CpuModel; 2] = [CpuModel::SoftV1, CpuModel::X86V2];
 
     /// By the name that `MachineConfig.cpu_model` carries.
     pub fn by_name(name: &str) -> Option<CpuModel> {
@@ -50,6 +54,7 @@ impl CpuModel {
     pub const fn name(self) -> &'static str {
         match self {
             CpuModel::SoftV1 => "soft-v1",
+            CpuModel::X86V2 => "x86-64-v2",
         }
     }
 
@@ -57,6 +62,7 @@ impl CpuModel {
     pub fn cpuid(self, leaf: u32, subleaf: u32, topology: &Topology) -> [u32; 4] {
         match self {
             CpuModel::SoftV1 => soft_v1::cpuid(leaf, subleaf, topology),
+            CpuModel::X86V2 => x86_64_v2::cpuid(leaf, subleaf, topology),
         }
     }
 
@@ -64,6 +70,7 @@ impl CpuModel {
     pub fn power_up(self, topology: &Topology) -> CpuState {
         match self {
             CpuModel::SoftV1 => soft_v1::power_up(topology),
+            CpuModel::X86V2 => x86_64_v2::power_up(topology),
         }
     }
 
@@ -71,13 +78,20 @@ impl CpuModel {
     pub fn msr(self, index: u32) -> Option<&'static msr::MsrRow> {
         match self {
             CpuModel::SoftV1 => msr::find(index),
+            CpuModel::X86V2 => x86_64_v2::find(index),
         }
+    }
+
+    /// Index and reset value of every MSR that `CpuState::msrs` holds.
+    pub fn saved_msrs(self) -> impl Iterator<Item = (u32, u64)> {
+        msr::saved().filter(move |(index, _)| self.msr(*index).is_some())
     }
 
     /// What VMRUN's consistency checks take as existing bits.
     pub fn limits(self) -> Limits {
         match self {
             CpuModel::SoftV1 => soft_v1::LIMITS,
+            CpuModel::X86V2 => x86_64_v2::LIMITS,
         }
     }
 
@@ -90,7 +104,7 @@ impl CpuModel {
             tsc_khz,
             tsc_scaling: false,
             engines: ["kvm", "soft"].map(str::to_owned).into(),
-            msrs: msr::saved().map(|(index, _)| index).collect(),
+            msrs: self.saved_msrs().map(|(index, _)| index).collect(),
         };
         CapabilitySet::from_cpuid(self.name(), &mut |leaf, subleaf| self.cpuid(leaf, subleaf, &topology), facts)
     }

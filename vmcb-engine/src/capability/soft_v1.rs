@@ -160,9 +160,17 @@ const fn vendor(max: u32) -> [u32; 4] {
     [max, word(b"Auth"), word(b"cAMD"), word(b"enti")]
 }
 
+/// Bytes of a brand string, the zero at its end included.
+pub const BRAND_BYTES: usize = 48;
+
 fn brand(part: u32) -> [u32; 4] {
-    let mut text = [0; 48];
-    text[..BRAND.len()].copy_from_slice(BRAND.as_bytes());
+    let mut brand = [0; BRAND_BYTES];
+    brand[..BRAND.len()].copy_from_slice(BRAND.as_bytes());
+    text(&brand, part)
+}
+
+/// One of the three leaves that a brand string takes.
+pub fn text(text: &[u8; BRAND_BYTES], part: u32) -> [u32; 4] {
     let at = |index: usize| {
         let start = part as usize * 16 + index * 4;
         word(&[text[start], text[start + 1], text[start + 2], text[start + 3]])

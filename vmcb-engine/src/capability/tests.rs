@@ -11,24 +11,41 @@ use proptest::prelude::*;
 const ONE: Topology = Topology { vcpu: 0, vcpus: 1, tsc_hz: 1_000_000_000 };
 
 /// Every leaf that answers, as one digest: a change of any bit would break guests that were booted with the model.
-#[test]
-fn soft_v1_is_frozen() {
+fn digest(model: CpuModel) -> String {
     let mut hasher = blake3::Hasher::new();
     for topology in [ONE, Topology { vcpu: 2, vcpus: 4, tsc_hz: 2_500_000_000 }] {
         for leaf in (0..0x20).chain(0x4000_0000..0x4000_0020).chain(0x8000_0000..0x8000_0040) {
             for subleaf in 0..3 {
-                for word in CpuModel::SoftV1.cpuid(leaf, subleaf, &topology) {
+                for word in model.cpuid(leaf, subleaf, &topology) {
                     hasher.update(&word.to_le_bytes());
                 }
             }
         }
     }
-    for row in msr::ROWS {
+    for row in msr::ROWS.iter().filter_map(|row| model.msr(row.first)) {
         hasher.update(format!("{row:?}").as_bytes());
     }
-    assert_eq!(hasher.finalize().to_hex().as_str(), FROZEN);
+    hasher.finalize().to_hex().to_string()
 }
 
+#[test]
+fn models_are_frozen() {
+    assert_eq!(digest(CpuModel::SoftV1), FROZEN);
+    assert_eq!(digest(CpuModel::X86V2), FROZEN_V2);
+}
+
+#[test]
+fn x86_64_v2_is_less_than_soft_v1() {
+    let (more, less) = (CpuModel::SoftV1.contract(1_000_000), CpuModel::X86V2.contract(1_000_000));
+    assert_eq!(less.failing_on(&soft_host()), []);
+    assert!(more.atoms.iter().zip(&less.atoms).all(|(more, less)| less.value & !more.value == 0));
+    let state = CpuModel::X86V2.power_up(&ONE);
+    assert!(state.msrs.keys().all(|msr| CpuModel::X86V2.msr(*msr).is_some()) && !state.msrs.contains_key(&0xc000_0103));
+    let row = CpuModel::X86V2.msr(0xc000_0080).unwrap();
+    assert!(!row.accepts(0xd01, 0xd01 | efer::AIBRSE) && row.accepts(0, efer::NXE));
+}
+
+const FROZEN_V2: &str = "b81a067276fb1ae74898a4d9c7369622efdefb9411c245ad9e53d8e4054745f2";
 const FROZEN: &str = "2f28614531c142a6b209bbd344fd19764401936f59cfd29dba4ec084e145f779";
 
 fn has(leaf: u32, register: CpuidRegister, bit: u32) -> bool {

@@ -110,6 +110,17 @@ impl Ioapic {
         due.then(|| message(entry)).flatten()
     }
 
+    /// Messages of all level-triggered pins, masked or not.
+    pub fn level_messages(&self) -> Vec<Message> {
+        let pins = self.pins.iter().filter(|entry| **entry & LEVEL != 0 && **entry as u8 >= 16);
+        pins.filter_map(|entry| message(*entry)).collect()
+    }
+
+    /// Vectors of level-triggered pins that wait for an end of interrupt.
+    pub fn awaited(&self) -> impl Iterator<Item = u8> {
+        self.pins.iter().filter(|entry| **entry & REMOTE_IRR != 0).map(|entry| *entry as u8)
+    }
+
     /// A local APIC accepted the level-triggered message of this pin.
     pub fn accepted(&mut self, pin: usize) {
         self.pins[pin] |= REMOTE_IRR;

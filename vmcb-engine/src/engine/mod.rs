@@ -1,5 +1,9 @@
 //! What runs guest instructions: one trait, implemented by the software SVM processor ([`soft`]) and by hardware SVM
-//! through Linux KVM. State is architectural on both sides of the trait, so a guest can move between them.
+//! through Linux KVM ([`kvm`]). State is architectural on both sides of the trait, so a guest can move between them.
+//!
+//! What differs is said by the trait. Time: the software engine counts instructions, and comes back at exactly the one that
+//! was asked for; hardware does not, and there an "instruction" is [`Clock::tsc_per_instruction`] ticks of the guest's
+//! running TSC. Local APICs: the platform has them, or the engine ([`Engine::local_apics`]); their saved form is one.
 //!
 //! An engine refuses to know devices: what the guest asks of the world goes through [`Platform`], synchronously, and
 //! what the world asks of the guest (interrupts, deadlines) is fetched from it between two instructions.
@@ -7,9 +11,13 @@
 use std::any::Any;
 use std::fmt;
 
+use proto::v1::LapicV1;
+
 use crate::cpu::CpuState;
+use crate::device::lapic::Message;
 use crate::vmcb::Vmcb;
 
+pub mod kvm;
 pub mod soft;
 pub mod stops;
 pub mod uses;
@@ -78,6 +86,19 @@ pub trait Platform {
     }
     /// True once the guest asked to be powered off or reset: the engine returns [`Exit::Stopped`] at once.
     fn stopped(&self) -> bool;
+    /// The next message for local APICs that are the engine's, in the order in which they were sent.
+    fn take_message(&mut self) -> Option<Message> {
+        None
+    }
+    /// The level-triggered messages whose end of interrupt the platform wants to hear of, if that changed since it was
+    /// asked last. For engines with local APICs of their own.
+    fn take_level_messages(&mut self) -> Option<Vec<Message>> {
+        None
+    }
+    /// A local APIC of the engine's ended a level-triggered interrupt of this vector.
+    fn end_of_interrupt(&mut self, vector: u8) {
+        let _ = vector;
+    }
 }
 
 /// What one processor or a device asks another processor to do, besides interrupts (APM2 16.5).
@@ -135,6 +156,30 @@ pub enum LoadError {
     /// VMRUN would refuse it (APM2 15.5.1).
     #[error("illegal CPU state: {0}")]
     Illegal(String),
+    /// The host below the engine does not take it.
+    #[error("{step}: {reason}")]
+    Refused {
+        /// What was being set.
+        step: &'static str,
+        /// Why not.
+        reason: String,
+    },
+}
+
+/// Why a state cannot be had from the engine.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum StoreError {
+    /// This engine has no such vCPU.
+    #[error("there is no vCPU {0}")]
+    NoVcpu(usize),
+    /// The host below the engine does not give it.
+    #[error("{step}: {reason}")]
+    Refused {
+        /// What was being read.
+        step: &'static str,
+        /// Why not.
+        reason: String,
+    },
 }
 
 /// An engine between two instructions, in a form that only its kind knows.
@@ -166,23 +211,75 @@ impl fmt::Debug for EngineRung {
     }
 }
 
+/// Local APICs that an engine has itself, in the form that the platform's are saved in. Everything here is for a machine
+/// that stands still, except [`LocalApics::send`].
+pub trait LocalApics {
+    /// The saved form of a vCPU's local APIC. Deadlines are in the machine's TSC.
+    ///
+    /// # Errors
+    /// No such vCPU, or the host does not give it.
+    fn save(&mut self, vcpu: usize) -> Result<LapicV1, StoreError>;
+    /// Puts a vCPU's local APIC into a saved state; the vCPU's own state and the clock were loaded before.
+    ///
+    /// # Errors
+    /// No such vCPU, or the host does not take it.
+    fn restore(&mut self, vcpu: usize, saved: &LapicV1) -> Result<(), LoadError>;
+    /// Brings a message to the local APICs that it is for.
+    ///
+    /// # Errors
+    /// The host does not take it.
+    fn send(&mut self, message: Message) -> Result<(), LoadError>;
+}
+
 /// Runs the vCPUs of one machine. Owned by one thread.
 pub trait Engine {
-    /// Runs until exactly `until_retired` instructions have retired over all vCPUs, or until an earlier [`Exit`].
+    /// Makes what the engine needs and has not made yet, threads above all: for processes that can make none later. Without it
+    /// the first [`Engine::run`] does.
+    ///
+    /// # Errors
+    /// The host refused.
+    fn prepare(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+    /// Local APICs, if they are the engine's and not the platform's.
+    fn local_apics(&mut self) -> Option<&mut dyn LocalApics> {
+        None
+    }
+    /// True if the guest's time is the host's: it goes on by itself and is told by [`Engine::set_clock`] alone to stand where it
+    /// stood. Such an engine counts no instructions and keeps no rungs and stops.
+    fn runs_in_real_time(&self) -> bool {
+        false
+    }
+    /// Runs until exactly `until_retired` instructions have retired over all vCPUs, or until an earlier [`Exit`]. An engine
+    /// that [runs in real time](Engine::runs_in_real_time) comes back soon after.
     fn run(&mut self, platform: &mut dyn Platform, until_retired: u64) -> Exit;
     /// The machine's time.
     fn clock(&self) -> Clock;
     /// Sets the machine's time: restore, and jumps over idle time.
     fn set_clock(&mut self, clock: Clock);
     /// Architectural state of a vCPU. Forgets all cached translations, so that a restored machine behaves the same.
-    fn store(&mut self, vcpu: usize) -> CpuState;
+    ///
+    /// # Errors
+    /// No such vCPU, or the host does not give it.
+    fn store(&mut self, vcpu: usize) -> Result<CpuState, StoreError>;
     /// [`Engine::store`] without forgetting anything: the guest cannot tell that somebody looked.
-    fn peek(&self, vcpu: usize) -> CpuState;
+    ///
+    /// # Errors
+    /// No such vCPU, or the host does not give it.
+    fn peek(&self, vcpu: usize) -> Result<CpuState, StoreError>;
     /// Loads architectural state.
     ///
     /// # Errors
     /// No such vCPU, or a state that VMRUN would refuse.
     fn load(&mut self, vcpu: usize, state: &CpuState) -> Result<(), LoadError>;
+    /// Stamps what the guest has written and the engine has not stamped yet; before the epoch advances and before stamps are
+    /// read. For engines that stamp as they write there is nothing to do.
+    ///
+    /// # Errors
+    /// The host does not say what was written.
+    fn settle_stamps(&mut self) -> Result<(), StoreError> {
+        Ok(())
+    }
     /// The epoch of page stamps advanced: the next write to every page must be stamped again.
     fn rearm_stamps(&mut self);
     /// Everything that a later run depends on, cached translations included, but RAM. The guest cannot tell that it was
@@ -216,6 +313,9 @@ pub trait Engine {
     /// Decodes everything anew, and no more than so many operations at once from now on: another way to do the same work.
     /// The guest cannot tell; if it can, that is a fault of the engine, which two executions show.
     fn set_block_ops_max(&mut self, _: usize) {}
-    /// The VMCB that holds this vCPU now.
-    fn vmcb(&self, vcpu: usize) -> Vmcb;
+    /// The VMCB that holds this vCPU now, or that holds its state where the VMCB itself is the host's.
+    ///
+    /// # Errors
+    /// No such vCPU, or the host does not give its state.
+    fn vmcb(&self, vcpu: usize) -> Result<Vmcb, StoreError>;
 }

@@ -10,6 +10,7 @@ use super::{Life, Machine, MachineError, Parts};
 use crate::capability::{CpuModel, Topology};
 use crate::cpu::{CpuState, RunState};
 use crate::device::bus::{Bus, CARDS_MAX, Fitting, VCPUS_MAX};
+use crate::engine::kvm::{KvmConfig, KvmEngine};
 use crate::engine::soft::{SoftConfig, SoftEngine, Tuning};
 use crate::engine::{Engine, Stops};
 use crate::memory::GuestMemory;
@@ -32,7 +33,7 @@ impl Machine {
     /// Builds devices and an engine around the parts. There is no state in RAM yet.
     ///
     /// # Errors
-    /// A configuration that makes no machine, or does not fit the parts.
+    /// A configuration that makes no machine, or does not fit the parts; a host that cannot run it.
     pub fn build(config: &MachineConfig, parts: Parts) -> Result<Machine, MachineError> {
         Self::build_tuned(config, parts, Tuning::default())
     }
@@ -43,7 +44,16 @@ impl Machine {
     /// As [`Machine::build`].
     pub fn build_tuned(config: &MachineConfig, parts: Parts, tuning: Tuning) -> Result<Machine, MachineError> {
         let model = check(config, &parts)?;
-        must(config.engine == "soft", "engine", &config.engine, "this release runs \"soft\"")?;
+        if config.engine == "kvm" {
+            let kvm = KvmConfig {
+                vcpus: config.vcpus,
+                model,
+                tsc_hz: config.tsc_hz,
+                tsc_per_instruction: config.tsc_per_instruction,
+            };
+            return Self::assemble(config, parts, move |memory| Ok(Box::new(KvmEngine::new(memory, &kvm)?)));
+        }
+        must(config.engine == "soft", "engine", &config.engine, "\"soft\" or \"kvm\"")?;
         let soft = SoftConfig {
             vcpus: config.vcpus,
             model,
@@ -51,7 +61,7 @@ impl Machine {
             tsc_per_instruction: config.tsc_per_instruction,
             tuning,
         };
-        Self::assemble(config, parts, move |memory| Box::new(SoftEngine::new(memory, &soft)))
+        Self::assemble(config, parts, move |memory| Ok(Box::new(SoftEngine::new(memory, &soft))))
     }
 
     /// Builds devices around the parts, and takes the engine from `engine`.
@@ -61,7 +71,7 @@ impl Machine {
     pub(super) fn assemble(
         config: &MachineConfig,
         parts: Parts,
-        make_engine: impl Fn(Arc<GuestMemory>) -> Box<dyn Engine> + 'static,
+        make_engine: impl Fn(Arc<GuestMemory>) -> Result<Box<dyn Engine>, MachineError> + 'static,
     ) -> Result<Machine, MachineError> {
         check(config, &parts)?;
         let Parts { memory, disks, nets } = parts;
@@ -78,7 +88,10 @@ impl Machine {
         };
         let mut bus = Bus::new(Arc::clone(&memory), fitting);
         bus.set_epoch(memory.epoch());
-        let engine = make_engine(Arc::clone(&memory));
+        let mut engine = make_engine(Arc::clone(&memory))?;
+        if engine.local_apics().is_some() {
+            bus.send_to_engine();
+        }
         let make_engine = Box::new(make_engine);
         let stops = Stops::default();
         Ok(Machine {

@@ -41,14 +41,17 @@ pub struct Probe {
 }
 
 impl Machine {
-    /// State of a vCPU, as [`Machine::capture`] would have it; nothing is forgotten. `None` if there is no such vCPU.
+    /// State of a vCPU, as [`Machine::capture`] would have it; nothing is forgotten. `None` if there is no such vCPU, or its
+    /// engine does not give it.
     pub fn peek_cpu(&self, vcpu: usize) -> Option<CpuState> {
         if vcpu >= self.bus.vcpus() {
             return None;
         }
-        let mut state = self.engine.peek(vcpu);
-        // The task priority lives in the local APIC.
-        state.cr8 = self.bus.cr8(vcpu).into();
+        let mut state = self.engine.peek(vcpu).ok()?;
+        if !self.engine.runs_in_real_time() {
+            // The task priority lives in the local APIC, and that is the bus's.
+            state.cr8 = self.bus.cr8(vcpu).into();
+        }
         Some(state)
     }
 
@@ -60,6 +63,9 @@ impl Machine {
     pub fn poke_cpu(&mut self, vcpu: usize, state: &CpuState) -> Result<(), MachineError> {
         if self.life != Life::Ready {
             return Err(MachineError::Empty);
+        }
+        if self.engine.runs_in_real_time() {
+            return Err(MachineError::SoftOnly("changing registers"));
         }
         let load = |source| MachineError::Load { vcpu, source };
         let now = self.peek_cpu(vcpu).ok_or_else(|| load(LoadError::NoVcpu(vcpu)))?;

@@ -6,6 +6,7 @@
 //! | `state` | capture, apply, digest |
 //! | `inspect` | registers, addresses and digests for whoever looks at it |
 //! | `rung` | states to come back to |
+//! | `gather` | what an engine keeps for itself, brought to where it is saved |
 //! | `identity` | a guest that began elsewhere learns that it is another one |
 //! | `platform` | the devices as an engine sees them |
 //!
@@ -14,6 +15,7 @@
 //! pieces. This room refuses to know processes, sockets, hosts and the wall clock.
 
 mod build;
+mod gather;
 mod identity;
 mod inspect;
 mod platform;
@@ -28,11 +30,13 @@ pub use rung::Rung;
 
 use crate::boot::{self, Boot, BootError};
 use crate::cpu;
+use crate::device::Unfit;
 use crate::device::block::DiskImage;
 use crate::device::bus::{Bus, RestoreError};
 use crate::device::net::NetLink;
 use crate::device::power::Stop;
-use crate::engine::{Engine, Exit, LoadError, Stops, Why};
+use crate::engine::kvm::KvmError;
+use crate::engine::{Engine, Exit, LoadError, Stops, StoreError, Why};
 use crate::memory::shared::PagesError;
 use crate::memory::{GuestMemory, Keeper};
 use crate::snapshot::SectionError;
@@ -87,6 +91,33 @@ pub enum MachineError {
         #[source]
         source: LoadError,
     },
+    /// The engine does not give a vCPU's state.
+    #[error("cpu/{vcpu} cannot be read")]
+    Store {
+        /// Which.
+        vcpu: usize,
+        /// Why.
+        #[source]
+        source: StoreError,
+    },
+    /// A local APIC of the engine's is in a state that has no saved form.
+    #[error("local APIC of cpu/{vcpu}")]
+    Lapic {
+        /// Which.
+        vcpu: usize,
+        /// Which field, and why.
+        #[source]
+        source: Unfit,
+    },
+    /// What the guest wrote cannot be had from the engine.
+    #[error("which pages the guest wrote is not known")]
+    Stamps(#[source] StoreError),
+    /// The host cannot run the machine on KVM.
+    #[error("engine \"kvm\"")]
+    Kvm(#[from] KvmError),
+    /// Asked of an engine that cannot.
+    #[error("{0} is not possible on engine \"kvm\": it needs the software engine")]
+    SoftOnly(&'static str),
     /// The clock's section makes no sense.
     #[error("section \"clock\": {0}")]
     Clock(&'static str),
@@ -100,6 +131,9 @@ pub enum MachineError {
         /// From the APIC.
         tpr: u8,
     },
+    /// The host does not keep an instant.
+    #[error("an instant cannot be kept")]
+    Freeze(#[source] std::io::Error),
     /// Neither booted nor restored.
     #[error("the machine has no state: boot it or apply a capture first")]
     Empty,
@@ -147,7 +181,7 @@ enum Life {
 }
 
 /// Makes an engine on this memory.
-type MakeEngine = Box<dyn Fn(Arc<GuestMemory>) -> Box<dyn Engine>>;
+type MakeEngine = Box<dyn Fn(Arc<GuestMemory>) -> Result<Box<dyn Engine>, MachineError>>;
 
 /// A virtual machine.
 pub struct Machine {
@@ -155,7 +189,7 @@ pub struct Machine {
     memory: Arc<GuestMemory>,
     bus: Bus,
     engine: Box<dyn Engine>,
-    /// A reset takes a new engine: no cache of the old one may outlive the memory that it describes.
+    /// A reset takes a new software engine: no cache of the old one may outlive the memory that it describes.
     make_engine: MakeEngine,
     life: Life,
     /// It was put into a captured state and has not run since.
@@ -191,8 +225,22 @@ impl Machine {
             }
             self.engine.load(vcpu, &state).map_err(|source| MachineError::Load { vcpu, source })?;
         }
+        self.hand_out_lapics()?;
         self.life = Life::Ready;
         Ok(())
+    }
+
+    /// Makes what the engine needs and has not made yet: for a process that is about to give up the rights to.
+    ///
+    /// # Errors
+    /// The host refused.
+    pub fn prepare(&mut self) -> std::io::Result<()> {
+        self.engine.prepare()
+    }
+
+    /// True if the guest's time is the host's; see [`Engine::runs_in_real_time`].
+    pub fn runs_in_real_time(&self) -> bool {
+        self.engine.runs_in_real_time()
     }
 
     /// Starts a machine afresh that has run: RAM is zero, processors and devices are as after power-up, the kernel is
@@ -209,7 +257,10 @@ impl Machine {
         let clock = self.engine.clock();
         self.memory.clear()?;
         self.bus.reset();
-        self.engine = (self.make_engine)(Arc::clone(&self.memory));
+        // What hardware caches, its host forgets with the memory.
+        if !self.engine.runs_in_real_time() {
+            self.engine = (self.make_engine)(Arc::clone(&self.memory))?;
+        }
         self.engine.set_clock(clock);
         self.engine.set_stops(&self.stops);
         self.boot(kernel, initrd)
@@ -338,25 +389,32 @@ impl Machine {
     }
 
     /// Begins the next epoch of page and block stamps and returns it.
-    pub fn advance_epoch(&mut self) -> u32 {
+    ///
+    /// # Errors
+    /// The engine does not say what the guest wrote; the epoch goes on.
+    pub fn advance_epoch(&mut self) -> Result<u32, MachineError> {
+        self.engine.settle_stamps().map_err(MachineError::Stamps)?;
         let epoch = self.memory.advance_epoch();
         self.bus.set_epoch(epoch);
         self.engine.rearm_stamps();
-        epoch
+        Ok(epoch)
     }
 
     /// Names an instant: pages and blocks stamped since `mark` are kept as they are now while the guest goes on, until
     /// [`Machine::thaw`]. Returns the epoch that begins: what is stamped with it came later.
     ///
     /// # Errors
-    /// The host refused; then nothing is kept.
-    pub fn freeze(&mut self, mark: u32) -> std::io::Result<u32> {
-        let epoch = self.advance_epoch();
+    /// The host refused, or the guest writes without its engine knowing; then nothing is kept.
+    pub fn freeze(&mut self, mark: u32) -> Result<u32, MachineError> {
+        if self.engine.runs_in_real_time() {
+            return Err(MachineError::SoftOnly("an instant kept while the guest runs"));
+        }
+        let epoch = self.advance_epoch()?;
         let frozen = self.keepers().try_for_each(|keeper| keeper.freeze(mark, epoch - 1));
         if frozen.is_err() {
             self.thaw();
         }
-        frozen.map(|()| epoch)
+        frozen.map(|()| epoch).map_err(MachineError::Freeze)
     }
 
     /// Keeps nothing any more. False if the instant was lost because a page could not be kept, or there was none.
@@ -376,8 +434,12 @@ impl Machine {
     }
 
     /// The VMCB of every vCPU as it is now.
-    pub fn vmcbs(&self) -> Vec<Box<[u8; 4096]>> {
-        (0..self.bus.vcpus()).map(|vcpu| build::vmcb_bytes(&self.engine.vmcb(vcpu))).collect()
+    ///
+    /// # Errors
+    /// The engine does not give a vCPU's state.
+    pub fn vmcbs(&self) -> Result<Vec<Box<[u8; 4096]>>, MachineError> {
+        let page = |vcpu| self.engine.vmcb(vcpu).map(|vmcb| build::vmcb_bytes(&vmcb));
+        (0..self.bus.vcpus()).map(|vcpu| page(vcpu).map_err(|source| MachineError::Store { vcpu, source })).collect()
     }
 
     /// RAM.

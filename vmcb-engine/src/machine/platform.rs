@@ -68,4 +68,16 @@ impl Platform for Bus {
     fn stopped(&self) -> bool {
         Bus::stopped(self).is_some()
     }
+
+    fn take_message(&mut self) -> Option<lapic::Message> {
+        Bus::take_message(self)
+    }
+
+    fn take_level_messages(&mut self) -> Option<Vec<lapic::Message>> {
+        Bus::take_level_messages(self)
+    }
+
+    fn end_of_interrupt(&mut self, vector: u8) {
+        Bus::end_of_interrupt(self, vector);
+    }
 }

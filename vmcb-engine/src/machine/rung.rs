@@ -36,6 +36,9 @@ impl Machine {
         if self.life != Life::Ready {
             return Err(MachineError::Empty);
         }
+        if self.engine.runs_in_real_time() {
+            return Err(MachineError::SoftOnly("coming back to an instant"));
+        }
         let (engine, devices) = (self.engine.rung(), self.bus.save());
         Ok(Rung { engine, devices, vcpu: self.bus.vcpu(), arrived: self.arrived })
     }

@@ -41,11 +41,12 @@ impl Machine {
         if self.life != Life::Ready {
             return Err(MachineError::Empty);
         }
+        self.gather()?;
         let Clock { retired, skipped_tsc, tsc_per_instruction: _ } = self.engine.clock();
         let clock = ClockV1 { retired, skipped_tsc }.encode_to_vec();
         let mut sections = vec![section("clock".to_owned(), CLOCK_VERSION, clock)];
         for vcpu in 0..self.bus.vcpus() {
-            let mut state = self.engine.store(vcpu);
+            let mut state = self.engine.store(vcpu).map_err(|source| MachineError::Store { vcpu, source })?;
             // The task priority lives in the local APIC.
             state.cr8 = self.bus.cr8(vcpu).into();
             sections.push(section(format!("cpu/{vcpu}"), CPU_VERSION, state.to_bytes()));
@@ -99,7 +100,7 @@ impl Machine {
             }
             self.engine.load(vcpu, state).map_err(|source| MachineError::Load { vcpu, source })?;
         }
-        Ok(())
+        self.hand_out_lapics()
     }
 
     fn decode_clock(&self, body: &[u8]) -> Result<Clock, MachineError> {

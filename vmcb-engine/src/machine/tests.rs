@@ -8,7 +8,7 @@ use super::*;
 use crate::boot::layout::GENERATION_ID;
 use crate::cpu::{CpuState, RunState};
 use crate::device::bus::{IOAPIC_BASE, LAPIC_BASE, RESET_PORT, SLEEP_CONTROL_PORT, VIRTIO_BASE};
-use crate::engine::{Clock, EngineRung, Platform};
+use crate::engine::{Clock, EngineRung, Platform, StoreError};
 use crate::memory::sized_memfd;
 use crate::vmcb::Vmcb;
 
@@ -92,12 +92,12 @@ impl Engine for Scripted {
         self.clock = clock;
     }
 
-    fn store(&mut self, _vcpu: usize) -> CpuState {
-        self.state.clone()
+    fn store(&mut self, _vcpu: usize) -> Result<CpuState, StoreError> {
+        Ok(self.state.clone())
     }
 
-    fn peek(&self, _vcpu: usize) -> CpuState {
-        self.state.clone()
+    fn peek(&self, _vcpu: usize) -> Result<CpuState, StoreError> {
+        Ok(self.state.clone())
     }
 
     fn load(&mut self, _vcpu: usize, state: &CpuState) -> Result<(), LoadError> {
@@ -127,10 +127,10 @@ impl Engine for Scripted {
         self.stops = Stops::default();
     }
 
-    fn vmcb(&self, _vcpu: usize) -> Vmcb {
+    fn vmcb(&self, _vcpu: usize) -> Result<Vmcb, StoreError> {
         let mut vmcb = Vmcb::default();
         self.state.to_vmcb(&mut vmcb);
-        vmcb
+        Ok(vmcb)
     }
 }
 
@@ -163,7 +163,8 @@ fn scripted(config: &MachineConfig, script: &[Op]) -> Machine {
     let state = CpuState::reset();
     let engine = move |memory| {
         let (script, state) = (script.clone(), state.clone());
-        Box::new(Scripted { memory, script, state, clock, rearmed: 0, stops: Stops::default() }) as Box<dyn Engine>
+        let engine = Scripted { memory, script, state, clock, rearmed: 0, stops: Stops::default() };
+        Ok(Box::new(engine) as Box<dyn Engine>)
     };
     Machine::assemble(config, parts(), engine).unwrap()
 }
@@ -245,7 +246,7 @@ fn a_guest_that_waits_for_input_is_idle_for_ever_until_it_comes() {
     assert_eq!(machine.run(100), Outcome::Idle { until_tsc: None });
     assert_eq!(machine.console_input(b"G"), 1);
     assert_eq!(machine.run(100), Outcome::Idle { until_tsc: None });
-    assert_eq!(machine.engine.store(0).gprs[0], u64::from(b'G'));
+    assert_eq!(machine.engine.store(0).unwrap().gprs[0], u64::from(b'G'));
 }
 
 fn run_all(machine: &mut Machine, until: u64, slices: &[u64]) {
@@ -406,7 +407,7 @@ fn task_priority_travels_with_the_processor_and_its_apic() {
     let sections = source.capture().unwrap();
     let mut target = scripted(&config(), &[]);
     target.apply(&sections).unwrap();
-    assert_eq!((target.engine.store(0).cr8, target.bus.cr8(0)), (5, 5));
+    assert_eq!((target.engine.store(0).unwrap().cr8, target.bus.cr8(0)), (5, 5));
 }
 
 #[test]
@@ -428,7 +429,7 @@ fn any_change_of_state_changes_the_digest() {
 #[test]
 fn an_epoch_is_one_for_ram_and_disks() {
     let mut machine = machine(&[]);
-    let epoch = machine.advance_epoch();
+    let epoch = machine.advance_epoch().unwrap();
     assert_eq!((epoch, machine.memory().epoch()), (2, 2));
     machine.memory().write(0x7000, &[1]).unwrap();
     assert_eq!(machine.memory().stamps().stamp(7), 2);
@@ -442,9 +443,9 @@ fn a_kernel_is_booted_and_every_window_answers() {
     machine.engine.load(0, &CpuState { rip: 0, ..CpuState::reset() }).unwrap();
     machine.life = Life::Ready;
     assert_eq!(machine.run(2), Outcome::Reached);
-    assert_eq!(machine.engine.store(0).gprs[0], 2 * 31 + 4);
+    assert_eq!(machine.engine.store(0).unwrap().gprs[0], 2 * 31 + 4);
     assert_eq!((machine.mac(0), machine.mac(1)), ([2, 0, 0, 0, 0, 9], [0; 6]));
-    assert_eq!(machine.vmcbs().len(), 1);
+    assert_eq!(machine.vmcbs().unwrap().len(), 1);
 }
 
 #[test]
@@ -502,7 +503,7 @@ fn a_reset_machine_is_as_new_but_for_time_and_what_has_a_battery() {
     assert_eq!(machine.run(1000), Outcome::Reset);
     assert_eq!((machine.run(1000), machine.retired()), (Outcome::Reset, 7), "it waits for the reset");
     assert_eq!(machine.console_input(b"typed"), 5);
-    let epoch = machine.advance_epoch();
+    let epoch = machine.advance_epoch().unwrap();
     machine.reset(&kernel(0), Some(b"initrd")).unwrap();
     let mut byte = [1];
     machine.memory().read(0x30_0000, &mut byte).unwrap();
@@ -567,7 +568,7 @@ fn a_machine_that_comes_back_learns_once_that_it_is_another_one() {
             assert_eq!(seen(&again), expected);
         }
         // Each interrupt multiplies and adds its vector: one of them, or none.
-        let interrupts = again.engine.store(0).gprs[3];
+        let interrupts = again.engine.store(0).unwrap().gprs[3];
         assert_eq!(interrupts, if told { 0x50 } else { 0 });
     }
     let odd = Machine::build(&MachineConfig { generation_id: vec![1; 7], ..config() }, parts());

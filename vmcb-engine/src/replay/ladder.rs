@@ -133,7 +133,7 @@ impl Ladder {
             bytes_max,
         };
         ladder.lay(0, player, Vec::new(), None)?;
-        ladder.begin(0, player);
+        ladder.begin(0, player)?;
         Ok(ladder)
     }
 
@@ -146,10 +146,11 @@ impl Ladder {
     }
 
     /// The player's machine stands on a rung: what it writes and uses from here on is of the span behind it.
-    fn begin(&mut self, on: usize, player: &mut Player) {
+    fn begin(&mut self, on: usize, player: &mut Player) -> Result<(), LadderError> {
         self.on = on;
-        self.mark = player.machine_mut().advance_epoch();
+        self.mark = player.machine_mut().advance_epoch()?;
         player.machine_mut().take_uses();
+        Ok(())
     }
 
     /// Replaces what is known of the span behind a rung.
@@ -220,7 +221,7 @@ impl Ladder {
         } else if on == self.on + 1 && self.steps[self.on].uses.is_none() {
             self.note_uses(self.on, uses);
         }
-        self.begin(on, player);
+        self.begin(on, player)?;
         self.thin(here);
         Ok(())
     }
@@ -283,7 +284,7 @@ impl Ladder {
         let step = &self.steps[rung];
         player.machine_mut().climb(&step.rung)?;
         player.set_cursor(step.cursor);
-        self.begin(rung, player);
+        self.begin(rung, player)?;
         Ok(())
     }
 

@@ -11,8 +11,10 @@
 //! ```
 //! This file refuses to know what registers mean, and engines.
 
+mod outgoing;
 mod saved;
 
+use outgoing::Outgoing;
 pub use saved::{RestoreError, SECTION_VERSION, Take};
 
 use std::sync::Arc;
@@ -111,6 +113,8 @@ pub struct Bus {
     rng: Mmio<Rng>,
     /// The vCPU that executes now; chosen by the engine, no state.
     vcpu: usize,
+    /// Where messages go while local APICs are the engine's.
+    outgoing: Option<Outgoing>,
 }
 
 /// Which device a window belongs to.
@@ -162,6 +166,7 @@ impl Bus {
             nets: nets.into_iter().map(|(mac, link)| Mmio::new(Net::new(mac, link))).collect(),
             rng: Mmio::new(Rng::new(&seed)),
             vcpu: 0,
+            outgoing: None,
         }
     }
 
@@ -195,7 +200,7 @@ impl Bus {
     /// All devices as after a reset of the machine. What has a battery or lies beyond the machine stays: the clock's
     /// settings, disks, cables, the entropy's position, what was typed.
     pub fn reset(&mut self) {
-        let Bus { memory: _, lapics, ioapic, uart, rtc: _, kvm_clock, power, disks, nets, rng, vcpu } = self;
+        let Bus { memory: _, lapics, ioapic, uart, rtc: _, kvm_clock, power, disks, nets, rng, vcpu, outgoing } = self;
         *lapics = (0..lapics.len()).map(Lapic::new).collect();
         *ioapic = Ioapic::default();
         uart.reset();
@@ -205,6 +210,7 @@ impl Bus {
         nets.iter_mut().for_each(Mmio::reset);
         rng.reset();
         *vcpu = 0;
+        outgoing.iter_mut().for_each(Outgoing::renew);
     }
 
     /// The engine executes this vCPU from now on.
@@ -296,6 +302,7 @@ impl Bus {
             }
         } else if page == IOAPIC_BASE {
             self.ioapic.write(offset as u16, value as u32);
+            self.outgoing.iter_mut().for_each(Outgoing::pins_changed);
             self.settle();
         } else if let Some((slot, line, offset)) = self.window_of(gpa) {
             let memory = Arc::clone(&self.memory);
@@ -359,6 +366,10 @@ impl Bus {
 
     /// Brings a message to the local APICs it is for; true if one accepted it.
     fn deliver(&mut self, message: Message, sender: Option<u32>) -> bool {
+        if let Some(outgoing) = &mut self.outgoing {
+            outgoing.push(message);
+            return true;
+        }
         let targets = self.lapics.iter_mut().filter(|lapic| lapic.is_target(message.target, sender));
         if message.delivery == delivery::LOWEST {
             // The first of equals, so that it does not depend on history.

@@ -63,7 +63,8 @@ fn unfit(name: &str) -> impl Fn(Unfit) -> RestoreError {
 impl Bus {
     /// The sections of all devices.
     pub fn save(&self) -> Vec<Section> {
-        let Bus { memory: _, lapics, ioapic, uart, rtc, kvm_clock, power, disks, nets, rng, vcpu: _ } = self;
+        let Bus { memory: _, lapics, ioapic, uart, rtc, kvm_clock, power, disks, nets, rng, vcpu: _, outgoing: _ } =
+            self;
         let mut sections = Vec::new();
         for (n, lapic) in lapics.iter().enumerate() {
             sections.push(section(format!("device/lapic{n}"), &lapic.save()));
@@ -123,6 +124,7 @@ impl Bus {
         let rng: VirtioRngV1 = read("device/virtio-rng", take)?;
         self.rng.restore(&rng, &self.memory).map_err(unfit("device/virtio-rng"))?;
         self.check_lines(ioapic.lines).map_err(unfit("device/ioapic"))?;
+        self.outgoing.iter_mut().for_each(super::Outgoing::renew);
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 use super::*;
 use crate::memory::sized_memfd;
 
-fn bus(vcpus: usize) -> Bus {
+pub(super) fn bus(vcpus: usize) -> Bus {
     let memory = Arc::new(GuestMemory::create(16 << 20).unwrap());
     let disk = DiskImage::from_fd(sized_memfd("test-disk", 1 << 20).unwrap(), false).unwrap();
     let nets = vec![([2, 0, 0, 0, 0, 1], None)];
@@ -16,7 +16,7 @@ fn enable_lapic(bus: &mut Bus, vcpu: usize) {
     bus.mmio_write(0, LAPIC_BASE + 0xf0, 4, 0x1ff);
 }
 
-fn set_pin(bus: &mut Bus, pin: u64, entry: u64) {
+pub(super) fn set_pin(bus: &mut Bus, pin: u64, entry: u64) {
     for (register, value) in [(0x11 + 2 * pin, entry >> 32), (0x10 + 2 * pin, entry & 0xffff_ffff)] {
         bus.mmio_write(0, IOAPIC_BASE, 4, register);
         bus.mmio_write(0, IOAPIC_BASE + 0x10, 4, value);

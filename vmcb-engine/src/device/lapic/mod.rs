@@ -50,10 +50,11 @@ mod reg {
     pub const SELF_IPI: u32 = 0x3f;
 }
 
-/// Index in the array of LVT entries, and which of its bits can be written.
+/// Indices in the array of LVT entries.
 const LVT_TIMER: usize = 0;
 const LVT_ERROR: usize = 5;
-const LVT_WRITABLE: [u32; 6] = [0x7_00ff, 0x1_07ff, 0x1_07ff, 0x1_a7ff, 0x1_a7ff, 0x1_00ff];
+/// Which bits of each LVT entry can be written.
+pub const LVT_WRITABLE: [u32; 6] = [0x7_00ff, 0x1_07ff, 0x1_07ff, 0x1_a7ff, 0x1_a7ff, 0x1_00ff];
 
 /// Delivery modes (APM2 16.5).
 pub mod delivery {
@@ -246,6 +247,11 @@ impl Lapic {
         if self.irr.remove(vector) {
             self.isr.insert(vector);
         }
+    }
+
+    /// True if a vector waits to be taken or is in service.
+    pub fn has(&self, vector: u8) -> bool {
+        self.irr.contains(vector) || self.isr.contains(vector)
     }
 
     /// The next thing the processor must do; INIT before start-up before NMI.

@@ -31,7 +31,7 @@ use super::svm::enter::HostTsc;
 use super::tlb::Cached;
 use crate::capability::{CpuModel, Topology};
 use crate::cpu::{CpuState, RunState};
-use crate::engine::{Clock, Engine, EngineRung, Exit, LoadError, Platform, Stops, Uses};
+use crate::engine::{Clock, Engine, EngineRung, Exit, LoadError, Platform, Stops, StoreError, Uses};
 use crate::memory::GuestMemory;
 use crate::vmcb::control::V_INTR_MASKING;
 use crate::vmcb::{Intercept, Vmcb, tlb_control};
@@ -281,12 +281,12 @@ impl Engine for SoftEngine {
         }
     }
 
-    fn store(&mut self, vcpu: usize) -> CpuState {
-        self.vcpus[vcpu].store()
+    fn store(&mut self, vcpu: usize) -> Result<CpuState, StoreError> {
+        self.vcpus.get_mut(vcpu).map(Vcpu::store).ok_or(StoreError::NoVcpu(vcpu))
     }
 
-    fn peek(&self, vcpu: usize) -> CpuState {
-        self.vcpus[vcpu].peek()
+    fn peek(&self, vcpu: usize) -> Result<CpuState, StoreError> {
+        self.vcpus.get(vcpu).map(Vcpu::peek).ok_or(StoreError::NoVcpu(vcpu))
     }
 
     fn load(&mut self, vcpu: usize, state: &CpuState) -> Result<(), LoadError> {
@@ -347,10 +347,10 @@ impl Engine for SoftEngine {
         }
     }
 
-    fn vmcb(&self, vcpu: usize) -> Vmcb {
-        let vcpu = &self.vcpus[vcpu];
+    fn vmcb(&self, vcpu: usize) -> Result<Vmcb, StoreError> {
+        let vcpu = self.vcpus.get(vcpu).ok_or(StoreError::NoVcpu(vcpu))?;
         let mut vmcb = (*vcpu.vmcb).clone();
         vcpu.core.vmsave(&mut vmcb.save);
-        vmcb
+        Ok(vmcb)
     }
 }

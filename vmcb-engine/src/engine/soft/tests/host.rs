@@ -209,7 +209,7 @@ fn stopping_shutting_down_and_failing_end_the_run() {
     }
     assert_eq!(guest.run(1000), Exit::Shutdown);
     assert_eq!(guest.run(1000), Exit::Shutdown);
-    assert_eq!(guest.engine.vmcb(0).control.exit_code(), ExitCode::SHUTDOWN);
+    assert_eq!(guest.engine.vmcb(0).unwrap().control.exit_code(), ExitCode::SHUTDOWN);
     let mut guest = Guest::new(|a| {
         a.mov(eax, DEVICE as u32).unwrap();
         a.jmp(rax).unwrap();

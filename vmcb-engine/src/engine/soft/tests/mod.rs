@@ -307,6 +307,6 @@ impl Guest {
     }
 
     pub fn state(&mut self) -> CpuState {
-        self.engine.store(0)
+        self.engine.store(0).unwrap()
     }
 }

@@ -34,13 +34,13 @@ impl Place {
 
 /// Runs instruction by instruction, and tells the state after each.
 fn future(guest: &mut Guest) -> Vec<CpuState> {
-    let mut states = vec![guest.engine.peek(0)];
+    let mut states = vec![guest.engine.peek(0).unwrap()];
     loop {
         let next = guest.engine.clock().retired + 1;
         if guest.run(next) == Exit::Halted {
             return states;
         }
-        states.push(guest.engine.peek(0));
+        states.push(guest.engine.peek(0).unwrap());
     }
 }
 
@@ -108,7 +108,7 @@ fn stale() -> Guest {
 fn stale_translations_are_there_after_a_climb_and_gone_after_a_capture() {
     let last = |guest: &mut Guest| {
         assert_eq!(guest.run(1000), Exit::Halted);
-        let state = guest.engine.peek(0);
+        let state = guest.engine.peek(0).unwrap();
         let stores = [0x30_0800, 0x30_0808, 0x31_0808, 0x31_0810].map(|at| get(&guest.memory, at));
         (state.gprs[1], state.gprs[2], state.gprs[8], state.gprs[9], stores)
     };
@@ -137,7 +137,7 @@ fn stale_translations_are_there_after_a_climb_and_gone_after_a_capture() {
 
 #[test]
 fn two_vcpus_come_back_in_the_middle_of_their_turns() {
-    let both = |guest: &Guest| [0, 1].map(|vcpu| guest.engine.peek(vcpu));
+    let both = |guest: &Guest| [0, 1].map(|vcpu| guest.engine.peek(vcpu).unwrap());
     let mut alone = super::several::guest();
     assert_eq!(alone.run(1 << 30), Exit::Halted);
     let end = alone.engine.clock();
@@ -168,11 +168,11 @@ fn a_rung_of_another_engine_is_refused() {
     let two = Guest::with_vcpus(2, |a| a.hlt().unwrap());
     let mut one = guest();
     one.run(50);
-    let before = one.engine.peek(0);
+    let before = one.engine.peek(0).unwrap();
     for rung in [two.engine.rung(), EngineRung::new(7_u8, 1)] {
         assert!(matches!(one.engine.climb(&rung), Err(LoadError::Illegal(_))));
     }
-    assert_eq!(one.engine.peek(0), before);
+    assert_eq!(one.engine.peek(0).unwrap(), before);
     assert!(one.engine.rung().bytes() > 1000);
 }
 
@@ -210,7 +210,7 @@ proptest! {
         // Standing there already: told to pass it, it does.
         place.back(&mut climber);
         climber.engine.pass_breakpoints();
-        let passed: Vec<_> = expected.into_iter().filter(|seen| *seen != here || climber.engine.peek(0).rip != address).collect();
+        let passed: Vec<_> = expected.into_iter().filter(|seen| *seen != here || climber.engine.peek(0).unwrap().rip != address).collect();
         prop_assert_eq!(met(&mut climber), passed);
     }
 }

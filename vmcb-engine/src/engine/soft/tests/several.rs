@@ -48,9 +48,9 @@ pub fn guest() -> Guest {
 #[test]
 fn a_second_vcpu_starts_in_real_mode_and_takes_turns() {
     let mut guest = guest();
-    assert_eq!(guest.engine.store(1).run_state, RunState::Uninitialised);
+    assert_eq!(guest.engine.store(1).unwrap().run_state, RunState::Uninitialised);
     assert_eq!(guest.run(10_000_000), Exit::Halted);
-    let other = guest.engine.store(1);
+    let other = guest.engine.store(1).unwrap();
     assert_eq!((other.run_state, other.gprs[3], other.cs.base), (RunState::Halted, 1, START));
     let both = get(&guest.memory, COUNTER);
     assert_eq!(both >> 32, 3000);
@@ -64,7 +64,7 @@ fn a_second_vcpu_starts_in_real_mode_and_takes_turns() {
 fn cuts_of_two_vcpus_are_invisible() {
     let mut whole = guest();
     assert_eq!(whole.run(10_000_000), Exit::Halted);
-    let states: Vec<CpuState> = (0..2).map(|vcpu| whole.engine.store(vcpu)).collect();
+    let states: Vec<CpuState> = (0..2).map(|vcpu| whole.engine.store(vcpu).unwrap()).collect();
     for step in [1, 777, 5000, 5001] {
         let mut cut = guest();
         while cut.engine.clock().retired < whole.engine.clock().retired {
@@ -74,7 +74,7 @@ fn cuts_of_two_vcpus_are_invisible() {
         assert_eq!(cut.engine.clock(), whole.engine.clock(), "step {step}");
         assert_eq!(get(&cut.memory, COUNTER), get(&whole.memory, COUNTER), "step {step}");
         for (vcpu, state) in states.iter().enumerate() {
-            assert_eq!(cut.engine.store(vcpu).compare(state), [], "step {step}");
+            assert_eq!(cut.engine.store(vcpu).unwrap().compare(state), [], "step {step}");
         }
     }
 }
@@ -96,5 +96,5 @@ fn code_that_another_vcpu_changes_runs_changed() {
     guest.memory.write(START, &[0xeb, 0xfe]).unwrap();
     // The page is in the first vCPU's write table before the second decodes it.
     assert_eq!(guest.run(1_000_000), Exit::Halted);
-    assert_eq!(guest.engine.store(1).gprs[3], 1);
+    assert_eq!(guest.engine.store(1).unwrap().gprs[3], 1);
 }

@@ -34,7 +34,7 @@ fn watch(address: u64, bytes: u64, kind: WatchKind) -> Stops {
 }
 
 fn same_machine(one: &Guest, other: &Guest) {
-    assert_eq!(one.engine.peek(0).compare(&other.engine.peek(0)), []);
+    assert_eq!(one.engine.peek(0).unwrap().compare(&other.engine.peek(0).unwrap()), []);
     assert_eq!(one.engine.clock(), other.engine.clock());
     assert_eq!(one.world.log, other.world.log);
     assert_eq!(ram_digest(&one.memory), ram_digest(&other.memory));
@@ -46,7 +46,7 @@ fn trace() -> Vec<u64> {
     let mut guest = guest();
     let mut rips = Vec::new();
     loop {
-        rips.push(guest.engine.peek(0).rip);
+        rips.push(guest.engine.peek(0).unwrap().rip);
         let next = guest.engine.clock().retired + 1;
         if guest.run(next) == Exit::Halted {
             rips.pop();
@@ -219,7 +219,7 @@ fn case(instruction: fn(&mut CodeAssembler)) -> Guest {
     put(&guest.memory, DATA, CODE + 64);
     put(&guest.memory, STACK, CODE + 64);
     let mut guest = guest;
-    let mut state = guest.engine.peek(0);
+    let mut state = guest.engine.peek(0).unwrap();
     (state.gprs[3], state.gprs[7], state.gprs[6], state.gprs[1]) = (DATA, DATA, SOURCE, 3);
     state.fpu.set_xmm(2, u128::MAX);
     guest.engine.load(0, &state).unwrap();
@@ -251,7 +251,7 @@ fn every_kind_of_instruction_stops_right_after_it_touched_watched_bytes() {
             assert_eq!(guest.engine.clock().retired, 2, "{name} {kind:?}");
             let mut alone = case(*instruction);
             assert_eq!(alone.run(2), Exit::Reached);
-            assert_eq!(guest.engine.peek(0).compare(&alone.engine.peek(0)), [], "{name} {kind:?}");
+            assert_eq!(guest.engine.peek(0).unwrap().compare(&alone.engine.peek(0).unwrap()), [], "{name} {kind:?}");
             guest.engine.set_stops(&Stops::default());
             assert_eq!(guest.run(90), alone.run(90), "{name}");
             same_machine(&guest, &alone);
@@ -338,7 +338,7 @@ fn clone_of(guest: &Guest) -> Guest {
     let mut ram = vec![0; 16 << 20];
     guest.memory.read(0, &mut ram).unwrap();
     copy.memory.write(0, &ram).unwrap();
-    copy.engine.load(0, &guest.engine.peek(0)).unwrap();
+    copy.engine.load(0, &guest.engine.peek(0).unwrap()).unwrap();
     copy
 }
 
@@ -383,6 +383,6 @@ fn breakpoints_of_a_second_vcpu_in_real_mode_are_linear() {
             panic!("round {round}");
         };
         assert_eq!(guest.run(100_000), Exit::Stop { vcpu: 1, why: Why::Breakpoint { address: 0x7005 } });
-        assert_eq!(guest.engine.peek(1).gprs[3], round);
+        assert_eq!(guest.engine.peek(1).unwrap().gprs[3], round);
     }
 }

@@ -1,0 +1,135 @@
+//! Which MSRs KVM has, and which are kept here.
+//!
+//! The guest reaches those directly that the processor itself needs. All others leave the kernel (KVM API 4.97 and 4.135), and
+//! are answered here by the rows of the CPU model as on the software engine, so both engines know the same MSRs and the same
+//! legal writes. x2APIC's are the kernel's: no filter sees them.
+
+use std::collections::BTreeMap;
+
+use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_ioctls::{Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
+
+use super::{Refusal, refused};
+use crate::capability::CpuModel;
+use crate::capability::msr::Home;
+use crate::engine::{LoadError, Platform};
+
+/// First index and count of those that the guest reaches without leaving the kernel: TSC, APIC_BASE, TSC_ADJUST, SYSENTER, PAT,
+/// TSC_DEADLINE, EFER and SYSCALL, FS and GS bases, and TSC_AUX. Of these, those that the model has.
+const DIRECT: [(u32, u32); 9] = [
+    (0x10, 1),
+    (0x1b, 1),
+    (0x3b, 1),
+    (0x174, 3),
+    (0x277, 1),
+    (0x6e0, 1),
+    (0xc000_0080, 5),
+    (0xc000_0100, 3),
+    (0xc000_0103, 1),
+];
+
+/// The two MSRs of kvm-clock, which the platform follows.
+const CLOCK: [u32; 2] = [0x4b56_4d00, 0x4b56_4d01];
+
+/// MSRs of a vCPU: what KVM holds by index, what is kept here by value.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct ModelMsrs {
+    model: CpuModel,
+    kernels: Vec<u32>,
+    kept: BTreeMap<u32, u64>,
+}
+
+/// Lets nothing but [`DIRECT`] pass.
+pub(super) fn set_filter(vm: &VmFd, model: CpuModel) -> Result<(), Refusal> {
+    let flags = MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE;
+    let bitmap = [0xff];
+    let known = DIRECT.into_iter().filter(|(base, _)| model.msr(*base).is_some());
+    let range = |(base, msr_count)| MsrFilterRange { flags, base, msr_count, bitmap: &bitmap };
+    let ranges: Vec<MsrFilterRange<'_>> = known.map(range).collect();
+    vm.set_msr_filter(MsrFilterDefaultAction::DENY, &ranges).map_err(refused("KVM_X86_SET_MSR_FILTER"))
+}
+
+fn is_direct(msr: u32) -> bool {
+    DIRECT.iter().any(|(first, count)| (*first..first + count).contains(&msr))
+}
+
+impl ModelMsrs {
+    /// The MSRs of a model on this host.
+    pub(super) fn new(kvm: &Kvm, model: CpuModel) -> Result<Self, Refusal> {
+        let known = kvm.get_msr_index_list().map_err(refused("KVM_GET_MSR_INDEX_LIST"))?;
+        let kernels = model.saved_msrs().map(|(msr, _)| msr);
+        let kernels = kernels.filter(|msr| is_direct(*msr) && known.as_slice().contains(msr)).collect();
+        Ok(Self { model, kernels, kept: BTreeMap::new() })
+    }
+
+    /// Those of the model that a restore can set on this host: the kernel's, and all that are kept here.
+    pub(super) fn settable(&self) -> impl Iterator<Item = u32> {
+        let saved = self.model.saved_msrs().map(|(msr, _)| msr);
+        saved.filter(|msr| !is_direct(*msr) || self.kernels.contains(msr))
+    }
+
+    /// All of them.
+    pub(super) fn store(&self, fd: &VcpuFd) -> Result<BTreeMap<u32, u64>, Refusal> {
+        let step = "KVM_GET_MSRS";
+        let mut msrs = entries(self.kernels.iter().map(|msr| (*msr, 0)), step)?;
+        let read = fd.get_msrs(&mut msrs).map_err(refused(step))?;
+        if read != self.kernels.len() {
+            return Err(Refusal { step, source: vmm_sys_util::errno::Error::new(1) });
+        }
+        let mut values = self.kept.clone();
+        values.extend(msrs.as_slice().iter().map(|entry| (entry.index, entry.data)));
+        Ok(values)
+    }
+
+    /// Takes over all of them; the first that cannot be set is named.
+    pub(super) fn load(&mut self, fd: &VcpuFd, values: &BTreeMap<u32, u64>) -> Result<(), LoadError> {
+        let kernels: Vec<(u32, u64)> =
+            self.kernels.iter().filter_map(|msr| values.get(msr).map(|value| (*msr, *value))).collect();
+        let msrs = entries(kernels.iter().copied(), "KVM_SET_MSRS")?;
+        let set = fd.set_msrs(&msrs).map_err(refused("KVM_SET_MSRS"))?;
+        if let Some((msr, value)) = kernels.get(set) {
+            let reason = format!("MSR {msr:#x} cannot be set to {value:#x} on this host");
+            return Err(LoadError::Refused { step: "KVM_SET_MSRS", reason });
+        }
+        let kept = values.iter().filter(|(msr, _)| !self.kernels.contains(msr));
+        self.kept = kept.map(|(msr, value)| (*msr, *value)).collect();
+        Ok(())
+    }
+
+    /// RDMSR that left the kernel; `None` is #GP(0).
+    pub(super) fn read(&self, msr: u32) -> Option<u64> {
+        let row = self.model.msr(msr)?;
+        match row.home {
+            Home::Constant => Some(row.reset),
+            Home::Saved => self.kept.get(&msr).copied(),
+            Home::Field | Home::Lapic => None,
+        }
+    }
+
+    /// WRMSR that left the kernel; `None` is #GP(0).
+    pub(super) fn write(
+        &mut self,
+        platform: &mut dyn Platform,
+        tsc: u64,
+        vcpu: usize,
+        msr: u32,
+        value: u64,
+    ) -> Option<()> {
+        let current = self.read(msr)?;
+        if !self.model.msr(msr)?.accepts(current, value) {
+            return None;
+        }
+        if CLOCK.contains(&msr) {
+            platform.msr_write(tsc, vcpu, msr, value)?;
+        }
+        let place = self.kept.get_mut(&msr)?;
+        *place = value;
+        Some(())
+    }
+}
+
+fn entries(values: impl Iterator<Item = (u32, u64)>, step: &'static str) -> Result<Msrs, Refusal> {
+    let entries: Vec<kvm_msr_entry> =
+        values.map(|(index, data)| kvm_msr_entry { index, data, ..kvm_msr_entry::default() }).collect();
+    Msrs::from_entries(&entries).map_err(|_| Refusal { step, source: vmm_sys_util::errno::Error::new(12) })
+}

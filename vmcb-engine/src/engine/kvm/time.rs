@@ -1,0 +1,171 @@
+//! The machine's clock on the guest's TSC.
+//!
+//! The TSC of a vCPU is its host's, scaled, plus an offset that KVM keeps; the machine's clock is the same counter plus an
+//! offset that is kept here, so a vCPU's own offset is the difference of the two. While the machine runs, time passes by
+//! itself; [`Time::set`] makes it stand, until the machine runs again: then every vCPU's offset moves by the same amount, in one
+//! write each, and timers are armed anew, because the kernel computed their instants from the offset of before.
+//!
+//! An instruction is [`Clock::tsc_per_instruction`] ticks that passed while the machine could run.
+
+use std::time::Duration;
+
+use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_ioctls::VcpuFd;
+
+use super::vcpu::Vcpu;
+use super::{Refusal, ioctl, refused};
+use crate::engine::Clock;
+
+const TSC: u32 = 0x10;
+const TSC_DEADLINE: u32 = 0x6e0;
+/// A run is at least so long, so that the guest gets on however little was asked for.
+const RUN_MIN: Duration = Duration::from_micros(200);
+
+/// The clock, and how it lies to the host's counter.
+pub(super) struct Time {
+    /// The machine's time when it stopped last.
+    pub clock: Clock,
+    tsc_hz: u64,
+    /// What the machine's clock is ahead of the host's counter, scaled, modulo 2^64.
+    offset: u64,
+    /// The counter goes on from the clock by itself.
+    settled: bool,
+}
+
+/// Reads one MSR of a vCPU.
+pub(super) fn read_msr(fd: &VcpuFd, index: u32, step: &'static str) -> Result<u64, Refusal> {
+    let mut msrs = one(index, 0, step)?;
+    match fd.get_msrs(&mut msrs).map_err(refused(step))? {
+        1 => Ok(msrs.as_slice()[0].data),
+        _ => Err(Refusal { step, source: vmm_sys_util::errno::Error::new(1) }),
+    }
+}
+
+/// Writes one MSR of a vCPU.
+pub(super) fn write_msr(fd: &VcpuFd, index: u32, value: u64, step: &'static str) -> Result<(), Refusal> {
+    match fd.set_msrs(&one(index, value, step)?).map_err(refused(step))? {
+        1 => Ok(()),
+        _ => Err(Refusal { step, source: vmm_sys_util::errno::Error::new(1) }),
+    }
+}
+
+fn one(index: u32, data: u64, step: &'static str) -> Result<Msrs, Refusal> {
+    let entry = kvm_msr_entry { index, data, ..kvm_msr_entry::default() };
+    Msrs::from_entries(&[entry]).map_err(|_| Refusal { step, source: vmm_sys_util::errno::Error::new(12) })
+}
+
+impl Time {
+    /// A clock at zero that stands.
+    pub(super) fn new(tsc_hz: u64, tsc_per_instruction: u32) -> Time {
+        let clock = Clock { tsc_per_instruction, ..Clock::default() };
+        Time { clock, tsc_hz, offset: 0, settled: false }
+    }
+
+    /// The machine stands at this time until it runs again.
+    pub(super) fn set(&mut self, clock: Clock) {
+        self.clock = clock;
+        self.settled = false;
+    }
+
+    /// A vCPU was loaded: its timers are armed when the machine runs.
+    pub(super) fn unsettle(&mut self) {
+        self.settled = false;
+    }
+
+    /// What a vCPU's TSC is ahead of the machine's clock.
+    pub(super) fn own_offset(&self, fd: &VcpuFd) -> Result<u64, Refusal> {
+        let offset = ioctl::tsc_offset(fd).map_err(refused("read the TSC's offset"))?;
+        Ok(offset.wrapping_sub(self.offset))
+    }
+
+    /// Puts a vCPU's TSC so far ahead of the machine's clock.
+    pub(super) fn set_own_offset(&self, fd: &VcpuFd, own: u64) -> Result<(), Refusal> {
+        ioctl::set_tsc_offset(fd, self.offset.wrapping_add(own)).map_err(refused("set the TSC's offset"))
+    }
+
+    /// The machine's time now, by the TSC of a vCPU.
+    pub(super) fn now(&self, fd: &VcpuFd) -> Result<u64, Refusal> {
+        Ok(read_msr(fd, TSC, "read the TSC")?.wrapping_sub(self.own_offset(fd)?))
+    }
+
+    /// Lets time go on from where the clock stands.
+    pub(super) fn settle<'a>(&mut self, vcpus: impl Iterator<Item = &'a Vcpu> + Clone) -> Result<(), Refusal> {
+        let Some(first) = vcpus.clone().next() else { return Ok(()) };
+        if !self.settled {
+            let deadlines: Result<Vec<u64>, Refusal> = vcpus.clone().map(|vcpu| self.deadline(&vcpu.fd)).collect();
+            let own: Result<Vec<u64>, Refusal> = vcpus.clone().map(|vcpu| self.own_offset(&vcpu.fd)).collect();
+            let behind = self.clock.tsc().wrapping_sub(self.now(&first.fd)?);
+            self.offset = self.offset.wrapping_add(behind);
+            let (deadlines, own) = (deadlines?, own?);
+            vcpus.clone().zip(&own).try_for_each(|(vcpu, own)| self.set_own_offset(&vcpu.fd, *own))?;
+            vcpus.zip(deadlines).try_for_each(|(vcpu, deadline)| self.arm(&vcpu.fd, deadline))?;
+            self.settled = true;
+        }
+        self.pass_to(self.now(&first.fd)?);
+        Ok(())
+    }
+
+    /// When a vCPU's TSC-deadline timer fires, in the machine's time; 0 if it is not armed.
+    pub(super) fn deadline(&self, fd: &VcpuFd) -> Result<u64, Refusal> {
+        match read_msr(fd, TSC_DEADLINE, "read the TSC deadline")? {
+            0 => Ok(0),
+            guest => Ok(guest.wrapping_sub(self.own_offset(fd)?).max(1)),
+        }
+    }
+
+    /// Arms a vCPU's TSC-deadline timer for an instant of the machine's time. The kernel ignores it in other modes.
+    pub(super) fn arm(&self, fd: &VcpuFd, deadline: u64) -> Result<(), Refusal> {
+        if deadline == 0 {
+            return Ok(());
+        }
+        let guest = deadline.wrapping_add(self.own_offset(fd)?).max(1);
+        write_msr(fd, TSC_DEADLINE, guest, "set the TSC deadline")
+    }
+
+    /// The machine's time is this now.
+    pub(super) fn pass_to(&mut self, tsc: u64) {
+        let clock = &mut self.clock;
+        // The counters of two processors may differ by a little; time does not go back.
+        let passed = tsc.wrapping_sub(clock.tsc());
+        if passed >> 63 != 0 {
+            return;
+        }
+        let ticks = u64::from(clock.tsc_per_instruction.max(1));
+        clock.retired += passed / ticks;
+        clock.skipped_tsc += passed % ticks;
+    }
+
+    /// Whether the machine's time has come to that count of instructions by this TSC.
+    pub(super) fn is_reached(&self, until_retired: u64, tsc: u64) -> bool {
+        let until =
+            until_retired.saturating_sub(self.clock.retired).saturating_mul(self.clock.tsc_per_instruction.into());
+        tsc.saturating_sub(self.clock.tsc()) >= until
+    }
+
+    /// How long it is until then, and at least [`RUN_MIN`].
+    pub(super) fn until(&self, until_retired: u64) -> Duration {
+        let left = until_retired.saturating_sub(self.clock.retired);
+        let ticks = u128::from(left) * u128::from(self.clock.tsc_per_instruction);
+        let ns = u64::try_from(ticks * 1_000_000_000 / u128::from(self.tsc_hz.max(1))).unwrap_or(u64::MAX);
+        Duration::from_nanos(ns).max(RUN_MIN)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn instructions_are_ticks_that_passed_and_none_is_lost() {
+        let mut time = Time::new(1_000_000_000, 4);
+        time.pass_to(1_000_003);
+        assert_eq!((time.clock.tsc(), time.clock.retired), (1_000_003, 250_000));
+        time.pass_to(1_000_002);
+        assert_eq!(time.clock.tsc(), 1_000_003, "time does not go back");
+        time.pass_to(1_000_004);
+        assert_eq!(time.clock.tsc(), 1_000_004);
+        assert!(!time.is_reached(250_001, 1_000_004) && time.is_reached(250_001, 1_000_008));
+        assert_eq!(time.until(1_250_000), Duration::from_nanos(4_000_000));
+        assert_eq!(time.until(0), RUN_MIN);
+    }
+}
