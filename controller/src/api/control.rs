@@ -188,7 +188,8 @@ impl Control for Api {
         let asked = request.into_inner();
         let fleet = self.fleet();
         let policy = asked.policy.unwrap_or_default();
-        let plan = plans::migrate(&self.ledger.state(), &fleet, &asked.vm, &asked.to, asked.via_controller, policy);
+        let (state, via) = (self.ledger.state(), asked.via_controller);
+        let plan = plans::migrate(&state, &fleet, &asked.vm, &asked.to, &asked.engine, via, policy);
         if asked.dry_run {
             return Ok(Response::new(self.rehearse(&plan?, &fleet, &asked.to)?));
         }

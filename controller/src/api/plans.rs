@@ -156,6 +156,7 @@ pub fn migrate(
     fleet: &Fleet,
     name: &str,
     target: &str,
+    engine: &str,
     via_controller: bool,
     policy: TransferPolicy,
 ) -> Result<Plan, Failure> {
@@ -168,9 +169,13 @@ pub fn migrate(
     }
     complete(vm)?;
     let contract = contract(vm)?;
-    fleet.fitting(target, &Need { vm: name, config: &vm.config, contract: &contract }, Some(&vm.host))?;
+    let mut config = vm.config.clone();
+    if !engine.is_empty() {
+        engine.clone_into(&mut config.engine);
+    }
+    fleet.fitting(target, &Need { vm: name, config: &config, contract: &contract }, Some(&vm.host))?;
     let paused = vm.intent == Intent::Paused;
-    let task = Task::Migrate { target: target.into(), via_controller, paused, policy };
+    let task = Task::Migrate { target: target.into(), via_controller, paused, engine: engine.into(), policy };
     Ok(plan(vm, state.fresh_generation(name), task))
 }
 
@@ -375,7 +380,7 @@ mod tests {
     fn a_migration_is_refused_for_a_reason() {
         let state = cluster();
         let migrate = |vm: &str, to: &str, hosts: &[Candidate]| {
-            migrate(&state, &Fleet { hosts: hosts.to_vec() }, vm, to, false, TransferPolicy::default())
+            migrate(&state, &Fleet { hosts: hosts.to_vec() }, vm, to, "", false, TransferPolicy::default())
         };
         let hosts = [up("hostA", &[]), up("hostB", &[])];
         assert_eq!(migrate("vm1", "hostB", &hosts).unwrap().generation, 2);
@@ -384,6 +389,14 @@ mod tests {
         assert_eq!(code(migrate("vm1", "hostZ", &hosts)), Code::NotFound);
         let silent = Candidate { state: HostState::Silent, ..up("hostB", &[]) };
         assert_eq!(code(migrate("vm1", "hostB", &[silent])), Code::Unreachable);
+        let fleet = Fleet { hosts: hosts.to_vec() };
+        let on = |engine| super::migrate(&state, &fleet, "vm1", "hostB", engine, false, TransferPolicy::default());
+        assert!(matches!(on("soft").unwrap().task, Task::Migrate { engine, .. } if engine == "soft"));
+        let refused = on("kvm").unwrap_err();
+        assert!(
+            refused.code == Code::Incapable && refused.message.contains("kvm"),
+            "the engine there counts: {refused}"
+        );
         let no_engine = Candidate { info: Some(HostInfo::default()), ..up("hostB", &[]) };
         assert_eq!(code(migrate("vm1", "hostB", &[no_engine])), Code::Incapable);
         let mut small = up("hostB", &[]);
@@ -400,7 +413,7 @@ mod tests {
         state.checkpoints.insert("c1".into(), std::sync::Arc::new(entry("c1", "vm1", 1)));
         std::sync::Arc::make_mut(state.vms.get_mut("vm1").unwrap()).pages_from = "c1".into();
         let fleet = Fleet { hosts: vec![up("hostA", &[]), up("hostB", &[])] };
-        let refused = migrate(&state, &fleet, "vm1", "hostB", false, TransferPolicy::default()).unwrap_err();
+        let refused = migrate(&state, &fleet, "vm1", "hostB", "", false, TransferPolicy::default()).unwrap_err();
         assert!(refused.code == Code::Conflict && refused.message.contains("c1"), "{refused}");
         assert_eq!(code(checkpoint(&state, "vm1", true)), Code::Conflict);
         let remove = |entry: &CheckpointEntry| Task::RemoveCheckpoint { checkpoint: entry.id.clone(), generation: 1 };
@@ -430,10 +443,10 @@ mod tests {
         let vm = std::sync::Arc::make_mut(state.vms.get_mut("vm1").unwrap());
         vm.capabilities.clear();
         let fleet = Fleet { hosts: vec![up("hostA", &[]), up("hostB", &[])] };
-        let refused = migrate(&state, &fleet, "vm1", "hostB", false, TransferPolicy::default()).unwrap_err();
+        let refused = migrate(&state, &fleet, "vm1", "hostB", "", false, TransferPolicy::default()).unwrap_err();
         assert!(refused.code == Code::Unreachable && refused.message.contains("not known"), "{refused}");
         std::sync::Arc::make_mut(state.vms.get_mut("vm1").unwrap()).capabilities = vec![0xff; 3];
-        assert_eq!(code(migrate(&state, &fleet, "vm1", "hostB", false, TransferPolicy::default())), Code::Corrupt);
+        assert_eq!(code(migrate(&state, &fleet, "vm1", "hostB", "", false, TransferPolicy::default())), Code::Corrupt);
     }
 
     #[test]

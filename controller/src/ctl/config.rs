@@ -20,6 +20,8 @@ const MEMORY_BYTES_MIN: u64 = 16 << 20;
 const SECTOR: u64 = 512;
 const TSC_HZ: u64 = 1_000_000_000;
 const TSC_PER_INSTRUCTION: u32 = 4;
+/// CPU model of a machine on the software engine.
+const MODEL: &str = "soft-v1";
 /// Most processors of a machine.
 const VCPUS_MAX: u32 = 32;
 
@@ -40,20 +42,22 @@ pub fn build(args: &VmCreateArgs) -> Result<v1::MachineConfig, Failure> {
         return Err(Failure::bad_input(format!("{} is no size of guest RAM", show_bytes(args.memory)))
             .hint(format!("a multiple of 2M, {} or more", show_bytes(MEMORY_BYTES_MIN))));
     }
+    // What hardware has is its host's to say: the controller fills it in.
+    let (model, tsc_hz) = if args.engine == "kvm" { ("", 0) } else { (MODEL, TSC_HZ) };
     let boot = boot(&args.kernel, args.initrd.as_deref(), &args.cmdline)?;
     let seed = random_bytes::<32>()?;
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Ok(v1::MachineConfig {
         vcpus: args.vcpus,
         memory_bytes: args.memory,
-        cpu_model: args.cpu.clone(),
+        cpu_model: args.cpu.as_deref().unwrap_or(model).to_owned(),
         engine: args.engine.clone(),
         boot: Some(boot),
         disks: args.disks.iter().map(|text| disk(text)).collect::<Result<_, _>>()?,
         nets: args.nets.iter().map(|text| net(text)).collect::<Result<_, _>>()?,
         seed: seed.to_vec(),
         epoch_ns: u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX),
-        tsc_hz: TSC_HZ,
+        tsc_hz,
         tsc_per_instruction: TSC_PER_INSTRUCTION,
         paced: !args.unpaced,
         generation_id: random_bytes::<16>()?.to_vec(),
@@ -204,6 +208,8 @@ mod tests {
         std::fs::remove_file(&disk).unwrap();
         assert_eq!((config.vcpus, config.memory_bytes), (1, 64 << 20));
         assert_eq!((config.cpu_model.as_str(), config.engine.as_str()), ("soft-v1", "soft"));
+        let kvm = build(&args("vm1 --host h --memory 64M --kernel /proc/version --engine kvm")).unwrap();
+        assert_eq!((kvm.cpu_model.as_str(), kvm.tsc_hz), ("", 0), "the host says what it has");
         assert_eq!(
             (config.disks[0].size_bytes, config.disks[0].read_only, config.disks[0].shared),
             (8192, true, false)

@@ -158,6 +158,11 @@ pub enum HostCommand {
         /// Another.
         b: String,
     },
+    /// Which CPU models every one of some hosts can run, engine by engine: what a guest may be that is to go to any of them.
+    Baseline {
+        /// The hosts; all that are up if none is named.
+        hosts: Vec<String>,
+    },
 }
 
 /// A VM's name.
@@ -226,9 +231,9 @@ pub struct VmCreateArgs {
     /// A network card on host device T; an empty T is a card without a cable.
     #[arg(long = "net", value_name = "tap=T[,mac=M]")]
     pub nets: Vec<String>,
-    /// CPU contract: what the guest may count on, on every host it will ever run on.
-    #[arg(long, default_value = "soft-v1", value_name = "MODEL")]
-    pub cpu: String,
+    /// CPU contract: what the guest may count on wherever it will run [default: soft-v1; on kvm the richest of the host].
+    #[arg(long, value_name = "MODEL")]
+    pub cpu: Option<String>,
     /// Engine: soft or kvm.
     #[arg(long, default_value = "soft")]
     pub engine: String,
@@ -280,6 +285,9 @@ pub struct MigrateArgs {
     /// Straight from host to host, or through the controller where they cannot reach each other.
     #[arg(long, value_enum, default_value_t = Via::Direct)]
     pub via: Via,
+    /// Engine that it goes on with there: soft or kvm [default: the one that it has].
+    #[arg(long, value_name = "ENGINE")]
+    pub engine: Option<String>,
     /// Longest pause of the guest to aim at.
     #[arg(long, default_value = "30ms", value_parser = units::duration, value_name = "TIME")]
     pub downtime: Duration,
@@ -574,6 +582,7 @@ mod tests {
             "ctl host ls -o json",
             "ctl host show hostA",
             "ctl host compare hostA hostB -o json",
+            "ctl host baseline hostA hostB hostC -o json",
             "ctl vm create vm1 --host hostA --memory 512M --vcpus 1 --kernel K --initrd I --cmdline quiet --disk d.img,ro \
              --disk /s,shared --net tap=t0,mac=02:00:00:00:00:01 --cpu soft-v1 --engine soft --unpaced",
             "ctl vm ls",
@@ -585,7 +594,7 @@ mod tests {
             "ctl vm resume vm1",
             "ctl vm stop vm1",
             "ctl vm rm vm1",
-            "ctl migrate vm1 --to hostB --via controller --downtime 30ms --bandwidth 1G --verify full --throttle 50 --dry-run",
+            "ctl migrate vm1 --to hostB --via controller --downtime 30ms --bandwidth 1G --verify full --throttle 50 --engine kvm --dry-run",
             "ctl checkpoint create vm1",
             "ctl checkpoint ls",
             "ctl checkpoint ls vm1",

@@ -9,6 +9,7 @@ use proto::status::Code;
 use proto::v1;
 use serde::Serialize;
 
+use super::baseline;
 use super::client::Client;
 use super::failure::Failure;
 use super::grammar::HostCommand;
@@ -29,6 +30,14 @@ pub async fn run(mut client: Client, command: HostCommand, format: Format) -> Re
         HostCommand::Ls => output::print(format, &List(hosts.into_iter().map(Host::from).collect())),
         HostCommand::Show { host } => output::print(format, &Shown::from(find(&hosts, &host)?)),
         HostCommand::Compare { a, b } => output::print(format, &compare(find(&hosts, &a)?, find(&hosts, &b)?)),
+        HostCommand::Baseline { hosts: names } if names.is_empty() => {
+            let up: Vec<v1::HostRecord> = hosts.into_iter().filter(|record| record.state == "up").collect();
+            output::print(format, &baseline::of(&up))
+        }
+        HostCommand::Baseline { hosts: names } => {
+            let chosen: Result<Vec<v1::HostRecord>, Failure> = names.iter().map(|name| find(&hosts, name)).collect();
+            output::print(format, &baseline::of(&chosen?))
+        }
     }
 }
 

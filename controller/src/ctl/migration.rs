@@ -25,6 +25,10 @@ const LANES: u32 = 2;
 /// # Errors
 /// A flag that makes no sense, or the migration did not come about.
 pub async fn migrate(client: &Client, args: MigrateArgs, format: Format) -> Result<(), Failure> {
+    let engine = args.engine.unwrap_or_default();
+    if !["", "soft", "kvm"].contains(&engine.as_str()) {
+        return Err(Failure::bad_input(format!("there is no engine {engine:?}")).hint("soft or kvm"));
+    }
     let request = v1::MigrateRequest {
         vm: args.vm.clone(),
         to: args.to.clone(),
@@ -34,6 +38,7 @@ pub async fn migrate(client: &Client, args: MigrateArgs, format: Format) -> Resu
             ..policy(args.downtime, args.bandwidth, args.verify)?
         }),
         dry_run: args.dry_run,
+        engine,
     };
     let what = format!("migrate {} to {}{}", args.vm, args.to, if args.dry_run { " (dry run)" } else { "" });
     let mut calls = client.clone();

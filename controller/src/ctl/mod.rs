@@ -8,6 +8,7 @@
 //! It decides nothing about VMs: what may be done, and in which order, the controller knows. `dev` alone starts processes.
 //! Of the engine it knows the pure decoding of processors' states: [`vmcb`], [`export`].
 
+mod baseline;
 mod checkpoint;
 mod client;
 mod config;

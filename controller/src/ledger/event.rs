@@ -341,6 +341,9 @@ pub enum Task {
         via_controller: bool,
         /// Whether it stands still on arrival.
         paused: bool,
+        /// The engine that it goes on with there; empty: the one that it has.
+        #[serde(default)]
+        engine: String,
         /// The operator's limits.
         #[serde(with = "super::saved::message")]
         policy: TransferPolicy,

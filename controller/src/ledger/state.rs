@@ -431,7 +431,10 @@ impl State {
                 self.policies.remove(&plan.vm);
                 Ok(())
             }
-            (Task::Migrate { target, .. }, _) => self.edit(plan, |vm| {
+            (Task::Migrate { target, engine, .. }, _) => self.edit(plan, |vm| {
+                if !engine.is_empty() {
+                    vm.config.engine.clone_from(engine);
+                }
                 vm.host.clone_from(target);
                 vm.generation = plan.generation;
             }),

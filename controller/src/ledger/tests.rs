@@ -68,7 +68,8 @@ pub(crate) fn migrate_plan(state: &State, target: &str) -> Plan {
 
 fn migrate_plan_of(state: &State, vm: &str, target: &str) -> Plan {
     let policy = TransferPolicy::default();
-    let task = Task::Migrate { target: target.into(), via_controller: false, paused: false, policy };
+    let task =
+        Task::Migrate { target: target.into(), via_controller: false, paused: false, engine: String::new(), policy };
     plan(state, vm, state.fresh_generation(vm), task)
 }
 

@@ -338,7 +338,13 @@ impl<W: World> Hands<'_, W> {
         }
         let state = self.ledger.state();
         let vm = state.vms.get(&self.plan().vm).ok_or_else(|| lost("the VM"))?;
-        Ok((vm.config.clone(), vm.capabilities.clone(), vm.on_isolation))
+        let mut config = vm.config.clone();
+        if let Task::Migrate { engine, .. } = &self.plan().task
+            && !engine.is_empty()
+        {
+            config.engine.clone_from(engine);
+        }
+        Ok((config, vm.capabilities.clone(), vm.on_isolation))
     }
 
     async fn precopy(

@@ -167,7 +167,13 @@ fn plan(scene: Scene, state: &State) -> Plan {
         Scene::Stop => simple_plan(state, "vm1", Task::Stop),
         Scene::Remove => simple_plan(state, "vm1", Task::Remove),
         Scene::Migrate => {
-            let task = Task::Migrate { target: "hostB".into(), via_controller: false, paused: false, policy };
+            let task = Task::Migrate {
+                target: "hostB".into(),
+                via_controller: false,
+                paused: false,
+                engine: String::new(),
+                policy,
+            };
             Plan { generation: state.fresh_generation("vm1"), ..simple_plan(state, "vm1", task) }
         }
         Scene::Checkpoint => checkpoint_plan(state, "vm1", "aabbccddeeff0011"),

@@ -3,7 +3,7 @@
 //! | file | what |
 //! |---|---|
 //! | `soft_v1` | the frozen CPU model `soft-v1`: CPUID, power-up state, writable control bits |
-//! | `x86_64_v2` | the frozen CPU model `x86-64-v2`: the same with less, for any AMD host |
+//! | `x86_64` | the frozen CPU models `x86-64-v1` and `x86-64-v2`: the same with less, for any AMD host |
 //! | `msr` | their MSRs: reset values, legal writes, and which part holds them |
 //!
 //! A contract is made once, when the guest is created, and travels with it. How contracts and hosts compare, and what the
@@ -11,13 +11,14 @@
 
 pub mod msr;
 pub mod soft_v1;
-pub mod x86_64_v2;
+pub mod x86_64;
 
 #[cfg(test)]
 mod tests;
 
 pub use proto::capability::{Atom, BadSet, CapabilitySet, CpuidRegister, Facts, Failing, Place, Rule, names};
 
+use self::x86_64::Level;
 use crate::cpu::CpuState;
 use crate::vmcb::check::Limits;
 
@@ -37,13 +38,15 @@ pub struct Topology {
 pub enum CpuModel {
     /// [`soft_v1`].
     SoftV1,
-    /// [`x86_64_v2`].
+    /// [`x86_64`], level 1.
+    X86V1,
+    /// [`x86_64`], level 2.
     X86V2,
 }
 
 impl CpuModel {
     /// Every model.
-    pub const ALL: [CpuModel; 2] = [CpuModel::SoftV1, CpuModel::X86V2];
+    pub const ALL: [CpuModel; 3] = [CpuModel::SoftV1, CpuModel::X86V1, CpuModel::X86V2];
 
     /// By the name that `MachineConfig.cpu_model` carries.
     pub fn by_name(name: &str) -> Option<CpuModel> {
@@ -54,6 +57,7 @@ impl CpuModel {
     pub const fn name(self) -> &'static str {
         match self {
             CpuModel::SoftV1 => "soft-v1",
+            CpuModel::X86V1 => "x86-64-v1",
             CpuModel::X86V2 => "x86-64-v2",
         }
     }
@@ -62,7 +66,8 @@ impl CpuModel {
     pub fn cpuid(self, leaf: u32, subleaf: u32, topology: &Topology) -> [u32; 4] {
         match self {
             CpuModel::SoftV1 => soft_v1::cpuid(leaf, subleaf, topology),
-            CpuModel::X86V2 => x86_64_v2::cpuid(leaf, subleaf, topology),
+            CpuModel::X86V1 => x86_64::cpuid(Level::V1, leaf, subleaf, topology),
+            CpuModel::X86V2 => x86_64::cpuid(Level::V2, leaf, subleaf, topology),
         }
     }
 
@@ -70,7 +75,7 @@ impl CpuModel {
     pub fn power_up(self, topology: &Topology) -> CpuState {
         match self {
             CpuModel::SoftV1 => soft_v1::power_up(topology),
-            CpuModel::X86V2 => x86_64_v2::power_up(topology),
+            CpuModel::X86V1 | CpuModel::X86V2 => x86_64::power_up(topology),
         }
     }
 
@@ -78,7 +83,7 @@ impl CpuModel {
     pub fn msr(self, index: u32) -> Option<&'static msr::MsrRow> {
         match self {
             CpuModel::SoftV1 => msr::find(index),
-            CpuModel::X86V2 => x86_64_v2::find(index),
+            CpuModel::X86V1 | CpuModel::X86V2 => x86_64::find(index),
         }
     }
 
@@ -91,7 +96,7 @@ impl CpuModel {
     pub fn limits(self) -> Limits {
         match self {
             CpuModel::SoftV1 => soft_v1::LIMITS,
-            CpuModel::X86V2 => x86_64_v2::LIMITS,
+            CpuModel::X86V1 | CpuModel::X86V2 => x86_64::LIMITS,
         }
     }
 

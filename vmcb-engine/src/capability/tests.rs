@@ -31,12 +31,16 @@ fn digest(model: CpuModel) -> String {
 #[test]
 fn models_are_frozen() {
     assert_eq!(digest(CpuModel::SoftV1), FROZEN);
+    assert_eq!(digest(CpuModel::X86V1), FROZEN_V1);
     assert_eq!(digest(CpuModel::X86V2), FROZEN_V2);
 }
 
 #[test]
-fn x86_64_v2_is_less_than_soft_v1() {
-    let (more, less) = (CpuModel::SoftV1.contract(1_000_000), CpuModel::X86V2.contract(1_000_000));
+fn each_level_is_less_than_the_next() {
+    let [more, less, least] =
+        [CpuModel::SoftV1, CpuModel::X86V2, CpuModel::X86V1].map(|model| model.contract(1_000_000));
+    assert!(less.atoms.iter().zip(&least.atoms).all(|(less, least)| least.value & !less.value == 0));
+    assert_eq!(least.failing_on(&soft_host()), []);
     assert_eq!(less.failing_on(&soft_host()), []);
     assert!(more.atoms.iter().zip(&less.atoms).all(|(more, less)| less.value & !more.value == 0));
     let state = CpuModel::X86V2.power_up(&ONE);
@@ -45,6 +49,7 @@ fn x86_64_v2_is_less_than_soft_v1() {
     assert!(!row.accepts(0xd01, 0xd01 | efer::AIBRSE) && row.accepts(0, efer::NXE));
 }
 
+const FROZEN_V1: &str = "0b4b681e0cff3443cb56f4897073b3d1f4f92321bb16042eb633f485828c525b";
 const FROZEN_V2: &str = "b81a067276fb1ae74898a4d9c7369622efdefb9411c245ad9e53d8e4054745f2";
 const FROZEN: &str = "2f28614531c142a6b209bbd344fd19764401936f59cfd29dba4ec084e145f779";
 

@@ -280,6 +280,14 @@ pub trait Engine {
     fn settle_stamps(&mut self) -> Result<(), StoreError> {
         Ok(())
     }
+    /// RAM holds what the machine had elsewhere, and none of that is the guest's doing here: only what it writes from now on is
+    /// to be stamped.
+    ///
+    /// # Errors
+    /// The host does not watch writes.
+    fn watch_writes(&mut self) -> Result<(), StoreError> {
+        Ok(())
+    }
     /// The epoch of page stamps advanced: the next write to every page must be stamped again.
     fn rearm_stamps(&mut self);
     /// Everything that a later run depends on, cached translations included, but RAM. The guest cannot tell that it was

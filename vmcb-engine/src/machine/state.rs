@@ -100,6 +100,7 @@ impl Machine {
             }
             self.engine.load(vcpu, state).map_err(|source| MachineError::Load { vcpu, source })?;
         }
+        self.engine.watch_writes().map_err(MachineError::Stamps)?;
         self.hand_out_lapics()
     }
 

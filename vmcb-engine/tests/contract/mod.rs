@@ -240,7 +240,7 @@ impl Guest {
         let mut guest = Guest::empty(MachineConfig {
             vcpus,
             memory_bytes: RAM_BYTES,
-            cpu_model: CpuModel::X86V2.name().into(),
+            cpu_model: CpuModel::X86V1.name().into(),
             engine: on.name().into(),
             boot: Some(BootSource::default()),
             seed: vec![7; 32],
@@ -261,6 +261,15 @@ impl Guest {
         self.machine.memory().read(0, &mut ram).unwrap();
         other.machine.memory().write(0, &ram).unwrap();
         other.machine.apply(&sections).unwrap();
+        // What arrived is what was sent: both sides of a migration compare it.
+        let arrived = other.machine.capture().unwrap();
+        let differing: Vec<&str> = sections
+            .iter()
+            .zip(&arrived)
+            .filter(|(sent, here)| sent != here)
+            .map(|(sent, _)| sent.name.as_str())
+            .collect();
+        assert_eq!(differing, [""; 0], "on {on:?}");
         self.said.extend(self.machine.take_console_output());
         other.said = self.said;
         other

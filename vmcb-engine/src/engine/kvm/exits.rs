@@ -3,7 +3,7 @@
 //! What it left with lies in the page that it shares with the kernel, and the answer is written there; the kernel completes the
 //! instruction at the next entry.
 
-use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, kvm_run__bindgen_ty_1__bindgen_ty_4 as KvmIo};
+use kvm_bindings::KVM_EXIT_INTERNAL_ERROR;
 use kvm_ioctls::VcpuExit;
 
 use super::vcpu::Vcpu;
@@ -137,7 +137,7 @@ fn set_msr_answer(vcpu: &mut Vcpu, faults: bool, value: Option<u64>) {
 fn port(vcpu: &mut Vcpu, platform: &mut dyn Platform, tsc: u64) {
     let run = vcpu.fd.get_kvm_run();
     // SAFETY: the vCPU left with IN or OUT, so this is the member that the kernel wrote; it is made of integers.
-    let io: KvmIo = unsafe { run.__bindgen_anon_1.io };
+    let io = unsafe { run.__bindgen_anon_1.io };
     let (size, bytes) = (usize::from(io.size).clamp(1, 4), usize::from(io.size) * io.count as usize);
     let start = std::ptr::from_mut(run).cast::<u8>();
     // SAFETY: the kernel put the items at this offset of the mapping of which `run` is the beginning, and the vCPU, whose

@@ -137,22 +137,6 @@ impl KvmEngine {
         Ok(engine)
     }
 
-    /// Whether a vCPU's TSC goes where it is put. Where KVM itself runs in a guest that emulates it, guests may read their
-    /// host's TSC whatever is asked for; such a guest notices when it moves to another host.
-    ///
-    /// # Errors
-    /// The host does not say.
-    pub fn honours_offsets(&self) -> Result<bool, StoreError> {
-        let Some(vcpu) = self.standing(0) else { return Err(StoreError::NoVcpu(0)) };
-        let before = self.time.own_offset(&vcpu.fd)?;
-        let moved = before.wrapping_add(1 << 20);
-        // Nothing runs, so nothing sees it go and come back.
-        self.time.set_own_offset(&vcpu.fd, moved)?;
-        let now = self.time.own_offset(&vcpu.fd)?;
-        self.time.set_own_offset(&vcpu.fd, before)?;
-        Ok(now == moved)
-    }
-
     /// A vCPU that stands still.
     fn standing(&self, vcpu: usize) -> Option<&Vcpu> {
         self.vcpus.get(vcpu)?.as_ref()
@@ -205,6 +189,10 @@ impl Engine for KvmEngine {
 
     fn settle_stamps(&mut self) -> Result<(), StoreError> {
         Ok(self.vm.settle_stamps(&self.memory)?)
+    }
+
+    fn watch_writes(&mut self) -> Result<(), StoreError> {
+        Ok(self.vm.watch_writes()?)
     }
 
     fn rearm_stamps(&mut self) {

@@ -20,7 +20,7 @@ impl KvmEngine {
         if let Err(error) = crate::engine::Engine::prepare(self) {
             return Exit::Failed(format!("threads for vCPUs: {error}"));
         }
-        if let Err(refusal) = self.time.settle(self.vcpus.iter().flatten()) {
+        if let Err(refusal) = self.time.settle(&mut self.vcpus) {
             return failed(refusal);
         }
         if self.time.clock.retired >= until_retired {

@@ -5,6 +5,10 @@
 //! itself; [`Time::set`] makes it stand, until the machine runs again: then every vCPU's offset moves by the same amount, in one
 //! write each, and timers are armed anew, because the kernel computed their instants from the offset of before.
 //!
+//! Where KVM itself runs in a guest that emulates it, guests may read their host's TSC whatever offset is asked for. Then a vCPU's
+//! TSC lies by a *skew* beside where it was put. What was loaded is what is stored until the vCPU runs; afterwards its state says
+//! where its TSC is, so that it goes on from there wherever TSCs can be set. Timers always know where it is.
+//!
 //! An instruction is [`Clock::tsc_per_instruction`] ticks that passed while the machine could run.
 
 use std::time::Duration;
@@ -78,9 +82,10 @@ impl Time {
         Ok(offset.wrapping_sub(self.offset))
     }
 
-    /// Puts a vCPU's TSC so far ahead of the machine's clock.
-    pub(super) fn set_own_offset(&self, fd: &VcpuFd, own: u64) -> Result<(), Refusal> {
-        ioctl::set_tsc_offset(fd, self.offset.wrapping_add(own)).map_err(refused("set the TSC's offset"))
+    /// Puts a vCPU's TSC so far ahead of the machine's clock, and returns by how much it missed: 0 on any host that sets TSCs.
+    pub(super) fn set_own_offset(&self, fd: &VcpuFd, own: u64) -> Result<u64, Refusal> {
+        ioctl::set_tsc_offset(fd, self.offset.wrapping_add(own)).map_err(refused("set the TSC's offset"))?;
+        Ok(self.own_offset(fd)?.wrapping_sub(own))
     }
 
     /// The machine's time now, by the TSC of a vCPU.
@@ -89,19 +94,25 @@ impl Time {
     }
 
     /// Lets time go on from where the clock stands.
-    pub(super) fn settle<'a>(&mut self, vcpus: impl Iterator<Item = &'a Vcpu> + Clone) -> Result<(), Refusal> {
-        let Some(first) = vcpus.clone().next() else { return Ok(()) };
-        if !self.settled {
-            let deadlines: Result<Vec<u64>, Refusal> = vcpus.clone().map(|vcpu| self.deadline(&vcpu.fd)).collect();
-            let own: Result<Vec<u64>, Refusal> = vcpus.clone().map(|vcpu| self.own_offset(&vcpu.fd)).collect();
-            let behind = self.clock.tsc().wrapping_sub(self.now(&first.fd)?);
-            self.offset = self.offset.wrapping_add(behind);
-            let (deadlines, own) = (deadlines?, own?);
-            vcpus.clone().zip(&own).try_for_each(|(vcpu, own)| self.set_own_offset(&vcpu.fd, *own))?;
-            vcpus.zip(deadlines).try_for_each(|(vcpu, deadline)| self.arm(&vcpu.fd, deadline))?;
-            self.settled = true;
+    pub(super) fn settle(&mut self, vcpus: &mut [Option<Vcpu>]) -> Result<(), Refusal> {
+        let Some(first) = vcpus.iter().flatten().next() else { return Ok(()) };
+        if self.settled {
+            self.pass_to(self.now(&first.fd)?);
+            return Ok(());
         }
-        self.pass_to(self.now(&first.fd)?);
+        let behind = self.clock.tsc().wrapping_sub(self.now(&first.fd)?);
+        let mut stood = Vec::new();
+        for vcpu in vcpus.iter().flatten() {
+            stood.push((self.deadline(&vcpu.fd)?, vcpu.tsc_offset(self)?));
+        }
+        self.offset = self.offset.wrapping_add(behind);
+        for (vcpu, (deadline, own)) in vcpus.iter_mut().flatten().zip(stood) {
+            self.set_own_offset(&vcpu.fd, own)?;
+            // From here on the guest sees its TSC where it is, and so does whoever asks for its state.
+            vcpu.tsc_skew = 0;
+            self.arm(&vcpu.fd, deadline)?;
+        }
+        self.settled = true;
         Ok(())
     }
 

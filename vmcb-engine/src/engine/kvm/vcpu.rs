@@ -21,7 +21,7 @@ use super::thread::Kick;
 use super::time::{Time, write_msr};
 use super::vm::Vm;
 use super::xsave::Layout;
-use super::{events, lapic, refused, registers};
+use super::{Refusal, events, lapic, refused, registers};
 use crate::capability::{CpuModel, Topology};
 use crate::cpu::{CpuState, RunState};
 use crate::engine::{LoadError, StoreError};
@@ -39,6 +39,8 @@ pub(super) struct Vcpu {
     pub(super) fd: VcpuFd,
     pub(super) msrs: ModelMsrs,
     pub(super) topology: Topology,
+    /// By how much its TSC missed where it was put, until it runs; see `time`.
+    pub(super) tsc_skew: u64,
     layout: Layout,
 }
 
@@ -58,13 +60,18 @@ impl Vcpu {
         let table = table.map_err(|_| refused("CPUID table")(vmm_sys_util::errno::Error::new(12)))?;
         fd.set_cpuid2(&table).map_err(refused("KVM_SET_CPUID2"))?;
         set_rate(&fd, topology.tsc_hz, vm.scales_tsc())?;
-        Ok(Self { fd, msrs: msrs.clone(), topology, layout: layout.clone() })
+        Ok(Self { fd, msrs: msrs.clone(), topology, tsc_skew: 0, layout: layout.clone() })
     }
 
     /// Where others say that it must come back.
     pub(super) fn kick(&mut self) -> Kick {
         let place = &raw mut self.fd.get_kvm_run().immediate_exit;
         Kick::at(NonNull::new(place.cast::<AtomicU8>()).expect("a field of a mapping"))
+    }
+
+    /// What its TSC is ahead of the machine's clock, or was asked to be.
+    pub(super) fn tsc_offset(&self, time: &Time) -> Result<u64, Refusal> {
+        Ok(time.own_offset(&self.fd)?.wrapping_sub(self.tsc_skew))
     }
 
     /// The vCPU's state.
@@ -83,7 +90,7 @@ impl Vcpu {
         state.xcr0 = xcrs.xcrs.iter().take(xcrs.nr_xcrs as usize).find(|xcr| xcr.xcr == 0).map_or(1, |xcr| xcr.value);
         state.fpu = Box::new(self.layout.store(&self.fd, state.xcr0)?);
         state.msrs = self.msrs.store(&self.fd)?;
-        state.tsc_offset = time.own_offset(&self.fd)?;
+        state.tsc_offset = self.tsc_offset(time)?;
         Ok(state)
     }
 
@@ -101,7 +108,7 @@ impl Vcpu {
         self.layout.load(&self.fd, &state.fpu)?;
         self.fd.set_debug_regs(&registers::debug(state)).map_err(refused("KVM_SET_DEBUGREGS"))?;
         self.msrs.load(&self.fd, &state.msrs)?;
-        time.set_own_offset(&self.fd, state.tsc_offset)?;
+        self.tsc_skew = time.set_own_offset(&self.fd, state.tsc_offset)?;
         self.fd.set_vcpu_events(&events).map_err(refused("KVM_SET_VCPU_EVENTS"))?;
         let mp_state = kvm_mp_state { mp_state: state.run_state as u32 };
         Ok(self.fd.set_mp_state(mp_state).map_err(refused("KVM_SET_MP_STATE"))?)

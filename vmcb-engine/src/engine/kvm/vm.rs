@@ -1,7 +1,8 @@
 //! A virtual machine of KVM: memory, interrupt routing, MSR filter, dirty log.
 //!
 //! Writes of the guest are logged from the first reader on, not before: until then pages may be as large as the host has
-//! them. What had been written by then counts as written in the epoch that ends, and what RAM holds is a superset of that.
+//! them. What had been written by then counts as written in the epoch that ends, and what RAM holds is a superset of that. RAM
+//! that came from elsewhere is watched at once, so that only what changed since is sent again.
 //! Pages are protected again when their writes have been read (manual protection), never by the reading itself.
 
 use kvm_bindings::{
@@ -88,11 +89,19 @@ impl Vm {
         self.fd.create_vcpu(vcpu.into()).map_err(refused("KVM_CREATE_VCPU"))
     }
 
-    /// Stamps what the guest has written since it was asked last, and watches for the next writes. No vCPU runs.
-    pub(super) fn settle_stamps(&mut self, memory: &GuestMemory) -> Result<(), Refusal> {
+    /// Writes of the guest are logged from now on.
+    pub(super) fn watch_writes(&mut self) -> Result<(), Refusal> {
         if !self.logging {
             self.set_memory(KVM_MEM_LOG_DIRTY_PAGES)?;
             self.logging = true;
+        }
+        Ok(())
+    }
+
+    /// Stamps what the guest has written since it was asked last, and watches for the next writes. No vCPU runs.
+    pub(super) fn settle_stamps(&mut self, memory: &GuestMemory) -> Result<(), Refusal> {
+        if !self.logging {
+            self.watch_writes()?;
             return stamp_all(memory);
         }
         for slot in &self.slots {

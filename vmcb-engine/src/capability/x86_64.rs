@@ -1,7 +1,7 @@
-//! CPU model `x86-64-v2`: frozen for ever. What every AMD processor since 2011 has by the levels of the System V ABI, and what
+//! CPU models `x86-64-v1` and `x86-64-v2`: frozen for ever. What processors have by the levels of the System V ABI, and what
 //! KVM offers on all of them; nothing of the mitigations that newer processors spare their guests.
 //!
-//! It is [`soft_v1`] with less, so the software engine runs it too, and a guest of it moves between engines and across
+//! They are [`soft_v1`] with less, so the software engine runs them too, and a guest of them moves between engines and across
 //! generations of hosts: no FSGSBASE, SMEP, ERMS, FSRM, LZCNT, RDTSCP, 1 GiB pages, no AutoIBRS, no claim to be immune to
 //! anything.
 
@@ -11,8 +11,32 @@ use crate::cpu::CpuState;
 use crate::vmcb::check::Limits;
 use crate::vmcb::registers::{cr4, efer};
 
-/// Brand string, at most 47 bytes.
-const BRAND: &str = "Godwit x86-64-v2";
+/// How much of the instruction set there is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Level {
+    /// The first AMD64 processors, CMPXCHG16B and LAHF.
+    V1,
+    /// And SSE3, SSSE3, SSE4.1, SSE4.2, POPCNT.
+    V2,
+}
+
+impl Level {
+    /// Brand string, at most 47 bytes.
+    fn brand(self) -> &'static str {
+        match self {
+            Level::V1 => "Godwit x86-64-v1",
+            Level::V2 => "Godwit x86-64-v2",
+        }
+    }
+
+    /// Bits of CPUID 1 ECX that a level lacks.
+    fn lacks(self) -> u32 {
+        match self {
+            Level::V1 => 1 | 1 << 9 | 1 << 19 | 1 << 20 | 1 << 23,
+            Level::V2 => 0,
+        }
+    }
+}
 
 /// CR4 bits that can be set.
 pub const CR4_WRITABLE: u64 = soft_v1::CR4_WRITABLE & !(cr4::FSGSBASE | cr4::SMEP);
@@ -38,21 +62,22 @@ const TSC_AUX: u32 = 0xc000_0103;
 const EFER: u32 = 0xc000_0080;
 
 /// CPUID.
-pub fn cpuid(leaf: u32, subleaf: u32, topology: &Topology) -> [u32; 4] {
+pub fn cpuid(level: Level, leaf: u32, subleaf: u32, topology: &Topology) -> [u32; 4] {
     let [eax, ebx, ecx, edx] = soft_v1::cpuid(leaf, subleaf, topology);
     match leaf {
+        1 => [eax, ebx, ecx & !level.lacks(), edx],
         7 => [eax, ebx & LEAF_7_EBX, ecx, 0],
         0x8000_0001 => [eax, ebx, ecx & !NOT_EXT_1_ECX, edx & !NOT_EXT_1_EDX],
-        0x8000_0002..=0x8000_0004 => soft_v1::text(&brand(), leaf - 0x8000_0002),
+        0x8000_0002..=0x8000_0004 => soft_v1::text(&brand(level), leaf - 0x8000_0002),
         0x8000_0008 => [eax, ebx & EXT_8_EBX, ecx, edx],
         0x8000_0021 => [eax & EXT_21_EAX, 0, 0, 0],
         _ => [eax, ebx, ecx, edx],
     }
 }
 
-fn brand() -> [u8; BRAND_BYTES] {
-    let mut text = [0; BRAND_BYTES];
-    text[..BRAND.len()].copy_from_slice(BRAND.as_bytes());
+fn brand(level: Level) -> [u8; BRAND_BYTES] {
+    let (mut text, brand) = ([0; BRAND_BYTES], level.brand());
+    text[..brand.len()].copy_from_slice(brand.as_bytes());
     text
 }
 

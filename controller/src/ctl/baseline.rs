@@ -1,0 +1,122 @@
+//! `ctl host baseline`: the CPU models that every one of some hosts can run, engine by engine, and what keeps the others from it.
+//!
+//! A guest is created with a model; it goes to any host that keeps the model's contract. The richest model that all hosts keep
+//! is therefore what a guest should be that may go to all of them. How a contract is checked is `proto::capability`'s.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proto::capability::CapabilitySet;
+use proto::v1;
+use serde::Serialize;
+
+use super::output::{Report, Text};
+use super::report::dash;
+
+/// What is said of a model in one line at most.
+const NAMED_MAX: usize = 4;
+
+/// What some hosts have in common.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub struct Baseline {
+    hosts: Vec<String>,
+    models: Vec<Model>,
+}
+
+/// A model on an engine.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Model {
+    engine: String,
+    model: String,
+    /// Every host keeps it.
+    everywhere: bool,
+    /// What is missing, by host; nothing for hosts that keep it.
+    lacks: BTreeMap<String, Vec<String>>,
+}
+
+/// Puts hosts beside each other.
+pub fn of(hosts: &[v1::HostRecord]) -> Baseline {
+    let hosts: Vec<v1::HostInfo> = hosts.iter().filter_map(|record| record.info.clone()).collect();
+    let known = |facts: &v1::EngineFacts| -> Vec<(String, String)> {
+        facts.models.iter().map(|model| (facts.engine.clone(), model.model.clone())).collect()
+    };
+    let all: BTreeSet<(String, String)> =
+        hosts.iter().flat_map(|info| info.engine_facts.iter().flat_map(known)).collect();
+    let models = all.into_iter().map(|(engine, model)| {
+        let missing = hosts.iter().map(|info| (info.name.clone(), lacks(info, &engine, &model)));
+        let lacks: BTreeMap<String, Vec<String>> = missing.filter(|(_, lacks)| !lacks.is_empty()).collect();
+        Model { engine, model, everywhere: lacks.is_empty(), lacks }
+    });
+    Baseline { models: models.collect(), hosts: hosts.into_iter().map(|info| info.name).collect() }
+}
+
+/// What a host lacks for a model on an engine, in words.
+fn lacks(info: &v1::HostInfo, engine: &str, model: &str) -> Vec<String> {
+    let Some(facts) = info.engine_facts.iter().find(|facts| facts.engine == engine) else {
+        return vec!["the engine".to_owned()];
+    };
+    if !facts.offered {
+        return vec![facts.reason.clone()];
+    }
+    let contract = facts.models.iter().find(|known| known.model == model);
+    let decode = |set: Option<&v1::CapabilitySet>| set.cloned().and_then(|set| CapabilitySet::decode(set).ok());
+    match (decode(contract), decode(facts.capabilities.as_ref())) {
+        (Some(contract), Some(host)) => contract.failing_on(&host).iter().map(ToString::to_string).collect(),
+        (None, _) => vec!["the model is not known there".to_owned()],
+        (_, None) => vec!["it does not say what it can".to_owned()],
+    }
+}
+
+impl Report for Baseline {
+    fn text(&self) -> Text {
+        let row = |model: &Model| {
+            let of_host = |(host, lacks): (&String, &Vec<String>)| {
+                let more = lacks.len().saturating_sub(NAMED_MAX);
+                let named = lacks.iter().take(NAMED_MAX).map(String::as_str).collect::<Vec<_>>().join(", ");
+                if more == 0 { format!("{host}: {named}") } else { format!("{host}: {named} and {more} more") }
+            };
+            let lacks: Vec<String> = model.lacks.iter().map(of_host).collect();
+            let verdict = if model.everywhere { "yes" } else { "no" };
+            vec![model.engine.clone(), model.model.clone(), verdict.to_owned(), dash(&lacks.join("; "))]
+        };
+        Text::Parts(vec![
+            Text::fields([("hosts", self.hosts.join(", "))]),
+            Text::Rows {
+                columns: vec!["engine", "model", "everywhere", "lacking"],
+                rows: self.models.iter().map(row).collect(),
+                empty: "no host says what it can",
+            },
+        ])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proto::capability::Withheld;
+    use vmcb_engine::capability::{CpuModel, soft_host};
+
+    fn host(name: &str, withheld: &[&str]) -> v1::HostRecord {
+        let mut set = soft_host();
+        for feature in withheld {
+            set.withhold(&Withheld::parse(feature).unwrap());
+        }
+        let models = CpuModel::ALL.map(|model| model.contract(1_000_000).encode()).to_vec();
+        let (engine, capabilities) = ("soft".to_owned(), Some(set.encode()));
+        let soft = v1::EngineFacts { engine, offered: true, capabilities, models, ..Default::default() };
+        let info = v1::HostInfo { name: name.into(), engine_facts: vec![soft], ..Default::default() };
+        v1::HostRecord { info: Some(info), state: "up".into(), heartbeat_age_ms: 1 }
+    }
+
+    #[test]
+    fn the_models_of_all_hosts_are_told_from_those_of_some() {
+        let found = of(&[host("hostA", &[]), host("hostB", &["fsgsbase"]), host("hostC", &["popcnt", "abm"])]);
+        let everywhere: Vec<(&str, bool)> = found.models.iter().map(|m| (m.model.as_str(), m.everywhere)).collect();
+        assert_eq!(everywhere, [("soft-v1", false), ("x86-64-v1", true), ("x86-64-v2", false)]);
+        assert_eq!(found.models[2].lacks["hostC"], ["CPUID 0000_0001.0 ECX[23] popcnt"]);
+        let text = found.text().render();
+        assert!(text.contains("hostB: CPUID 0000_0007.0 EBX[0] fsgsbase; hostC:"), "{text}");
+        let mut without = host("hostD", &[]);
+        without.info.as_mut().unwrap().engine_facts.clear();
+        assert_eq!(of(&[host("hostA", &[]), without]).models[1].lacks["hostD"], ["the engine"]);
+    }
+}
