@@ -277,7 +277,7 @@ impl Bus {
     pub fn mmio_read(&mut self, tsc: u64, gpa: u64, size: u8) -> u64 {
         let ones = if size >= 8 { u64::MAX } else { (1 << (8 * size)) - 1 };
         let (page, offset) = (gpa & !0xfff, gpa & 0xfff);
-        if self.lapics[self.vcpu].page() == Some(page) {
+        if self.lapic_page() == Some(page) {
             // Parts of a register show; loads across one do not exist in the chip.
             let shift = 8 * (offset & 3);
             let word = self.lapics[self.vcpu].read_page(tsc, offset as u16 & !3);
@@ -295,7 +295,7 @@ impl Bus {
     /// Store to an address that is not RAM.
     pub fn mmio_write(&mut self, tsc: u64, gpa: u64, size: u8, value: u64) {
         let (page, offset) = (gpa & !0xfff, gpa & 0xfff);
-        if self.lapics[self.vcpu].page() == Some(page) {
+        if self.lapic_page() == Some(page) {
             if size >= 4 {
                 let action = self.lapics[self.vcpu].write_page(tsc, offset as u16, value as u32);
                 self.act(self.vcpu, action);
@@ -312,6 +312,11 @@ impl Bus {
             });
             self.drive(line, interrupt);
         }
+    }
+
+    /// Where the vCPU that executes sees its local APIC's registers. An engine with local APICs of its own answers there itself.
+    fn lapic_page(&self) -> Option<u64> {
+        self.lapics[self.vcpu].page().filter(|_| self.outgoing.is_none())
     }
 
     /// Slot, line and offset of an address in a virtio window.

@@ -84,13 +84,14 @@ impl Bus {
 #[cfg(test)]
 mod tests {
     use super::super::tests::{bus, set_pin};
-    use super::super::{SERIAL_LINE, SERIAL_PORT};
+    use super::super::{LAPIC_BASE, SERIAL_LINE, SERIAL_PORT};
     use crate::device::lapic::{Message, Target, delivery};
 
     #[test]
     fn messages_wait_for_the_engine_and_ends_bring_them_again() {
         let mut bus = bus(1);
         bus.send_to_engine();
+        assert_eq!(bus.mmio_read(0, LAPIC_BASE + 0x30, 4), 0xffff_ffff, "the registers are the engine's");
         assert_eq!(bus.take_level_messages(), Some(Vec::new()));
         set_pin(&mut bus, SERIAL_LINE.into(), 1 << 15 | 0x41);
         let message = Message { vector: 0x41, delivery: delivery::FIXED, target: Target::Physical(0), level: true };

@@ -1,7 +1,5 @@
 //! Calls of KVM that kvm-ioctls has no method for on x86.
 
-use std::mem::size_of;
-
 use kvm_bindings::{
     KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1,
     kvm_device_attr,
@@ -19,34 +17,17 @@ fn answer(code: std::os::raw::c_int) -> Result<(), errno::Error> {
     if code < 0 { Err(errno::Error::last()) } else { Ok(()) }
 }
 
-/// Protects pages of a slot again whose bit is set (KVM API 4.117). `first_page` is a multiple of 64.
-pub fn clear_dirty_log(vm: &VmFd, slot: u32, first_page: u64, bitmap: &mut [u64]) -> Result<(), errno::Error> {
-    let pages = u32::try_from(bitmap.len() * 64).map_err(|_| errno::Error::new(EINVAL))?;
-    clear_dirty_pages(vm, slot, first_page, pages, bitmap)
-}
-
-const EINVAL: i32 = 22;
-
-fn clear_dirty_pages(
-    vm: &VmFd,
-    slot: u32,
-    first_page: u64,
-    num_pages: u32,
-    bitmap: &mut [u64],
-) -> Result<(), errno::Error> {
+/// Protects the pages of a slot again whose bit is set, from its first page on (KVM API 4.117).
+pub fn clear_dirty_log(vm: &VmFd, slot: u32, bitmap: &mut [u64]) -> Result<(), errno::Error> {
+    let num_pages = u32::try_from(bitmap.len() * 64).map_err(|_| errno::Error::new(libc::EINVAL))?;
     let dirty_bitmap = bitmap.as_mut_ptr().cast();
-    let log = kvm_clear_dirty_log {
-        slot,
-        num_pages,
-        first_page,
-        __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 { dirty_bitmap },
-    };
+    let bits = kvm_clear_dirty_log__bindgen_ty_1 { dirty_bitmap };
+    let log = kvm_clear_dirty_log { slot, num_pages, first_page: 0, __bindgen_anon_1: bits };
     // SAFETY: the descriptor is a VM's, and the bitmap has a bit for each of the pages that the kernel reads.
     answer(unsafe { ioctl_with_ref(vm, KVM_CLEAR_DIRTY_LOG(), &log) })
 }
 
 fn tsc_offset_at(place: &mut u64) -> kvm_device_attr {
-    const _: () = assert!(size_of::<usize>() == 8);
     kvm_device_attr {
         flags: 0,
         group: KVM_VCPU_TSC_CTRL,

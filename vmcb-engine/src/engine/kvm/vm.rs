@@ -147,7 +147,7 @@ fn clear(fd: &VmFd, slot: &Slot, bitmap: &mut [u64]) -> Result<(), Refusal> {
         return Ok(());
     }
     debug_assert!(slot.pages.is_multiple_of(PAGES_OF_WORD));
-    ioctl::clear_dirty_log(fd, slot.region.slot, 0, bitmap).map_err(refused("KVM_CLEAR_DIRTY_LOG"))
+    ioctl::clear_dirty_log(fd, slot.region.slot, bitmap).map_err(refused("KVM_CLEAR_DIRTY_LOG"))
 }
 
 /// Stamps every page that holds anything.
