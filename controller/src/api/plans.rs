@@ -173,6 +173,10 @@ pub fn migrate(
     if !engine.is_empty() {
         engine.clone_into(&mut config.engine);
     }
+    if config.engine != "soft" && state.recording_of(&vm.id).is_some() {
+        let text = format!("{name} is being recorded, and only the software engine is deterministic");
+        return Err(Failure::new(Code::Conflict, text).hint(format!("`ctl record stop {name}` first")));
+    }
     fleet.fitting(target, &Need { vm: name, config: &config, contract: &contract }, Some(&vm.host))?;
     let paused = vm.intent == Intent::Paused;
     let task = Task::Migrate { target: target.into(), via_controller, paused, engine: engine.into(), policy };
@@ -361,6 +365,7 @@ mod tests {
     use crate::agents::lease::HostState;
     use crate::api::placement::Candidate;
     use crate::api::placement::tests::up;
+    use crate::ledger::recording::Recording;
     use crate::ledger::tests::{config, contract, entry, running_vm};
     use proto::v1::HostInfo;
 
@@ -405,6 +410,28 @@ mod tests {
         let refused = migrate("vm1", "hostB", &[up("hostA", &[]), up("hostB", &["cmpxchg16b"])]).unwrap_err();
         assert!(refused.message.contains("CPUID 0000_0001.0 ECX[13] cmpxchg16b"), "{refused}");
         assert!(refused.hint.contains("no other host"), "the host where it is does not count: {}", refused.hint);
+    }
+
+    #[test]
+    fn a_vm_that_is_recorded_stays_on_the_engine_that_can() {
+        let mut state = cluster();
+        let vm_id = state.vms["vm1"].id.clone();
+        let recording = Recording {
+            id: "ab".repeat(16),
+            vm: "vm1".into(),
+            vm_id,
+            started_unix_ms: 1,
+            full: 0,
+            ended: String::new(),
+            ended_unix_ms: 0,
+        };
+        state.recordings.insert(recording.id.clone(), std::sync::Arc::new(recording));
+        let fleet = Fleet { hosts: vec![up("hostA", &[]), up("hostB", &[])] };
+        let on = |engine| migrate(&state, &fleet, "vm1", "hostB", engine, false, TransferPolicy::default());
+        let refused = on("kvm").unwrap_err();
+        assert!(refused.code == Code::Conflict && refused.hint.contains("ctl record stop vm1"), "{refused}");
+        on("").unwrap();
+        on("soft").unwrap();
     }
 
     #[test]

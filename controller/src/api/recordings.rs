@@ -74,7 +74,9 @@ fn recordable(state: &State, vm: &Vm) -> Result<(), Failure> {
     let name = &vm.name;
     if vm.config.engine != ENGINE {
         let text = format!("{name} runs on engine {}: only the software engine is deterministic", vm.config.engine);
-        return Err(Failure::new(Code::Incapable, text).hint("create it with --engine soft"));
+        return Err(
+            Failure::new(Code::Incapable, text).hint(format!("`ctl migrate {name} --to HOST --engine soft` first"))
+        );
     }
     if let Some(disk) = vm.config.disks.iter().find(|disk| disk.shared) {
         let text = format!("{name} has the shared disk {}: others may change what it reads there", disk.path);
