@@ -6,6 +6,8 @@
 use kvm_bindings::KVM_EXIT_INTERNAL_ERROR;
 use kvm_ioctls::VcpuExit;
 
+use super::msr::ModelMsrs;
+use super::time::write_msr;
 use super::vcpu::Vcpu;
 use crate::engine::{Exit, Platform};
 
@@ -117,6 +119,11 @@ pub(super) fn answer(vcpu: &mut Vcpu, left: Left, platform: &mut dyn Platform, t
         }
         Left::WriteMsr(msr, value) => {
             let written = vcpu.msrs.write(platform, tsc, index, msr, value);
+            if let Some(used) = ModelMsrs::used_by_processor(msr, value).filter(|_| written.is_some())
+                && let Err(refusal) = write_msr(&vcpu.fd, msr, used, "set SYSENTER")
+            {
+                return Next::End(Exit::Failed(format!("vCPU {index}: {refusal}")));
+            }
             set_msr_answer(vcpu, written.is_none(), None);
         }
         Left::EndOfInterrupt(vector) => platform.end_of_interrupt(vector),

@@ -14,19 +14,24 @@ use crate::capability::CpuModel;
 use crate::capability::msr::Home;
 use crate::engine::{LoadError, Platform};
 
-/// First index and count of those that the guest reaches without leaving the kernel: TSC, APIC_BASE, TSC_ADJUST, SYSENTER, PAT,
+/// First index and count of those that the guest reaches without leaving the kernel: TSC, APIC_BASE, TSC_ADJUST, SYSENTER_CS, PAT,
 /// TSC_DEADLINE, EFER and SYSCALL, FS and GS bases, and TSC_AUX. Of these, those that the model has.
 const DIRECT: [(u32, u32); 9] = [
     (0x10, 1),
     (0x1b, 1),
     (0x3b, 1),
-    (0x174, 3),
+    (0x174, 1),
     (0x277, 1),
     (0x6e0, 1),
     (0xc000_0080, 5),
     (0xc000_0100, 3),
     (0xc000_0103, 1),
 ];
+
+/// SYSENTER_ESP and SYSENTER_EIP, of which an AMD processor uses 32 bits: SYSENTER is illegal in long mode (APM3, SYSENTER).
+/// A 64-bit guest writes 64 all the same. kvm_amd sets the lower half and reads EIP's lower half alone, so the whole is kept
+/// here, and the kernel is given what the processor uses.
+const HALVES: [u32; 2] = [0x175, 0x176];
 
 /// The two MSRs of kvm-clock, which the platform follows.
 const CLOCK: [u32; 2] = [0x4b56_4d00, 0x4b56_4d01];
@@ -83,8 +88,7 @@ impl ModelMsrs {
 
     /// Takes over all of them; the first that cannot be set is named.
     pub(super) fn load(&mut self, fd: &VcpuFd, values: &BTreeMap<u32, u64>) -> Result<(), LoadError> {
-        let kernels: Vec<(u32, u64)> =
-            self.kernels.iter().filter_map(|msr| values.get(msr).map(|value| (*msr, *value))).collect();
+        let kernels = self.for_kernel(values);
         let msrs = entries(kernels.iter().copied(), "KVM_SET_MSRS")?;
         let set = fd.set_msrs(&msrs).map_err(refused("KVM_SET_MSRS"))?;
         if let Some((msr, value)) = kernels.get(set) {
@@ -94,6 +98,18 @@ impl ModelMsrs {
         let kept = values.iter().filter(|(msr, _)| !self.kernels.contains(msr));
         self.kept = kept.map(|(msr, value)| (*msr, *value)).collect();
         Ok(())
+    }
+
+    /// What the kernel is given of a state's MSRs.
+    fn for_kernel(&self, values: &BTreeMap<u32, u64>) -> Vec<(u32, u64)> {
+        let of = |msr: &u32, bits: u64| values.get(msr).map(|value| (*msr, value & bits));
+        let whole = self.kernels.iter().filter_map(|msr| of(msr, u64::MAX));
+        whole.chain(HALVES.iter().filter_map(|msr| of(msr, u32::MAX.into()))).collect()
+    }
+
+    /// What the processor is to use of an MSR that is kept here, if it uses it.
+    pub(super) fn used_by_processor(msr: u32, value: u64) -> Option<u64> {
+        HALVES.contains(&msr).then_some(value & u64::from(u32::MAX))
     }
 
     /// RDMSR that left the kernel; `None` is #GP(0).
@@ -132,4 +148,19 @@ fn entries(values: impl Iterator<Item = (u32, u64)>, step: &'static str) -> Resu
     let entries: Vec<kvm_msr_entry> =
         values.map(|(index, data)| kvm_msr_entry { index, data, ..kvm_msr_entry::default() }).collect();
     Msrs::from_entries(&entries).map_err(|_| Refusal { step, source: vmm_sys_util::errno::Error::new(12) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_sysenter_addresses_the_kernel_has_the_half_that_processors_use() {
+        assert!(is_direct(0x174) && !is_direct(0x175) && !is_direct(0x176));
+        let msrs = ModelMsrs { model: CpuModel::X86V2, kernels: vec![0xc000_0082], kept: BTreeMap::new() };
+        let values = [(0x175, 0xffff_fe00_0000_3000), (0x200, 6), (0xc000_0082, u64::MAX)].into();
+        assert_eq!(msrs.for_kernel(&values), [(0xc000_0082, u64::MAX), (0x175, 0x3000)]);
+        assert_eq!(ModelMsrs::used_by_processor(0x176, 0xffff_ffff_81c0_17b0), Some(0x81c0_17b0));
+        assert_eq!(ModelMsrs::used_by_processor(0x200, 6), None);
+    }
 }
