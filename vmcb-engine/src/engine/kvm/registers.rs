@@ -6,6 +6,12 @@ use crate::cpu::CpuState;
 use crate::vmcb::Segment;
 use crate::vmcb::segment::{ATTRIB_AVL, ATTRIB_DB, ATTRIB_DPL, ATTRIB_G, ATTRIB_L, ATTRIB_P, ATTRIB_S, ATTRIB_TYPE};
 
+/// A segment with another privilege level.
+pub(super) fn with_dpl(segment: &Segment, dpl: u8) -> Segment {
+    let attrib = ATTRIB_DPL.with(segment.attrib.into(), dpl.into());
+    Segment::new(segment.selector, attrib as u16, segment.limit, segment.base)
+}
+
 /// General registers of a state.
 pub(super) fn general(state: &CpuState) -> kvm_regs {
     let [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15] = state.gprs;
@@ -65,7 +71,7 @@ fn table(segment: &Segment) -> kvm_dtable {
 
 /// Segment and control registers of a state; `before` says what is not the vCPU's but its local APIC's.
 pub(super) fn special(state: &CpuState, before: &kvm_sregs) -> kvm_sregs {
-    // The privilege level is that of SS (APM2 4.9.1); KVM reads it there.
+    // KVM has the privilege level in SS. An AMD processor has it apart: SYSRET leaves the DPL of SS as it was (APM3, SYSRET).
     let mut ss = segment(&state.ss);
     ss.dpl = state.cpl;
     kvm_sregs {

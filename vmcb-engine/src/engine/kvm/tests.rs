@@ -38,8 +38,10 @@ fn state() -> impl Strategy<Value = CpuState> {
         (state.gprs, state.rip, state.cpl) = (gprs, canonical(gprs[3]), cpl);
         state.rflags = 2 | gprs[0] & (rflags::CF | rflags::ZF | rflags::DF | rflags::AC | rflags::ID | rflags::IF);
         let dpl = u16::from(cpl) << 5;
+        // SYSRET to a user leaves the DPL of SS as the kernel had it.
+        let ss_dpl = if flags[5] { dpl } else { 0 };
         (state.cs, state.ss) =
-            (segment(0x10 | u16::from(cpl), 0xa9b | dpl, 0), segment(0x18 | u16::from(cpl), 0xc93 | dpl, 0));
+            (segment(0x10 | u16::from(cpl), 0xa9b | dpl, 0), segment(0x18 | u16::from(cpl), 0xc93 | ss_dpl, 0));
         for (place, base) in [&mut state.ds, &mut state.es].into_iter().zip(bases) {
             *place = segment(0x23, 0xcf3, base.into());
         }
@@ -56,6 +58,8 @@ fn state() -> impl Strategy<Value = CpuState> {
         for (msr, value) in [(0xc000_0081, gprs[11]), (0xc000_0082, canonical(gprs[12])), (0x174, 0x10), (0x200, 0)] {
             state.msrs.insert(msr, value);
         }
+        // A 64-bit guest writes addresses, of which the processor uses 32 bits.
+        state.msrs.extend([(0x175, canonical(gprs[13])), (0x176, canonical(gprs[14]))]);
         state.msrs.insert(0x4b56_4d01, u64::from(bases[3]) & !3 | 1);
         let mut fpu = FxState::fninit();
         xmms.iter().enumerate().for_each(|(n, word)| fpu.set_xmm(4 * n, u128::from(*word) << 64 | 0xabc));

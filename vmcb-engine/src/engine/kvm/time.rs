@@ -108,8 +108,9 @@ impl Time {
         self.offset = self.offset.wrapping_add(behind);
         for (vcpu, (deadline, own)) in vcpus.iter_mut().flatten().zip(stood) {
             self.set_own_offset(&vcpu.fd, own)?;
-            // From here on the guest sees its TSC where it is, and so does whoever asks for its state.
+            // From here on the guest sees its TSC and its segments as they are, and so does whoever asks for its state.
             vcpu.tsc_skew = 0;
+            vcpu.ss_dpl = None;
             self.arm(&vcpu.fd, deadline)?;
         }
         self.settled = true;

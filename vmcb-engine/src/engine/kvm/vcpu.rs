@@ -41,6 +41,8 @@ pub(super) struct Vcpu {
     pub(super) topology: Topology,
     /// By how much its TSC missed where it was put, until it runs; see `time`.
     pub(super) tsc_skew: u64,
+    /// DPL of SS where it was loaded beside another CPL, until it runs: KVM has one place for both.
+    pub(super) ss_dpl: Option<u8>,
     layout: Layout,
 }
 
@@ -60,7 +62,7 @@ impl Vcpu {
         let table = table.map_err(|_| refused("CPUID table")(vmm_sys_util::errno::Error::new(12)))?;
         fd.set_cpuid2(&table).map_err(refused("KVM_SET_CPUID2"))?;
         set_rate(&fd, topology.tsc_hz, vm.scales_tsc())?;
-        Ok(Self { fd, msrs: msrs.clone(), topology, tsc_skew: 0, layout: layout.clone() })
+        Ok(Self { fd, msrs: msrs.clone(), topology, tsc_skew: 0, ss_dpl: None, layout: layout.clone() })
     }
 
     /// Where others say that it must come back.
@@ -81,6 +83,9 @@ impl Vcpu {
         events::store(&self.fd.get_vcpu_events().map_err(refused("KVM_GET_VCPU_EVENTS"))?, &mut state);
         registers::store_general(&self.fd.get_regs().map_err(refused("KVM_GET_REGS"))?, &mut state);
         registers::store_special(&self.fd.get_sregs().map_err(refused("KVM_GET_SREGS"))?, &mut state);
+        if let Some(dpl) = self.ss_dpl {
+            state.ss = registers::with_dpl(&state.ss, dpl);
+        }
         registers::store_debug(&self.fd.get_debug_regs().map_err(refused("KVM_GET_DEBUGREGS"))?, &mut state);
         if state.efer & efer::SVME != 0 {
             let reason = "the guest runs guests itself: their state has no saved form".to_owned();
@@ -101,6 +106,7 @@ impl Vcpu {
         let before = self.fd.get_sregs().map_err(refused("KVM_GET_SREGS"))?;
         let special = registers::special(state, &before);
         self.fd.set_sregs(&special).map_err(refused("KVM_SET_SREGS"))?;
+        self.ss_dpl = Some(state.ss.dpl()).filter(|dpl| *dpl != state.cpl);
         self.fd.set_regs(&registers::general(state)).map_err(refused("KVM_SET_REGS"))?;
         let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..kvm_xcrs::default() };
         xcrs.xcrs[0] = kvm_xcr { xcr: 0, value: state.xcr0, ..kvm_xcr::default() };
@@ -111,7 +117,19 @@ impl Vcpu {
         self.tsc_skew = time.set_own_offset(&self.fd, state.tsc_offset)?;
         self.fd.set_vcpu_events(&events).map_err(refused("KVM_SET_VCPU_EVENTS"))?;
         let mp_state = kvm_mp_state { mp_state: state.run_state as u32 };
-        Ok(self.fd.set_mp_state(mp_state).map_err(refused("KVM_SET_MP_STATE"))?)
+        self.fd.set_mp_state(mp_state).map_err(refused("KVM_SET_MP_STATE"))?;
+        self.is_what_was_loaded(time, state)
+    }
+
+    /// Refuses a state of which this host keeps something else, field by field.
+    fn is_what_was_loaded(&self, time: &Time, state: &CpuState) -> Result<(), LoadError> {
+        let stored = self.store(time).map_err(|error| LoadError::Illegal(error.to_string()))?;
+        let lost: Vec<String> = state.compare(&stored).iter().map(ToString::to_string).collect();
+        if lost.is_empty() {
+            return Ok(());
+        }
+        let reason = format!("hardware keeps another state than was loaded: {}", lost.join("; "));
+        Err(LoadError::Refused { step: "comparing", reason })
     }
 
     /// The saved form of its local APIC.
