@@ -5,5 +5,6 @@ pub mod bucket;
 pub mod cluster;
 pub mod fault;
 pub mod guest;
+pub mod lab;
 pub mod leftovers;
 pub mod linux;
