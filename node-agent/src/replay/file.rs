@@ -11,7 +11,6 @@
 
 use std::fs::File;
 use std::io::{self, BufReader, Read};
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -379,10 +378,6 @@ struct Base {
     pages: u64,
 }
 
-fn own(fd: std::os::fd::BorrowedFd<'_>) -> Result<OwnedFd, PagesError> {
-    fd.try_clone_to_owned().map_err(|source| PagesError::Host { step: "share a descriptor", source })
-}
-
 fn must(holds: bool, why: impl FnOnce() -> String) -> Result<(), BaseError> {
     if holds { Ok(()) } else { Err(BaseError::Shape(why())) }
 }
@@ -393,7 +388,7 @@ impl Base {
         must(ram <= RAM_BYTES_MAX, || format!("RAM of {ram} bytes; at most {RAM_BYTES_MAX} are replayed"))?;
         must(boot.image_bytes <= IMAGE_BYTES_MAX, || format!("a boot image of {} bytes", boot.image_bytes))?;
         let memory = GuestMemory::create(ram)?;
-        let mut spaces = vec![SharedPages::new(own(memory.ram_fd())?, own(memory.stamps_fd())?, ram)?];
+        let mut spaces = vec![SharedPages::of(memory.ram_fd(), memory.stamps_fd(), ram)?];
         let mut disks = Vec::new();
         let mut left = DISK_BYTES_MAX;
         for (number, disk) in config.disks.iter().enumerate() {
@@ -402,7 +397,7 @@ impl Base {
             must(room.is_some(), || format!("disks of more than {DISK_BYTES_MAX} bytes"))?;
             left = room.unwrap_or(0);
             let image = DiskImage::from_fd(sized_memfd("replay-disk", disk.size_bytes)?, disk.read_only)?;
-            spaces.push(SharedPages::new(own(image.file_fd())?, own(image.stamps_fd())?, image.bytes())?);
+            spaces.push(SharedPages::of(image.file_fd(), image.stamps_fd(), image.bytes())?);
             disks.push(image);
         }
         if boot.image_bytes > 0 {

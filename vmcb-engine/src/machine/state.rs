@@ -8,7 +8,7 @@
 //!
 //! RAM and disks are no sections: they travel as pages. The configuration decides which sections there must be.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 
 use prost::Message;
 use proto::ids::Digest;
@@ -18,15 +18,12 @@ use super::{Life, Machine, MachineError};
 use crate::cpu::CpuState;
 use crate::device::bus::SECTION_VERSION;
 use crate::engine::Clock;
-use crate::memory::digest::{PageDigests, leaves};
-use crate::memory::shared::{PagesError, Run, SharedPages};
+use crate::memory::shared::{PagesError, SharedPages};
 use crate::snapshot::{SectionError, Sections, machine_digest, state_digest};
 
 /// Versions of the sections that this file writes.
 const CLOCK_VERSION: (u32, u32) = (1, 0);
 const CPU_VERSION: (u32, u32) = (1, 0);
-/// Pages hashed at once.
-const PAGES_AT_ONCE: u64 = 256;
 
 fn section(name: String, (major, minor): (u32, u32), body: Vec<u8>) -> Section {
     Section { name, major, minor, ignorable: false, body }
@@ -136,21 +133,5 @@ impl Machine {
 }
 
 fn root(data: BorrowedFd<'_>, stamps: BorrowedFd<'_>, bytes: u64) -> Result<Digest, PagesError> {
-    let clone = |fd: BorrowedFd<'_>| {
-        fd.as_fd().try_clone_to_owned().map_err(|source| PagesError::Host { step: "share a descriptor", source })
-    };
-    let pages = SharedPages::new(clone(data)?, clone(stamps)?, bytes)?;
-    let mut digests = PageDigests::new(pages.pages());
-    let mut buffer = Vec::new();
-    for filled in pages.filled(Run { first: 0, pages: pages.pages() })? {
-        let mut first = filled.first;
-        while first < filled.end() {
-            let run = Run { first, pages: (filled.end() - first).min(PAGES_AT_ONCE) };
-            buffer.clear();
-            pages.append_pages(run, &mut buffer)?;
-            (first..).zip(leaves(&buffer)).for_each(|(page, leaf)| digests.set(page, leaf));
-            first = run.end();
-        }
-    }
-    Ok(digests.root())
+    Ok(SharedPages::of(data, stamps, bytes)?.digests()?.root())
 }

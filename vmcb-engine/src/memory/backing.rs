@@ -88,8 +88,7 @@ mod tests {
         for backing in [Backing::Small, Backing::Huge, Backing::On(Path::new("/dev/shm"))] {
             let memory = GuestMemory::create_on(backing, BYTES).unwrap();
             memory.write(0x20_1ffe, &[1, 2, 3, 4]).unwrap();
-            let own = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().unwrap();
-            let pages = SharedPages::new(own(memory.ram_fd()), own(memory.stamps_fd()), BYTES).unwrap();
+            let pages = SharedPages::of(memory.ram_fd(), memory.stamps_fd(), BYTES).unwrap();
             pages.write_pages(7, &[9; 4096]).unwrap();
             let mut read = Vec::new();
             pages.append_pages(Run { first: 0x201, pages: 2 }, &mut read).unwrap();

@@ -218,9 +218,8 @@ mod tests {
     const PAGES: u64 = MIB_16 / PAGE_BYTES;
 
     fn shared(memory: &GuestMemory) -> SharedPages {
-        let own = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().unwrap();
-        let pages = SharedPages::new(own(memory.ram_fd()), own(memory.stamps_fd()), memory.bytes()).unwrap();
-        pages.with_kept(own(memory.keeper().fd())).unwrap()
+        let pages = SharedPages::of(memory.ram_fd(), memory.stamps_fd(), memory.bytes()).unwrap();
+        pages.with_kept(memory.keeper().fd().try_clone_to_owned().unwrap()).unwrap()
     }
 
     fn all(memory: &GuestMemory) -> Vec<u8> {

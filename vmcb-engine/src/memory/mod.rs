@@ -237,12 +237,8 @@ impl GuestMemory {
     /// # Errors
     /// The host refused.
     pub fn clear(&self) -> Result<(), shared::PagesError> {
-        let clone = |fd: BorrowedFd<'_>| {
-            let cloned = fd.try_clone_to_owned();
-            cloned.map_err(|source| shared::PagesError::Host { step: "share a descriptor", source })
-        };
-        let pages = shared::SharedPages::new(clone(self.ram_fd())?, clone(self.stamps_fd())?, self.bytes)?;
-        for run in pages.filled(shared::Run { first: 0, pages: self.pages() })? {
+        let pages = shared::SharedPages::of(self.ram_fd(), self.stamps_fd(), self.bytes)?;
+        for run in pages.filled(pages.whole())? {
             (run.first..run.end()).for_each(|page| self.keep(page));
             pages.zero_pages(run)?;
             (run.first..run.end()).for_each(|page| self.stamps.mark(page));

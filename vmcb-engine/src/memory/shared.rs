@@ -9,7 +9,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{FallocateFlags, SeekFrom};
@@ -114,6 +114,15 @@ impl SharedPages {
             }
         }
         Ok(Self { data, stamps, kept: None, bytes, pages })
+    }
+
+    /// [`SharedPages::new`] with descriptors that stay their owner's.
+    ///
+    /// # Errors
+    /// Files that are too short, or a host that has no more descriptors.
+    pub fn of(data: BorrowedFd<'_>, stamps: BorrowedFd<'_>, bytes: u64) -> Result<Self, PagesError> {
+        let own = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(host("share a descriptor"));
+        Self::new(own(data)?, own(stamps)?, bytes)
     }
 
     /// With what the process keeps of a frozen instant.
@@ -417,9 +426,7 @@ mod tests {
     const MIB_16: u64 = 16 << 20;
 
     fn shared(memory: &GuestMemory) -> SharedPages {
-        let data = memory.ram_fd().try_clone_to_owned().unwrap();
-        let stamps = memory.stamps_fd().try_clone_to_owned().unwrap();
-        SharedPages::new(data, stamps, MIB_16).unwrap()
+        SharedPages::of(memory.ram_fd(), memory.stamps_fd(), MIB_16).unwrap()
     }
 
     fn read(pages: &SharedPages, run: Run) -> Vec<u8> {

@@ -12,7 +12,6 @@
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
-use std::os::fd::{BorrowedFd, OwnedFd};
 
 use super::play::Player;
 use crate::engine::{Stops, Uses, WatchKind};
@@ -86,17 +85,12 @@ impl std::fmt::Debug for Ladder {
     }
 }
 
-fn own(fd: BorrowedFd<'_>) -> Result<OwnedFd, PagesError> {
-    fd.try_clone_to_owned().map_err(|source| PagesError::Host { step: "share a descriptor", source })
-}
-
 /// RAM and disks as files with stamps.
 fn spaces(machine: &Machine) -> Result<Vec<SharedPages>, PagesError> {
     let memory = machine.memory();
-    let ram = SharedPages::new(own(memory.ram_fd())?, own(memory.stamps_fd())?, memory.bytes())?;
-    let disks =
-        machine.disks().map(|disk| SharedPages::new(own(disk.file_fd())?, own(disk.stamps_fd())?, disk.bytes()));
-    std::iter::once(Ok(ram)).chain(disks).collect()
+    let ram = SharedPages::of(memory.ram_fd(), memory.stamps_fd(), memory.bytes());
+    let disks = machine.disks().map(|disk| SharedPages::of(disk.file_fd(), disk.stamps_fd(), disk.bytes()));
+    std::iter::once(ram).chain(disks).collect()
 }
 
 /// A copy of a space in memory of its own, holes included.
