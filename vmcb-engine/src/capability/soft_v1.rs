@@ -140,7 +140,7 @@ fn extended(leaf: u32, topology: &Topology) -> [u32; 4] {
             let cmp = if topology.vcpus > 1 { EXT_1_ECX_CMP } else { 0 };
             [SIGNATURE, 0, EXT_1_ECX | cmp, EXT_1_EDX]
         }
-        0x8000_0002..=0x8000_0004 => brand(leaf - 0x8000_0002),
+        0x8000_0002..=0x8000_0004 => brand(BRAND, leaf - 0x8000_0002),
         // 64 TLB entries of each kind; L1 caches of 32 KiB, 8 ways, lines of 64 bytes.
         0x8000_0005 => [0xff40_ff40, 0xff40_ff40, 0x2008_0140, 0x2008_0140],
         // L2 of 512 KiB, 8 ways; L3 of 32 MiB, 16 ways.
@@ -160,17 +160,10 @@ const fn vendor(max: u32) -> [u32; 4] {
     [max, word(b"Auth"), word(b"cAMD"), word(b"enti")]
 }
 
-/// Bytes of a brand string, the zero at its end included.
-pub const BRAND_BYTES: usize = 48;
-
-fn brand(part: u32) -> [u32; 4] {
-    let mut brand = [0; BRAND_BYTES];
-    brand[..BRAND.len()].copy_from_slice(BRAND.as_bytes());
-    text(&brand, part)
-}
-
-/// One of the three leaves that a brand string takes.
-pub fn text(text: &[u8; BRAND_BYTES], part: u32) -> [u32; 4] {
+/// One of the three leaves that a brand string takes, which has 47 bytes at most.
+pub fn brand(brand: &str, part: u32) -> [u32; 4] {
+    let mut text = [0; 48];
+    text[..brand.len()].copy_from_slice(brand.as_bytes());
     let at = |index: usize| {
         let start = part as usize * 16 + index * 4;
         word(&[text[start], text[start + 1], text[start + 2], text[start + 3]])

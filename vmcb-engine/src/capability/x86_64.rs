@@ -5,8 +5,7 @@
 //! generations of hosts: no FSGSBASE, SMEP, ERMS, FSRM, LZCNT, RDTSCP, 1 GiB pages, no AutoIBRS, no claim to be immune to
 //! anything.
 
-use super::soft_v1::{self, BRAND_BYTES};
-use super::{Topology, msr};
+use super::{Topology, msr, soft_v1};
 use crate::cpu::CpuState;
 use crate::vmcb::check::Limits;
 use crate::vmcb::registers::{cr4, efer};
@@ -68,17 +67,11 @@ pub fn cpuid(level: Level, leaf: u32, subleaf: u32, topology: &Topology) -> [u32
         1 => [eax, ebx, ecx & !level.lacks(), edx],
         7 => [eax, ebx & LEAF_7_EBX, ecx, 0],
         0x8000_0001 => [eax, ebx, ecx & !NOT_EXT_1_ECX, edx & !NOT_EXT_1_EDX],
-        0x8000_0002..=0x8000_0004 => soft_v1::text(&brand(level), leaf - 0x8000_0002),
+        0x8000_0002..=0x8000_0004 => soft_v1::brand(level.brand(), leaf - 0x8000_0002),
         0x8000_0008 => [eax, ebx & EXT_8_EBX, ecx, edx],
         0x8000_0021 => [eax & EXT_21_EAX, 0, 0, 0],
         _ => [eax, ebx, ecx, edx],
     }
-}
-
-fn brand(level: Level) -> [u8; BRAND_BYTES] {
-    let (mut text, brand) = ([0; BRAND_BYTES], level.brand());
-    text[..brand.len()].copy_from_slice(brand.as_bytes());
-    text
 }
 
 /// The MSR `index`: those of [`msr`] but TSC_AUX, and an EFER without AutoIBRS.

@@ -119,6 +119,12 @@ pub fn violations(vmcb: &Vmcb, limits: Limits) -> Vec<Violation> {
     found
 }
 
+/// All of them in words; `None` if VMRUN would go on.
+pub fn refusal(vmcb: &Vmcb, limits: Limits) -> Option<String> {
+    let found: Vec<String> = violations(vmcb, limits).iter().map(ToString::to_string).collect();
+    (!found.is_empty()).then(|| found.join("; "))
+}
+
 fn check_state(vmcb: &Vmcb, limits: Limits, found: &mut Vec<Violation>) {
     let save = &vmcb.save;
     let mut when = |condition: bool, violation: Violation| {

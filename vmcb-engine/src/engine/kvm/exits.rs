@@ -6,13 +6,9 @@
 use kvm_bindings::KVM_EXIT_INTERNAL_ERROR;
 use kvm_ioctls::VcpuExit;
 
-use super::msr::ModelMsrs;
-use super::time::write_msr;
+use super::msr::{ModelMsrs, write_msr};
 use super::vcpu::Vcpu;
 use crate::engine::{Exit, Platform};
-
-const EINTR: i32 = 4;
-const EAGAIN: i32 = 11;
 
 /// Why a vCPU is back.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -33,13 +29,15 @@ pub(super) enum Left {
     EndOfInterrupt(u8),
     /// Triple fault.
     Shutdown,
+    /// The kernel met an error of its own; the shared page says which.
+    InternalError,
     /// The kernel cannot go on, in words.
     Failed(String),
 }
 
 /// Lets a vCPU run until it leaves the kernel.
 pub(super) fn enter(vcpu: &mut Vcpu) -> Left {
-    let left = match vcpu.fd.run() {
+    match vcpu.fd.run() {
         Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => Left::Port,
         Ok(VcpuExit::MmioRead(gpa, bytes)) => Left::Load(gpa, bytes.len()),
         Ok(VcpuExit::MmioWrite(gpa, bytes)) => {
@@ -52,7 +50,7 @@ pub(super) fn enter(vcpu: &mut Vcpu) -> Left {
         Ok(VcpuExit::IoapicEoi(vector)) => Left::EndOfInterrupt(vector),
         Ok(VcpuExit::Intr) => Left::Interrupted,
         Ok(VcpuExit::Shutdown) => Left::Shutdown,
-        Ok(VcpuExit::InternalError) => Left::Failed(String::new()),
+        Ok(VcpuExit::InternalError) => Left::InternalError,
         Ok(VcpuExit::FailEntry(reason, cpu)) => {
             Left::Failed(format!("VMRUN of vCPU {cpu} fails with hardware reason {reason:#x}"))
         }
@@ -60,12 +58,8 @@ pub(super) fn enter(vcpu: &mut Vcpu) -> Left {
             Left::Failed(format!("memory at {gpa:#x} ({size} bytes, flags {flags:#x}) cannot be given to the guest"))
         }
         Ok(other) => Left::Failed(format!("the kernel leaves with {other:?}, which is not known here")),
-        Err(error) if matches!(error.errno(), EINTR | EAGAIN) => Left::Interrupted,
+        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Left::Interrupted,
         Err(error) => Left::Failed(format!("KVM_RUN: {error}")),
-    };
-    match left {
-        Left::Failed(words) if words.is_empty() => Left::Failed(internal_error(vcpu)),
-        left => left,
     }
 }
 
@@ -101,10 +95,12 @@ pub(super) enum Next {
 /// Answers what a vCPU left with.
 pub(super) fn answer(vcpu: &mut Vcpu, left: Left, platform: &mut dyn Platform, tsc: u64) -> Next {
     let index = vcpu.topology.vcpu as usize;
+    let failed = |words: String| Next::End(Exit::Failed(format!("vCPU {index}: {words}")));
     match left {
         Left::Interrupted => return Next::Interrupted,
         Left::Shutdown => return Next::End(Exit::Shutdown),
-        Left::Failed(words) => return Next::End(Exit::Failed(format!("vCPU {index}: {words}"))),
+        Left::InternalError => return failed(internal_error(vcpu)),
+        Left::Failed(words) => return failed(words),
         Left::Port => port(vcpu, platform, tsc),
         Left::Load(gpa, bytes) => {
             let value = platform.mmio_read(tsc, gpa, bytes as u8).to_le_bytes();
@@ -122,7 +118,7 @@ pub(super) fn answer(vcpu: &mut Vcpu, left: Left, platform: &mut dyn Platform, t
             if let Some(used) = ModelMsrs::used_by_processor(msr, value).filter(|_| written.is_some())
                 && let Err(refusal) = write_msr(&vcpu.fd, msr, used, "set SYSENTER")
             {
-                return Next::End(Exit::Failed(format!("vCPU {index}: {refusal}")));
+                return failed(refusal.to_string());
             }
             set_msr_answer(vcpu, written.is_none(), None);
         }

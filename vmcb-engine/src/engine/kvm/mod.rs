@@ -90,6 +90,11 @@ fn refused(step: &'static str) -> impl Fn(vmm_sys_util::errno::Error) -> Refusal
     move |source| Refusal { step, source }
 }
 
+/// A list that has no room in memory.
+fn no_memory(step: &'static str) -> Refusal {
+    refused(step)(vmm_sys_util::errno::Error::new(libc::ENOMEM))
+}
+
 impl From<Refusal> for StoreError {
     fn from(Refusal { step, source }: Refusal) -> Self {
         StoreError::Refused { step, reason: source.to_string() }
@@ -123,23 +128,27 @@ impl KvmEngine {
         let vm = Vm::new(&kvm, &memory, config.model)?;
         let layout = xsave::Layout::of(&kvm)?;
         let msrs = ModelMsrs::new(&kvm, config.model)?;
+        let topology = |vcpu| Topology { vcpu, vcpus: config.vcpus, tsc_hz: config.tsc_hz };
         let mut vcpus = Vec::new();
         for vcpu in 0..config.vcpus {
-            let topology = Topology { vcpu, vcpus: config.vcpus, tsc_hz: config.tsc_hz };
-            vcpus.push(Some(Vcpu::new(&vm, &layout, &msrs, config.model, topology)?));
+            vcpus.push(Some(Vcpu::new(&vm, &layout, &msrs, config.model, topology(vcpu))?));
         }
         let time = Time::new(config.tsc_hz, config.tsc_per_instruction);
         let mut engine = Self { crew: None, vcpus, vm, time, memory, model: config.model };
         for vcpu in 0..config.vcpus {
-            let topology = Topology { vcpu, vcpus: config.vcpus, tsc_hz: config.tsc_hz };
-            engine.load(vcpu as usize, &config.model.power_up(&topology)).map_err(KvmError::PowerUp)?;
+            engine.load(vcpu as usize, &config.model.power_up(&topology(vcpu))).map_err(KvmError::PowerUp)?;
         }
         Ok(engine)
     }
 
     /// A vCPU that stands still.
-    fn standing(&self, vcpu: usize) -> Option<&Vcpu> {
-        self.vcpus.get(vcpu)?.as_ref()
+    fn standing(&self, vcpu: usize) -> Result<&Vcpu, StoreError> {
+        self.vcpus.get(vcpu).and_then(Option::as_ref).ok_or(StoreError::NoVcpu(vcpu))
+    }
+
+    /// The same, to be changed.
+    fn standing_mut(vcpus: &mut [Option<Vcpu>], vcpu: usize) -> Result<&mut Vcpu, LoadError> {
+        vcpus.get_mut(vcpu).and_then(Option::as_mut).ok_or(LoadError::NoVcpu(vcpu))
     }
 }
 
@@ -177,12 +186,11 @@ impl Engine for KvmEngine {
     }
 
     fn peek(&self, vcpu: usize) -> Result<CpuState, StoreError> {
-        self.standing(vcpu).ok_or(StoreError::NoVcpu(vcpu))?.store(&self.time)
+        self.standing(vcpu)?.store(&self.time)
     }
 
     fn load(&mut self, vcpu: usize, state: &CpuState) -> Result<(), LoadError> {
-        let found = self.vcpus.get_mut(vcpu).and_then(Option::as_mut);
-        found.ok_or(LoadError::NoVcpu(vcpu))?.load(self.model, &self.time, state)?;
+        Self::standing_mut(&mut self.vcpus, vcpu)?.load(self.model, &self.time, state)?;
         self.time.unsettle();
         Ok(())
     }
@@ -224,12 +232,11 @@ impl Engine for KvmEngine {
 
 impl LocalApics for KvmEngine {
     fn save(&mut self, vcpu: usize) -> Result<LapicV1, StoreError> {
-        self.standing(vcpu).ok_or(StoreError::NoVcpu(vcpu))?.store_lapic(&self.time)
+        self.standing(vcpu)?.store_lapic(&self.time)
     }
 
     fn restore(&mut self, vcpu: usize, saved: &LapicV1) -> Result<(), LoadError> {
-        let found = self.vcpus.get_mut(vcpu).and_then(Option::as_mut).ok_or(LoadError::NoVcpu(vcpu))?;
-        found.load_lapic(&self.time, saved)?;
+        Self::standing_mut(&mut self.vcpus, vcpu)?.load_lapic(&self.time, saved)?;
         for message in lapic::requests(vcpu, saved) {
             self.vm.signal(message)?;
         }

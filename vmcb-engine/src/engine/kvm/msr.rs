@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
 
-use super::{Refusal, refused};
+use super::{Refusal, no_memory, refused};
 use crate::capability::CpuModel;
 use crate::capability::msr::Home;
 use crate::engine::{LoadError, Platform};
@@ -75,14 +75,8 @@ impl ModelMsrs {
 
     /// All of them.
     pub(super) fn store(&self, fd: &VcpuFd) -> Result<BTreeMap<u32, u64>, Refusal> {
-        let step = "KVM_GET_MSRS";
-        let mut msrs = entries(self.kernels.iter().map(|msr| (*msr, 0)), step)?;
-        let read = fd.get_msrs(&mut msrs).map_err(refused(step))?;
-        if read != self.kernels.len() {
-            return Err(Refusal { step, source: vmm_sys_util::errno::Error::new(1) });
-        }
         let mut values = self.kept.clone();
-        values.extend(msrs.as_slice().iter().map(|entry| (entry.index, entry.data)));
+        values.extend(read_msrs(fd, &self.kernels, "KVM_GET_MSRS")?);
         Ok(values)
     }
 
@@ -144,10 +138,37 @@ impl ModelMsrs {
     }
 }
 
+/// Reads MSRs of a vCPU, by index.
+fn read_msrs(fd: &VcpuFd, indices: &[u32], step: &'static str) -> Result<Vec<(u32, u64)>, Refusal> {
+    let mut msrs = entries(indices.iter().map(|msr| (*msr, 0)), step)?;
+    if fd.get_msrs(&mut msrs).map_err(refused(step))? != indices.len() {
+        return Err(not_all(step));
+    }
+    Ok(msrs.as_slice().iter().map(|entry| (entry.index, entry.data)).collect())
+}
+
+/// Reads one MSR of a vCPU.
+pub(super) fn read_msr(fd: &VcpuFd, index: u32, step: &'static str) -> Result<u64, Refusal> {
+    read_msrs(fd, &[index], step)?.first().map(|(_, value)| *value).ok_or_else(|| not_all(step))
+}
+
+/// Writes one MSR of a vCPU.
+pub(super) fn write_msr(fd: &VcpuFd, index: u32, value: u64, step: &'static str) -> Result<(), Refusal> {
+    match fd.set_msrs(&entries([(index, value)].into_iter(), step)?).map_err(refused(step))? {
+        1 => Ok(()),
+        _ => Err(not_all(step)),
+    }
+}
+
+/// The kernel stopped at an MSR that it does not let be read or written.
+fn not_all(step: &'static str) -> Refusal {
+    refused(step)(vmm_sys_util::errno::Error::new(libc::EPERM))
+}
+
 fn entries(values: impl Iterator<Item = (u32, u64)>, step: &'static str) -> Result<Msrs, Refusal> {
     let entries: Vec<kvm_msr_entry> =
         values.map(|(index, data)| kvm_msr_entry { index, data, ..kvm_msr_entry::default() }).collect();
-    Msrs::from_entries(&entries).map_err(|_| Refusal { step, source: vmm_sys_util::errno::Error::new(12) })
+    Msrs::from_entries(&entries).map_err(|_| no_memory(step))
 }
 
 #[cfg(test)]

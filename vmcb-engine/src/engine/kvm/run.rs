@@ -7,17 +7,17 @@
 //! ```
 
 use super::exits::{self, Next};
-use super::thread::{Back, Entry};
-use super::{KvmEngine, Refusal};
-use crate::engine::{Exit, Platform};
+use super::thread::{Back, Crew, Entry};
+use super::{KvmEngine, Refusal, Vcpu};
+use crate::engine::{Engine, Exit, Platform};
 
 impl KvmEngine {
-    /// [`crate::engine::Engine::run`].
+    /// [`Engine::run`].
     pub(super) fn run_until(&mut self, platform: &mut dyn Platform, until_retired: u64) -> Exit {
         if platform.stopped() {
             return Exit::Stopped;
         }
-        if let Err(error) = crate::engine::Engine::prepare(self) {
+        if let Err(error) = self.prepare() {
             return Exit::Failed(format!("threads for vCPUs: {error}"));
         }
         if let Err(refusal) = self.time.settle(&mut self.vcpus) {
@@ -50,71 +50,65 @@ impl KvmEngine {
         Ok(())
     }
 
-    /// Lets every vCPU run, answers them, and has all of them back at the end.
+    /// Has the crew run all vCPUs.
     fn drive(&mut self, platform: &mut dyn Platform, until_retired: u64) -> Exit {
+        let Some(crew) = self.crew.take() else { return Exit::Failed("there are no threads for vCPUs".to_owned()) };
+        let exit = self.drive_with(&crew, platform, until_retired);
+        self.crew = Some(crew);
+        exit
+    }
+
+    /// Lets every vCPU run, answers them, and has all of them back at the end.
+    fn drive_with(&mut self, crew: &Crew, platform: &mut dyn Platform, until_retired: u64) -> Exit {
         let mut verdict = None;
         let mut away = 0;
         for index in 0..self.vcpus.len() {
             if let Some(vcpu) = self.vcpus[index].take() {
-                match self.enter(index, vcpu, Entry::GoOn) {
+                match self.enter(crew, index, vcpu, Entry::GoOn) {
                     Ok(()) => away += 1,
                     Err(exit) => verdict = Some(exit),
                 }
             }
         }
-        let Some(crew) = &self.crew else { return Exit::Failed("there are no threads for vCPUs".to_owned()) };
         if verdict.is_some() {
             crew.call_back();
         }
         let within = self.time.until(until_retired);
         while away > 0 {
-            let back = self.crew.as_ref().and_then(|crew| crew.next(verdict.is_none().then_some(within)));
-            let Some(back) = back else {
-                if verdict.is_some() {
-                    return Exit::Failed("the thread of a vCPU has ended".to_owned());
-                }
-                verdict = Some(self.stop(Exit::Reached));
-                continue;
+            let handled = match crew.next(verdict.is_none().then_some(within)) {
+                Some(back) => self.handle(crew, platform, back, until_retired, verdict.is_some()),
+                None if verdict.is_some() => return Exit::Failed("the thread of a vCPU has ended".to_owned()),
+                None => Handled { stands: false, end: Some(Exit::Reached) },
             };
-            match self.handle(platform, back, until_retired, verdict.is_some()) {
-                Handled::Entered => {}
-                Handled::Stands => away -= 1,
-                Handled::EnteredFor(exit) => verdict = verdict.or_else(|| Some(self.stop(exit))),
-                Handled::StandsFor(exit) => {
-                    away -= 1;
-                    verdict = verdict.or_else(|| Some(self.stop(exit)));
-                }
+            away -= usize::from(handled.stands);
+            if verdict.is_none() && handled.end.is_some() {
+                crew.call_back();
+                verdict = handled.end;
             }
         }
         verdict.unwrap_or(Exit::Reached)
     }
 
-    /// Calls everyone back.
-    fn stop(&self, exit: Exit) -> Exit {
-        self.crew.iter().for_each(super::thread::Crew::call_back);
-        exit
-    }
-
-    fn enter(&mut self, index: usize, vcpu: super::Vcpu, entry: Entry) -> Result<(), Exit> {
-        let sent = match &self.crew {
-            Some(crew) => crew.send(index, vcpu, entry),
-            None => Err(Box::new(vcpu)),
-        };
-        sent.map_err(|vcpu| {
+    fn enter(&mut self, crew: &Crew, index: usize, vcpu: Vcpu, entry: Entry) -> Result<(), Exit> {
+        crew.send(index, vcpu, entry).map_err(|vcpu| {
             self.vcpus[index] = Some(*vcpu);
             Exit::Failed(format!("the thread of vCPU {index} has ended"))
         })
     }
 
     /// Answers a vCPU and sends it on, or keeps it.
-    fn handle(&mut self, platform: &mut dyn Platform, back: Back, until_retired: u64, stopping: bool) -> Handled {
+    fn handle(
+        &mut self,
+        crew: &Crew,
+        platform: &mut dyn Platform,
+        back: Back,
+        until_retired: u64,
+        stopping: bool,
+    ) -> Handled {
         let Back { index, mut vcpu, left } = back;
         let tsc = match self.time.now(&vcpu.fd) {
             Ok(tsc) => tsc,
-            Err(refusal) => {
-                self.vcpus[index] = Some(vcpu);
-                return Handled::StandsFor(failed(refusal));
-            }
+            Err(refusal) => return self.keep(index, vcpu, Some(failed(refusal))),
         };
         let next = exits::answer(&mut vcpu, left, platform, tsc);
         let wish = match self.deliver(platform) {
@@ -122,33 +116,30 @@ impl KvmEngine {
             Ok(()) if platform.stopped() => Some(Exit::Stopped),
             Ok(()) => self.time.is_reached(until_retired, tsc).then_some(Exit::Reached),
         };
-        let stays = match next {
-            Next::Enter => false,
-            Next::Interrupted => stopping,
-            Next::End(exit) => {
-                self.vcpus[index] = Some(vcpu);
-                return Handled::StandsFor(exit);
-            }
-        };
-        if stays {
-            self.vcpus[index] = Some(vcpu);
-            return Handled::Stands;
+        match next {
+            Next::End(exit) => return self.keep(index, vcpu, Some(exit)),
+            Next::Interrupted if stopping => return self.keep(index, vcpu, None),
+            Next::Enter | Next::Interrupted => {}
         }
         let entry = if stopping || wish.is_some() { Entry::ComeBack } else { Entry::GoOn };
-        match (self.enter(index, vcpu, entry), wish) {
-            (Err(exit), _) => Handled::StandsFor(exit),
-            (Ok(()), Some(exit)) => Handled::EnteredFor(exit),
-            (Ok(()), None) => Handled::Entered,
+        match self.enter(crew, index, vcpu, entry) {
+            Ok(()) => Handled { stands: false, end: wish },
+            Err(exit) => Handled { stands: true, end: Some(exit) },
         }
+    }
+
+    fn keep(&mut self, index: usize, vcpu: Vcpu, end: Option<Exit>) -> Handled {
+        self.vcpus[index] = Some(vcpu);
+        Handled { stands: true, end }
     }
 }
 
-/// Where a vCPU is after it was answered, and what that says of the run.
-enum Handled {
-    Entered,
-    EnteredFor(Exit),
-    Stands,
-    StandsFor(Exit),
+/// What became of a vCPU that was answered.
+struct Handled {
+    /// It is not with its thread any more.
+    stands: bool,
+    /// Why the run ends with it, if it does.
+    end: Option<Exit>,
 }
 
 fn failed(refusal: Refusal) -> Exit {

@@ -99,8 +99,8 @@ fn not_opened(error: std::io::Error) -> KvmError {
     match error.kind() {
         ErrorKind::NotFound => KvmError::Missing,
         ErrorKind::PermissionDenied => KvmError::NotPermitted,
-        // ENODEV, ENXIO: the node is there and nothing is behind it.
-        _ if matches!(error.raw_os_error(), Some(6 | 19)) => KvmError::Missing,
+        // The node is there and nothing is behind it.
+        _ if matches!(error.raw_os_error(), Some(libc::ENXIO | libc::ENODEV)) => KvmError::Missing,
         _ => KvmError::Open(error),
     }
 }

@@ -13,9 +13,9 @@
 
 use std::time::Duration;
 
-use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 
+use super::msr::{read_msr, write_msr};
 use super::vcpu::Vcpu;
 use super::{Refusal, ioctl, refused};
 use crate::engine::Clock;
@@ -34,28 +34,6 @@ pub(super) struct Time {
     offset: u64,
     /// The counter goes on from the clock by itself.
     settled: bool,
-}
-
-/// Reads one MSR of a vCPU.
-pub(super) fn read_msr(fd: &VcpuFd, index: u32, step: &'static str) -> Result<u64, Refusal> {
-    let mut msrs = one(index, 0, step)?;
-    match fd.get_msrs(&mut msrs).map_err(refused(step))? {
-        1 => Ok(msrs.as_slice()[0].data),
-        _ => Err(Refusal { step, source: vmm_sys_util::errno::Error::new(1) }),
-    }
-}
-
-/// Writes one MSR of a vCPU.
-pub(super) fn write_msr(fd: &VcpuFd, index: u32, value: u64, step: &'static str) -> Result<(), Refusal> {
-    match fd.set_msrs(&one(index, value, step)?).map_err(refused(step))? {
-        1 => Ok(()),
-        _ => Err(Refusal { step, source: vmm_sys_util::errno::Error::new(1) }),
-    }
-}
-
-fn one(index: u32, data: u64, step: &'static str) -> Result<Msrs, Refusal> {
-    let entry = kvm_msr_entry { index, data, ..kvm_msr_entry::default() };
-    Msrs::from_entries(&[entry]).map_err(|_| Refusal { step, source: vmm_sys_util::errno::Error::new(12) })
 }
 
 impl Time {

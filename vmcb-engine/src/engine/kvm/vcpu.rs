@@ -15,17 +15,17 @@ use kvm_ioctls::VcpuFd;
 use proto::v1::LapicV1;
 
 use super::lapic::Beside;
-use super::msr::ModelMsrs;
+use super::msr::{ModelMsrs, write_msr};
 use super::system::KvmError;
 use super::thread::Kick;
-use super::time::{Time, write_msr};
+use super::time::Time;
 use super::vm::Vm;
 use super::xsave::Layout;
-use super::{Refusal, events, lapic, refused, registers};
+use super::{Refusal, events, lapic, no_memory, refused, registers};
 use crate::capability::{CpuModel, Topology};
 use crate::cpu::{CpuState, RunState};
 use crate::engine::{LoadError, StoreError};
-use crate::vmcb::check::violations;
+use crate::vmcb::check::refusal;
 use crate::vmcb::registers::efer;
 use crate::vmcb::{Intercept, Vmcb};
 
@@ -59,7 +59,7 @@ impl Vcpu {
         let cap = kvm_enable_cap { cap: KVM_CAP_ENFORCE_PV_FEATURE_CPUID, args: [1, 0, 0, 0], ..Default::default() };
         fd.enable_cap(&cap).map_err(refused("KVM_CAP_ENFORCE_PV_FEATURE_CPUID"))?;
         let table = CpuId::from_entries(&cpuid(model, &topology));
-        let table = table.map_err(|_| refused("CPUID table")(vmm_sys_util::errno::Error::new(12)))?;
+        let table = table.map_err(|_| no_memory("CPUID table"))?;
         fd.set_cpuid2(&table).map_err(refused("KVM_SET_CPUID2"))?;
         set_rate(&fd, topology.tsc_hz, vm.scales_tsc())?;
         Ok(Self { fd, msrs: msrs.clone(), topology, tsc_skew: 0, ss_dpl: None, layout: layout.clone() })
@@ -162,12 +162,7 @@ fn check(model: CpuModel, state: &CpuState) -> Result<(), LoadError> {
     vmcb.control.set_intercept(Intercept::VMRUN, true);
     vmcb.control.guest_asid = 1;
     state.to_vmcb(&mut vmcb);
-    let found = violations(&vmcb, model.limits());
-    if found.is_empty() {
-        return Ok(());
-    }
-    let reasons: Vec<String> = found.iter().map(ToString::to_string).collect();
-    Err(LoadError::Illegal(reasons.join("; ")))
+    refusal(&vmcb, model.limits()).map_or(Ok(()), |reasons| Err(LoadError::Illegal(reasons)))
 }
 
 fn run_state(state: kvm_mp_state) -> RunState {

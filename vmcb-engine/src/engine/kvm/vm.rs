@@ -14,12 +14,12 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use super::system::KvmError;
-use super::{Refusal, ioctl, msr, refused};
+use super::{Refusal, ioctl, msr, no_memory, refused};
 use crate::capability::CpuModel;
 use crate::device::ioapic::PINS;
 use crate::device::lapic::{Message, Target};
-use crate::memory::shared::{Run, SharedPages};
-use crate::memory::{GuestMemory, PAGE_BYTES};
+use crate::memory::shared::{PagesError, SharedPages};
+use crate::memory::{GuestMemory, MEMORY_GRANULE_BYTES, PAGE_BYTES};
 
 /// Where messages for local APICs are written (APM2 16.11.2 and the MSI format of the PCI specification).
 const MSI_ADDRESS: u32 = 0xfee0_0000;
@@ -33,7 +33,6 @@ const PAGES_OF_WORD: u64 = 64;
 struct Slot {
     region: kvm_userspace_memory_region,
     first_page: u64,
-    pages: u64,
 }
 
 /// The machine.
@@ -62,7 +61,6 @@ impl Vm {
                 userspace_addr: mapping.address as u64,
             },
             first_page: mapping.first_page,
-            pages: mapping.pages,
         };
         let slots = memory.mappings().into_iter().enumerate().map(slot).collect();
         let vm = Vm { fd, slots, logging: false };
@@ -136,28 +134,25 @@ impl Vm {
         };
         let entries: Vec<_> = (0..PINS as u32).zip(messages).map(entry).collect();
         let routing = KvmIrqRouting::from_entries(&entries);
-        let routing = routing.map_err(|_| refused("interrupt routes")(vmm_sys_util::errno::Error::new(12)))?;
+        let routing = routing.map_err(|_| no_memory("interrupt routes"))?;
         self.fd.set_gsi_routing(&routing).map_err(refused("KVM_SET_GSI_ROUTING"))
     }
 }
 
-/// Protects the pages again whose writes were read. The last word of a slot may reach beyond its end.
+/// Protects the pages again whose writes were read. RAM comes in whole words of pages ([`MEMORY_GRANULE_BYTES`]).
 fn clear(fd: &VmFd, slot: &Slot, bitmap: &mut [u64]) -> Result<(), Refusal> {
     if bitmap.iter().all(|bits| *bits == 0) {
         return Ok(());
     }
-    debug_assert!(slot.pages.is_multiple_of(PAGES_OF_WORD));
+    const { assert!(MEMORY_GRANULE_BYTES.is_multiple_of(PAGES_OF_WORD * PAGE_BYTES)) };
     ioctl::clear_dirty_log(fd, slot.region.slot, bitmap).map_err(refused("KVM_CLEAR_DIRTY_LOG"))
 }
 
 /// Stamps every page that holds anything.
 fn stamp_all(memory: &GuestMemory) -> Result<(), Refusal> {
-    let host = |error: std::io::Error| refused("look for pages that were written")(error.into());
-    let clone = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map_err(host);
-    let failed = |error| host(std::io::Error::other(error));
-    let pages =
-        SharedPages::new(clone(memory.ram_fd())?, clone(memory.stamps_fd())?, memory.bytes()).map_err(failed)?;
-    for run in pages.filled(Run { first: 0, pages: memory.pages() }).map_err(failed)? {
+    let failed = |error: PagesError| refused("look for pages that were written")(std::io::Error::other(error).into());
+    let pages = SharedPages::of(memory.ram_fd(), memory.stamps_fd(), memory.bytes()).map_err(failed)?;
+    for run in pages.filled(pages.whole()).map_err(failed)? {
         (run.first..run.end()).for_each(|page| memory.stamps().mark(page));
     }
     Ok(())

@@ -7,7 +7,7 @@ use super::{SoftEngine, Vcpu};
 use crate::cpu::RunState;
 use crate::engine::soft::core::{RAX, RBX, RCX, RDX};
 use crate::engine::{Exit, Platform};
-use crate::vmcb::check::violations;
+use crate::vmcb::check::refusal;
 use crate::vmcb::control::V_TPR;
 use crate::vmcb::registers::{dr6, rflags};
 use crate::vmcb::{Event, EventType, ExitCode, IoInfo, npf, tlb_control};
@@ -112,8 +112,8 @@ impl SoftEngine {
 
     fn why_invalid(&self) -> String {
         let vcpu = &self.vcpus[self.current];
-        let reasons: Vec<String> = violations(&vcpu.vmcb, vcpu.core.limits).iter().map(ToString::to_string).collect();
-        format!("VMRUN refuses the VMCB: {}", reasons.join("; "))
+        let reasons = refusal(&vcpu.vmcb, vcpu.core.limits).unwrap_or_default();
+        format!("VMRUN refuses the VMCB: {reasons}")
     }
 
     fn port_access(&mut self, platform: &mut dyn Platform) -> Result<(), Exit> {

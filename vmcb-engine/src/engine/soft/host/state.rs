@@ -5,7 +5,7 @@ use crate::cpu::{CpuState, FxState};
 use crate::engine::LoadError;
 use crate::engine::soft::fpu::Fpu;
 use crate::engine::soft::svm::msr::TSC_AUX;
-use crate::vmcb::check::violations;
+use crate::vmcb::check::refusal;
 use crate::vmcb::tlb_control;
 
 /// Bytes of an FXSAVE image that a processor keeps; the rest is reserved.
@@ -45,10 +45,8 @@ impl Vcpu {
     pub(super) fn load(&mut self, state: &CpuState) -> Result<(), LoadError> {
         let mut vmcb = self.vmcb.clone();
         state.to_vmcb(&mut vmcb);
-        let found = violations(&vmcb, self.core.limits);
-        if !found.is_empty() {
-            let reasons: Vec<String> = found.iter().map(ToString::to_string).collect();
-            return Err(LoadError::Illegal(reasons.join("; ")));
+        if let Some(reasons) = refusal(&vmcb, self.core.limits) {
+            return Err(LoadError::Illegal(reasons));
         }
         vmcb.control.tlb_control = tlb_control::FLUSH_GUEST;
         vmcb.control.exitintinfo = 0;
