@@ -91,20 +91,16 @@ impl Report for Baseline {
 
 #[cfg(test)]
 mod tests {
+    use super::super::hosts::tests;
     use super::*;
-    use proto::capability::Withheld;
-    use vmcb_engine::capability::{CpuModel, soft_host};
+    use vmcb_engine::capability::CpuModel;
 
+    /// A host that knows every model.
     fn host(name: &str, withheld: &[&str]) -> v1::HostRecord {
-        let mut set = soft_host();
-        for feature in withheld {
-            set.withhold(&Withheld::parse(feature).unwrap());
-        }
-        let models = CpuModel::ALL.map(|model| model.contract(1_000_000).encode()).to_vec();
-        let (engine, capabilities) = ("soft".to_owned(), Some(set.encode()));
-        let soft = v1::EngineFacts { engine, offered: true, capabilities, models, ..Default::default() };
-        let info = v1::HostInfo { name: name.into(), engine_facts: vec![soft], ..Default::default() };
-        v1::HostRecord { info: Some(info), state: "up".into(), heartbeat_age_ms: 1 }
+        let mut host = tests::host(name, withheld);
+        let info = host.info.as_mut().unwrap();
+        info.engine_facts[0].models = CpuModel::ALL.map(|model| model.contract(1_000_000).encode()).to_vec();
+        host
     }
 
     #[test]

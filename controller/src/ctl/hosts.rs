@@ -271,12 +271,13 @@ impl Report for Compared {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use proto::capability::Withheld;
     use vmcb_engine::capability::{CpuModel, soft_host};
 
-    fn host(name: &str, withheld: &[&str]) -> v1::HostRecord {
+    /// A host whose software engine lacks some features.
+    pub fn host(name: &str, withheld: &[&str]) -> v1::HostRecord {
         let mut set = soft_host();
         for feature in withheld {
             set.withhold(&Withheld::parse(feature).unwrap());

@@ -2,6 +2,9 @@
 //! around them on either engine. They keep to integer instructions: where KVM itself runs in a guest it may have to emulate
 //! what the guest's kernel executes, and knows no others.
 
+#[path = "../pvh/mod.rs"]
+mod pvh;
+
 use iced_x86::code_asm::*;
 use proto::v1::{BootSource, MachineConfig, Section};
 use vmcb_engine::capability::CpuModel;
@@ -172,7 +175,7 @@ impl Program {
             put(PML4 + 0x1000 + 8 * gib, u64::from(directory) | 0x23);
             (0..512).for_each(|n| put(directory + 8 * n, u64::from(gib) << 30 | u64::from(n) << 21 | 0xe3));
         }
-        elf(&contents)
+        pvh::elf(CODE, &contents)
     }
 }
 
@@ -195,30 +198,6 @@ fn entry() -> Vec<u8> {
     a.dd(&[PROGRAM]).unwrap();
     a.dw(&[8]).unwrap();
     a.assemble(CODE.into()).unwrap()
-}
-
-/// ELF-64 with one loaded segment and one note, `XEN_ELFNOTE_PHYS32_ENTRY` (18).
-fn elf(contents: &[u8]) -> Vec<u8> {
-    let mut file = b"\x7fELF\x02\x01\x01".to_vec();
-    file.resize(64 + 2 * 56, 0);
-    (file[16], file[18], file[32], file[54], file[56]) = (2, 62, 64, 56, 2);
-    file[24..32].copy_from_slice(&u64::from(CODE).to_le_bytes());
-    let mut put = |at: usize, word: u64| file[at..at + 8].copy_from_slice(&word.to_le_bytes());
-    let (code, note) = (176u64, 176 + contents.len() as u64);
-    for (header, kind, offset, bytes) in [(64, 1, code, contents.len() as u64), (120, 4, note, 24)] {
-        put(header, kind);
-        put(header + 8, offset);
-        put(header + 24, CODE.into());
-        put(header + 32, bytes);
-        put(header + 40, bytes);
-    }
-    file.extend(contents);
-    for word in [4u32, 8, 18] {
-        file.extend(word.to_le_bytes());
-    }
-    file.extend(b"Xen\0");
-    file.extend(u64::from(CODE).to_le_bytes());
-    file
 }
 
 /// A machine, and what it has said.

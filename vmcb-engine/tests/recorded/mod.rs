@@ -19,7 +19,7 @@ mod user;
 
 use proto::v1::MachineConfig;
 
-use crate::replaying::{CODE, Guest, config, elf};
+use crate::replaying::{CODE, Guest, config, pvh};
 
 /// 64-bit code of the kernel; the 32-bit entry lies before it.
 const KERNEL: u64 = CODE as u64 + 0x400;
@@ -63,7 +63,7 @@ const USER_CS: u16 = 0x3b;
 /// The guest with so many processors, one or two.
 pub fn rich(vcpus: u32) -> Guest {
     let config = MachineConfig { vcpus, tsc_per_instruction: 3, ..config() };
-    Guest { config, kernel: elf(&image(vcpus)), initrd: None }
+    Guest { config, kernel: pvh::elf(CODE, &image(vcpus)), initrd: None }
 }
 
 fn image(vcpus: u32) -> Vec<u8> {

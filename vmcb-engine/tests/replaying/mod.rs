@@ -3,6 +3,9 @@
 //! made through the door, with random slices and random events. What is recorded and how it is replayed fits any guest.
 #![allow(dead_code, reason = "each test uses what it needs")]
 
+#[path = "../pvh/mod.rs"]
+pub mod pvh;
+
 use std::sync::Arc;
 
 use iced_x86::code_asm::{CodeAssembler, al, byte_ptr, dword_ptr, dx, eax, ebx, ecx, edi, esi, esp};
@@ -136,31 +139,7 @@ fn tables(handler: u32) -> Vec<u8> {
 }
 
 pub fn kernel() -> Vec<u8> {
-    elf(&code())
-}
-
-/// An ELF with a PVH note (type 18 of "Xen": the 32-bit entry) that is loaded to [`CODE`] and begins there.
-pub fn elf(contents: &[u8]) -> Vec<u8> {
-    let mut file = b"\x7fELF\x02\x01\x01".to_vec();
-    file.resize(64 + 2 * 56, 0);
-    (file[16], file[18], file[32], file[54], file[56]) = (2, 62, 64, 56, 2);
-    file[24..32].copy_from_slice(&u64::from(CODE).to_le_bytes());
-    let mut put = |at: usize, word: u64| file[at..at + 8].copy_from_slice(&word.to_le_bytes());
-    let (code, note) = (176u64, 176 + contents.len() as u64);
-    for (header, kind, offset, bytes) in [(64, 1, code, contents.len() as u64), (120, 4, note, 24)] {
-        put(header, kind);
-        put(header + 8, offset);
-        put(header + 24, CODE.into());
-        put(header + 32, bytes);
-        put(header + 40, bytes);
-    }
-    file.extend(contents);
-    for word in [4u32, 8, 18] {
-        file.extend(word.to_le_bytes());
-    }
-    file.extend(b"Xen\0");
-    file.extend(u64::from(CODE).to_le_bytes());
-    file
+    pvh::elf(CODE, &code())
 }
 
 pub fn config() -> MachineConfig {
