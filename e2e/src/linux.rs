@@ -51,14 +51,15 @@ impl Linux {
         disk.to_str().expect("temporary paths are text").to_owned()
     }
 
-    /// Creates a VM of 512 MiB of this kernel, with a disk and an unplugged network card, which works from then on.
+    /// Creates a VM of this kernel, with a disk and an unplugged network card, which works from then on. `more` says how much
+    /// memory it has.
     ///
     /// # Panics
     /// It cannot be created.
     pub fn create(&self, cluster: &Cluster, vm: &str, host: &str, kernel: &str, more: &[&str]) {
         let (initrd, disk, cmdline) = (self.file("initramfs.cpio"), self.disk(cluster, vm), self.cmdline());
         let files = ["--kernel", kernel, "--initrd", &initrd, "--cmdline", &cmdline, "--disk", &disk];
-        let args = ["vm", "create", vm, "--host", host, "--memory", "512M", "--net", "tap="];
+        let args = ["vm", "create", vm, "--host", host, "--net", "tap="];
         cluster.ok(args.into_iter().chain(files).chain(more.iter().copied()));
     }
 }

@@ -10,7 +10,8 @@ fn boot(cluster: &Cluster, more: &[&str]) -> Option<()> {
     let linux = Linux::found()?;
     std::fs::copy(linux.file("vmlinuz"), &kernel).expect("a copy of the kernel");
     let copied = kernel.to_str().expect("temporary paths are text");
-    linux.create(cluster, "vm1", "hostA", copied, more);
+    let more: Vec<&str> = ["--memory", "512M"].iter().chain(more).copied().collect();
+    linux.create(cluster, "vm1", "hostA", copied, &more);
     std::fs::remove_file(kernel).expect("the kernel's file");
     Some(())
 }

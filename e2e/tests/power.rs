@@ -128,7 +128,7 @@ fn whatever_is_listed_after_a_power_cut_comes_back_whole() {
     let mut vms = vec!["memory"];
     cluster.create("memory", "hostA", MEMORY);
     if let Some(linux) = Linux::found() {
-        linux.create(&cluster, "linux", "hostB", &linux.file("vmlinuz"), &[]);
+        linux.create(&cluster, "linux", "hostB", &linux.file("vmlinuz"), &["--memory", "512M"]);
         linux::goes_on(&cluster, "linux");
         vms.push("linux");
     }

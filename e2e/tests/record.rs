@@ -1,11 +1,12 @@
 //! Recordings on a whole cluster: made through crashes and moves, replayed by whoever has them, and what is refused.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use e2e::cluster::{Answer, Cluster, wait};
 use e2e::guest::{Program, REGION};
+use e2e::linux::{Linux, asked};
 use proto::status::Code;
 use serde_json::Value;
 
@@ -62,30 +63,13 @@ const GUEST: Program =
 
 /// Types a line and leaves.
 fn type_in(cluster: &Cluster, line: &str, until: &str) {
-    let mut console = cluster.command(["vm", "console", "vm1"]);
-    let mut console = console.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("ctl can be run");
-    let mut keys = console.stdin.take().expect("stdin is piped");
-    std::io::Write::write_all(&mut keys, line.as_bytes()).expect("ctl reads its input");
-    wait(until, || cluster.console("vm1").contains(until).then_some(()));
-    console.kill().expect("ctl is running");
-    console.wait().expect("ctl ends");
+    asked(cluster, "vm1", line, |console| console.contains(until).then_some(()));
 }
 
 /// Boots `deploy/guest`'s Linux as vm1 on hostA; false without its files.
 fn linux(cluster: &Cluster, vcpus: &str) -> bool {
-    let guest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest");
-    if !guest.join("vmlinuz").is_file() {
-        eprintln!("SKIPPED: no Linux guest in {}; run deploy/guest", guest.display());
-        return false;
-    }
-    let disk = cluster.dir().join("disk.img");
-    std::fs::copy(guest.join("disk.img"), &disk).expect("a copy of the disk");
-    let text = |path: PathBuf| path.to_str().expect("paths are text").to_owned();
-    let (kernel, initrd, disk) = (text(guest.join("vmlinuz")), text(guest.join("initramfs.cpio")), text(disk));
-    let cmdline = std::fs::read_to_string(guest.join("cmdline")).expect("the command line");
-    let args = ["vm", "create", "vm1", "--host", "hostA", "--memory", "256M", "--vcpus", vcpus, "--net", "tap="];
-    let files = ["--kernel", &kernel, "--initrd", &initrd, "--cmdline", cmdline.trim(), "--disk", &disk];
-    cluster.ok(args.into_iter().chain(files));
+    let Some(linux) = Linux::found() else { return false };
+    linux.create(cluster, "vm1", "hostA", &linux.file("vmlinuz"), &["--memory", "256M", "--vcpus", vcpus]);
     wait("Linux to count", || cluster.console("vm1").contains("godwit: beat ").then_some(()));
     true
 }
@@ -97,17 +81,17 @@ fn linux_is_recorded_through_crashes_and_moves_and_replays_from_each_checkpoint(
         return;
     }
     cluster.ok(["record", "start", "vm1"]);
-    type_in(&cluster, "ls -l /; dd if=/dev/vda of=/dev/null bs=64k count=50; echo read$((1+1))\n", "read2");
+    type_in(&cluster, "ls -l /; dd if=/dev/vda of=/dev/null bs=64k count=50; echo read$((1+1))", "read2");
     cluster.ok(["checkpoint", "create", "vm1"]);
     // Whoever takes the blocks dies: they stay with the guest until the next one takes them.
     cluster.kill(cluster.daemon("hostA"));
     cluster.kill(cluster.daemon("controller"));
     cluster.start(2);
     wait("the guest to be found", || (cluster.observed("vm1") == "running").then_some(()));
-    type_in(&cluster, "echo after$((1+1))\n", "after2");
+    type_in(&cluster, "echo after$((1+1))", "after2");
     let migration = cluster.json(["migrate", "vm1", "--to", "hostB"]);
     assert_eq!(migration["source_digest"], migration["target_digest"]);
-    type_in(&cluster, "echo there$((1+1)); dd if=/dev/zero of=/data/f bs=4k count=20; sync\n", "there2");
+    type_in(&cluster, "echo there$((1+1)); dd if=/dev/zero of=/data/f bs=4k count=20; sync", "there2");
     cluster.ok(["checkpoint", "create", "vm1"]);
     caught_up(&cluster);
     cluster.ok(["record", "stop", "vm1"]);
@@ -140,16 +124,16 @@ fn a_vm_comes_back_as_it_was_at_an_instant() {
         return;
     }
     cluster.ok(["record", "start", "vm1"]);
-    type_in(&cluster, "echo one$((0)) > /data/log; sync; echo wrote$((1+1))\n", "wrote2");
+    type_in(&cluster, "echo one$((0)) > /data/log; sync; echo wrote$((1+1))", "wrote2");
     let instant = caught_up(&cluster)["to"].as_str().expect("a time").to_owned();
-    type_in(&cluster, "echo two$((0)) > /data/log; sync; echo again$((1+1))\n", "again2");
+    type_in(&cluster, "echo two$((0)) > /data/log; sync; echo again$((1+1))", "again2");
     caught_up(&cluster);
     // The host dies, with all it had.
     cluster.kill(cluster.daemon("hostA"));
     cluster.kill(cluster.runner("hostA", "vm1").expect("the guest has a runner"));
     cluster.ok(["restore", "vm1", "--at", &instant, "--to", "hostB"]);
     assert_eq!(cluster.observed("vm1"), "running");
-    type_in(&cluster, "echo it says $(cat /data/log)\n", "it says one0");
+    type_in(&cluster, "echo it says $(cat /data/log)", "it says one0");
     let ended = recording(&cluster);
     assert!(ended["ended"].as_str().is_some_and(|why| why.contains("restored")), "{ended}");
     // Its history goes on as another one.

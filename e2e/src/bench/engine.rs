@@ -1,8 +1,6 @@
 //! `bench engine`: instructions a second of the software engine, beside QEMU's TCG with instruction counting.
 
-use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use proto::v1::MachineConfig;
@@ -10,10 +8,10 @@ use vmcb_engine::machine::{Machine, Outcome, Parts};
 use vmcb_engine::memory::GuestMemory;
 
 use super::loops::Loop;
-use super::{GUEST_PATIENCE, Measurement, Report, has_program};
+use super::qemu::{self, Counted};
+use super::{GUEST_PATIENCE, Measurement, Report};
 
-const QEMU: &str = "qemu-system-x86_64";
-const QEMU_PATIENCE_S: &str = "60";
+const QEMU_PATIENCE_S: u32 = 60;
 const ITERATIONS: u64 = 60_000_000;
 const RUNS: usize = 3;
 const SLICE: u64 = 4_000_000;
@@ -35,7 +33,7 @@ pub fn run(report: &Report, guest: &Path, cases: &[String]) -> Result<(), String
     let wanted = |case: &str| cases.is_empty() || cases.iter().any(|c| c == case);
     let dir = std::env::temp_dir().join(format!("godwit-bench-{}", std::process::id()));
     std::fs::create_dir_all(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
-    eprintln!("beside: {}", qemu_version().as_deref().unwrap_or("nothing, there is no QEMU"));
+    eprintln!("beside: {}", qemu::version().as_deref().unwrap_or("nothing, there is no QEMU"));
     for (case, kind) in Loop::ALL.into_iter().filter(|(case, _)| wanted(case)) {
         let kernel = kind.elf(ITERATIONS).map_err(|e| e.to_string())?;
         let kernel_path = dir.join(format!("{case}.elf"));
@@ -135,59 +133,15 @@ fn between_marks(boot: &Boot, from: &str, to: &str) -> Result<Timed, String> {
     Err(format!("the guest did not print {to:?} in {GUEST_PATIENCE:?}:\n{console}"))
 }
 
-/// What QEMU says it is; `None` where there is none.
-fn qemu_version() -> Option<String> {
-    let output = Command::new(QEMU).arg("--version").output().ok()?;
-    String::from_utf8_lossy(&output.stdout).lines().next().map(str::to_owned)
-}
-
-/// Ends the process with the value.
-struct Ended(Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        // `timeout` passes it on to the program that it watches.
-        let _ = rustix::process::kill_process(rustix::process::Pid::from_child(&self.0), rustix::process::Signal::TERM);
-        let _ = self.0.wait();
-    }
-}
-
-/// The same guest under QEMU's TCG with `-icount shift=0,sleep=off`; `None` where there is no QEMU, or it stalls.
+/// The same guest under QEMU, if there is one.
 fn qemu_between_marks(boot: &Boot, from: &str, to: &str) -> Result<Option<Duration>, String> {
-    if !has_program(QEMU) {
-        return Ok(None);
-    }
-    // QEMU may stall under -icount; the reader sees the end of its output when it is ended.
-    let mut command = Command::new("timeout");
-    command
-        .args([QEMU_PATIENCE_S, QEMU])
-        // With its PIT, against which Linux finds the frequency of the TSC here.
-        .args(["-M", "microvm,acpi=on,rtc=on", "-accel", "tcg", "-cpu", "qemu64", "-icount", "shift=0,sleep=off"])
-        .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"])
-        .args(["-m", &(boot.memory_bytes >> 20).to_string()])
-        .arg("-kernel")
-        .arg(&boot.kernel_path)
-        .args(["-append", &boot.cmdline]);
-    if let Some(initrd) = &boot.initrd {
-        command.arg("-initrd").arg(initrd);
-    }
-    let begun = Instant::now();
-    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
-    let mut child = Ended(child.map_err(|e| format!("{QEMU}: {e}"))?);
-    let stdout = child.0.stdout.take().expect("stdout is piped");
-    let mut start = from.is_empty().then_some(begun);
-    let mut lines = BufReader::new(stdout.take(1 << 20));
-    let mut line = Vec::new();
-    while lines.read_until(b'\n', &mut line).is_ok_and(|bytes| bytes > 0) {
-        let text = String::from_utf8_lossy(&line).into_owned();
-        line.clear();
-        if start.is_none() && text.contains(from) {
-            start = Some(Instant::now());
-        }
-        if let (Some(start), true) = (start, text.contains(to)) {
-            return Ok(Some(start.elapsed()));
-        }
-    }
-    eprintln!("skipped: QEMU did not print {to:?} in {QEMU_PATIENCE_S} s");
-    Ok(None)
+    let counted = Counted {
+        kernel: &boot.kernel_path,
+        initrd: boot.initrd.as_deref(),
+        cmdline: &boot.cmdline,
+        memory_bytes: boot.memory_bytes,
+        icount: "shift=0,sleep=off",
+        patience_s: QEMU_PATIENCE_S,
+    };
+    counted.between_marks(from, to)
 }

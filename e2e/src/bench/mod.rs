@@ -8,6 +8,7 @@ pub mod checkpoint;
 pub mod engine;
 pub mod loops;
 pub mod migrate;
+pub mod qemu;
 pub mod recorded;
 pub mod replay;
 pub mod report;

@@ -1,0 +1,94 @@
+//! A guest of ours under QEMU's TCG with instruction counting, for figures beside those of the software engine.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use super::has_program;
+
+const QEMU: &str = "qemu-system-x86_64";
+
+/// What runs, and how it is counted.
+pub struct Counted<'a> {
+    /// A kernel with the PVH protocol, or a bzImage.
+    pub kernel: &'a Path,
+    /// Its first file system.
+    pub initrd: Option<&'a Path>,
+    /// Its command line.
+    pub cmdline: &'a str,
+    /// RAM.
+    pub memory_bytes: u64,
+    /// QEMU's `-icount`.
+    pub icount: &'a str,
+    /// Seconds after which it is given up.
+    pub patience_s: u32,
+}
+
+/// What QEMU says it is; `None` where there is none.
+pub fn version() -> Option<String> {
+    let output = Command::new(QEMU).arg("--version").output().ok()?;
+    String::from_utf8_lossy(&output.stdout).lines().next().map(str::to_owned)
+}
+
+/// Ends the process with the value.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        // `timeout` passes it on to the program that it watches.
+        let _ = rustix::process::kill_process(rustix::process::Pid::from_child(&self.0), rustix::process::Signal::TERM);
+        let _ = self.0.wait();
+    }
+}
+
+impl Counted<'_> {
+    /// Time between two marks on its console, the second of which ends it. An empty first mark is the start of QEMU. `None`
+    /// where there is no QEMU, or it stalls.
+    ///
+    /// # Errors
+    /// QEMU does not run.
+    pub fn between_marks(&self, from: &str, to: &str) -> Result<Option<Duration>, String> {
+        if !has_program(QEMU) {
+            return Ok(None);
+        }
+        let begun = Instant::now();
+        let child = self.command().stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
+        let mut child = Ended(child.map_err(|e| format!("{QEMU}: {e}"))?);
+        let stdout = child.0.stdout.take().expect("stdout is piped");
+        let mut start = from.is_empty().then_some(begun);
+        let mut lines = BufReader::new(stdout.take(1 << 20));
+        let mut line = Vec::new();
+        while lines.read_until(b'\n', &mut line).is_ok_and(|bytes| bytes > 0) {
+            let text = String::from_utf8_lossy(&line).into_owned();
+            line.clear();
+            if start.is_none() && text.contains(from) {
+                start = Some(Instant::now());
+            }
+            if let (Some(start), true) = (start, text.contains(to)) {
+                return Ok(Some(start.elapsed()));
+            }
+        }
+        let Self { icount, patience_s, .. } = self;
+        eprintln!("skipped: QEMU with -icount {icount} did not print {to:?} in {patience_s} s");
+        Ok(None)
+    }
+
+    fn command(&self) -> Command {
+        // QEMU may stall under -icount; the reader sees the end of its output when it is ended.
+        let mut command = Command::new("timeout");
+        command
+            .args([&self.patience_s.to_string(), QEMU])
+            // With its PIT, against which Linux finds the frequency of the TSC here.
+            .args(["-M", "microvm,acpi=on,rtc=on", "-accel", "tcg", "-cpu", "qemu64", "-icount", self.icount])
+            .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"])
+            .args(["-m", &(self.memory_bytes >> 20).to_string()])
+            .arg("-kernel")
+            .arg(self.kernel)
+            .args(["-append", self.cmdline]);
+        if let Some(initrd) = self.initrd {
+            command.arg("-initrd").arg(initrd);
+        }
+        command
+    }
+}
