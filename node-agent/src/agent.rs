@@ -130,7 +130,7 @@ impl Agent {
             let (vms, controller) = (Arc::clone(&self.vms), self.config.controller.clone());
             beating = Some(tokio::spawn(heartbeat::run(vms, controller, version.clone(), shutdown.clone())));
         }
-        let ending = self.vms.host().ending.clone();
+        let vms = Arc::clone(&self.vms);
         let (tls, ended) = (Arc::clone(&self.tls), shutdown.clone());
         tokio::spawn(async move {
             while tokio::time::timeout(CERTIFICATE_INTERVAL, ended.cancelled()).await.is_err() {
@@ -152,7 +152,8 @@ impl Agent {
         if let Some(beating) = beating {
             let _ended = beating.await;
         }
-        ending.cancel();
+        // An actor that waits for a runner that is stuck is left to the end of the process.
+        let _stuck = tokio::time::timeout(DRAIN, vms.end()).await;
         tracing::info!("the agent has ended; guests go on");
         Ok(())
     }

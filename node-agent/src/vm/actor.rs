@@ -93,8 +93,9 @@ impl Actor {
         loop {
             // A message that was begun is finished: what it put on disk and what it did belong together.
             let message = tokio::select! {
-                message = messages.recv() => message,
+                biased;
                 () = ending.cancelled() => return,
+                message = messages.recv() => message,
             };
             let Some(message) = message else { return };
             self.take(message).await;

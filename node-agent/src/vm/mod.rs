@@ -36,6 +36,7 @@ use proto::v1::{
 use proto::v1::{Hello, HostInfo, StoredVm, TransferEvent, VmInfo, VmRef, VmState};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use self::actor::Actor;
 use self::lease::Leases;
@@ -184,6 +185,8 @@ impl Handle {
 pub struct Vms {
     host: Arc<Host>,
     actors: Mutex<BTreeMap<String, Handle>>,
+    /// The actors' tasks.
+    tasks: TaskTracker,
 }
 
 impl Vms {
@@ -196,7 +199,7 @@ impl Vms {
         for error in damaged {
             tracing::error!(%error, "a VM cannot be read: it gets no lease, its name stays taken");
         }
-        let vms = Vms { host, actors: Mutex::default() };
+        let vms = Vms { host, actors: Mutex::default(), tasks: TaskTracker::new() };
         for vm in stored {
             let name = vm.name.clone();
             let handle = vms.start(&name, Some(vm)).await;
@@ -212,12 +215,20 @@ impl Vms {
         if let Some(stored) = stored {
             actor.recover(stored).await;
         }
-        tokio::spawn(actor.run(messages));
+        self.tasks.spawn(actor.run(messages));
         Handle { mailbox, published }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Handle>> {
         self.actors.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the actors and waits until none is left that could write anything down: the next agent reads what is there.
+    /// Guests go on.
+    pub async fn end(&self) {
+        self.host.ending.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
     }
 
     /// What the host's VMs share.
