@@ -11,6 +11,7 @@ use node_agent::vm::actor::chain;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
+use vmcb_engine::memory::heap;
 
 /// Runs guests on this host for the controller.
 #[derive(Parser, Debug)]
@@ -22,6 +23,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
+    heap::keep_freed();
     let arguments = Arguments::parse();
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,

@@ -12,6 +12,7 @@ use controller::config::{Config, LogFormat};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
+use vmcb_engine::memory::heap;
 
 /// The orchestrator daemon of a Godwit cluster.
 #[derive(Parser)]
@@ -23,6 +24,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
+    heap::keep_freed();
     let arguments = Arguments::parse();
     let config = match Config::read(&arguments.config) {
         Ok(config) => config,

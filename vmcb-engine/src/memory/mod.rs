@@ -11,6 +11,7 @@
 mod backing;
 pub mod digest;
 pub mod frozen;
+pub mod heap;
 pub mod shared;
 pub mod stamps;
 

@@ -1,8 +1,9 @@
 //! The messages of a `Lane` call as they arrive, each in one piece of memory that is used again.
 //!
-//! Counterpart of [`super::envelope`]: HTTP/2 brings an envelope in pieces. tonic gathers them in memory that is new for
-//! each message and grows while it does; here large messages are gathered in buffers of the size that senders fill. Everything
-//! else of the call (headers, replies, status) is tonic's, which is given an empty body ([`Aside`]).
+//! Counterpart of [`super::envelope`]: HTTP/2 brings an envelope in one piece or in several. tonic gathers them in memory that
+//! is new for each message and grows while it does; here what came in one piece is passed on as it lies, and other large
+//! messages are gathered in buffers of the size that senders fill. Everything else of the call (headers, replies, status) is
+//! tonic's, which is given an empty body ([`Aside`]).
 //!
 //! It refuses to know what is in a frame, and believes nothing: lengths are checked before anything is allocated.
 
@@ -100,6 +101,10 @@ impl Inbound {
                 return Err(Status::out_of_range(text));
             }
             self.prefix.clear();
+            if self.piece.len() >= bytes {
+                // Nothing to gather: the memory that it came in is kept until the message is done with.
+                return open(self.piece.split_to(bytes)).map(Some);
+            }
             let mut buffer = if bytes >= LARGE_BYTES { self.buffers.take() } else { Vec::with_capacity(bytes) };
             buffer.clear();
             self.message = Some((buffer, bytes));
@@ -240,17 +245,32 @@ mod tests {
         assert_eq!(refused(&[0, 0, 0, 0, 2, TAG, 9]), tonic::Code::Internal);
     }
 
+    /// Where the frame of each message lies, one after the other, each dropped before the next is asked for.
+    fn addresses(pieces: Vec<Bytes>) -> Vec<*const u8> {
+        let mut inbound = Inbound::of(Body::new(Pieces(pieces.into_iter())));
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let mut addresses = Vec::new();
+            while let Some(chunk) = inbound.next().await {
+                addresses.push(chunk.unwrap().frame.as_ptr());
+            }
+            addresses
+        })
+    }
+
     #[test]
     fn buffers_of_large_messages_are_used_again() {
-        let frame = vec![3; LARGE_BYTES];
-        let whole = [enclose_frame(&frame), enclose_frame(&frame)].concat();
-        let body = Body::new(Pieces(vec![Bytes::from(whole)].into_iter()));
-        let mut inbound = Inbound::of(body);
-        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        let mut next = || runtime.block_on(inbound.next()).unwrap().unwrap().frame;
-        let first = next();
-        let address = first.as_ptr();
-        drop(first);
-        assert_eq!(next().as_ptr(), address);
+        let whole = enclose_frame(&vec![3; LARGE_BYTES]);
+        let halves = || [whole.slice(..LARGE_BYTES / 2), whole.slice(LARGE_BYTES / 2..)];
+        let found = addresses([halves(), halves()].concat());
+        assert!(found.len() == 2 && found[0] == found[1], "{found:?}");
+    }
+
+    #[test]
+    fn what_came_in_one_piece_is_passed_on_as_it_lies() {
+        let whole = Bytes::from([enclose_frame(&vec![3; LARGE_BYTES]), enclose_frame(&[4])].concat());
+        let range = whole.as_ptr_range();
+        let found = addresses(vec![whole.clone()]);
+        assert!(found.len() == 2 && found.iter().all(|address| range.contains(address)), "{found:?}");
     }
 }
