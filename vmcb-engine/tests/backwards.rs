@@ -9,7 +9,8 @@ use recorded::{linux, rich};
 use replaying::*;
 use vmcb_engine::engine::{Stops, WatchKind, Watchpoint};
 use vmcb_engine::journal::Position;
-use vmcb_engine::replay::{Arrival, Goal, Hit, Pause, Spacing, Timeline};
+use vmcb_engine::machine::Machine;
+use vmcb_engine::replay::{Arrival, Goal, Hit, LastWrite, Pause, Spacing, Timeline};
 
 fn seed() -> u64 {
     std::env::var("GODWIT_REPLAY_SEED").ok().and_then(|value| value.parse().ok()).unwrap_or(0x1234_9876)
@@ -39,12 +40,61 @@ fn searched(timeline: &mut Timeline, random: &mut Random, instants: usize) -> Ve
         timeline.seek(Position { retired, skipped_tsc: 0 }, &mut never).unwrap();
         let machine = timeline.player().machine();
         let cpu = machine.peek_cpu(machine.current_vcpu()).unwrap();
-        all.push(Stops { breakpoints: vec![cpu.code_address()], watchpoints: vec![] });
-        let kind = [WatchKind::Write, WatchKind::Read, WatchKind::Access][random.below(3) as usize];
-        let address = cpu.gprs[4].wrapping_sub(8 * random.below(200));
-        all.push(Stops { breakpoints: vec![], watchpoints: vec![Watchpoint { address, bytes: 8, kind }] });
+        // Within an instruction, mostly.
+        let breakpoint = |address| Stops { breakpoints: vec![address], watchpoints: vec![] };
+        all.push(breakpoint(cpu.code_address()));
+        all.push(breakpoint(cpu.code_address().wrapping_add(1 + random.below(3))));
+        let watch = |address, bytes, kind| {
+            let watchpoints = vec![Watchpoint { address, bytes, kind }];
+            Stops { breakpoints: vec![], watchpoints }
+        };
+        let kind = [WatchKind::Read, WatchKind::Access][random.below(2) as usize];
+        let stack = cpu.gprs[4].wrapping_sub(8 * random.below(200));
+        all.push(watch(stack, 8, kind));
+        // Words next to those that are stored to, too.
+        for address in [stack, cpu.gprs[random.below(16) as usize].wrapping_add(random.below(64))] {
+            let bytes = [1, 4, 8, 24][random.below(4) as usize];
+            all.push(watch(address, bytes, WatchKind::Write));
+            let gpa = machine.translate(machine.current_vcpu(), address);
+            all.extend(gpa.map(|gpa| watch(gpa, bytes, WatchKind::PhysicalWrite)));
+        }
     }
     all
+}
+
+/// Who wrote last is told as a straight run meets it, if it was a processor.
+fn wrote_last(timeline: &mut Timeline, recorded: &Recorded, stops: &Stops, expected: Option<(Hit, u64)>) {
+    let [Watchpoint { address, bytes, kind: WatchKind::PhysicalWrite }] = stops.watchpoints[..] else { return };
+    let end = timeline.player().tape().end();
+    timeline.seek(end, &mut never).unwrap();
+    let contents = |machine: &Machine| {
+        let mut contents = vec![0; bytes as usize];
+        machine.memory().read(address, &mut contents).map(|()| contents).unwrap_or_default()
+    };
+    let now = contents(timeline.player().machine());
+    match timeline.last_write(address, bytes as usize, &mut never).unwrap() {
+        LastWrite::By(written) => {
+            assert_eq!(written.new, now);
+            assert_eq!(contents(timeline.player().machine()), written.old, "{stops:x?}");
+            let before = timeline.position().retired;
+            match (written.vcpu, expected) {
+                (Some(vcpu), Some((hit, retired))) => {
+                    assert!(hit.vcpu == vcpu && retired - before <= 1, "{stops:x?}: {before} instead of {retired}");
+                }
+                (Some(_), None) => panic!("no processor wrote: {stops:x?}"),
+                (None, expected) => {
+                    assert!(expected.is_none_or(|(_, retired)| retired <= before + 1), "{stops:x?}");
+                    assert_ne!(written.old, now);
+                }
+            }
+        }
+        LastWrite::Nobody => {
+            assert_eq!(expected, None, "{stops:x?}");
+            assert_eq!(timeline.position(), end);
+            assert_eq!(contents(recorded.player(&recorded.bases[0]).machine()), now);
+        }
+        LastWrite::Interrupted => panic!("by nobody"),
+    }
 }
 
 fn searches(recorded: &Recorded, spacing: Spacing, instants: usize) {
@@ -65,6 +115,7 @@ fn searches(recorded: &Recorded, spacing: Spacing, instants: usize) {
             }
             (arrival, expected) => panic!("{stops:?}: {arrival:?} instead of {expected:?}"),
         }
+        wrote_last(&mut timeline, recorded, &stops, expected);
     }
     println!("{found} found with {:?} rungs", timeline.rungs());
     assert!(found >= instants);

@@ -14,11 +14,11 @@ use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
 use super::play::Player;
-use crate::engine::{Stops, Uses, WatchKind};
+use crate::engine::{Stops, Uses};
 use crate::journal::Position;
 use crate::machine::{Machine, MachineError, Rung};
 use crate::memory::shared::{PagesError, Run, SharedPages};
-use crate::memory::{MemoryError, PAGE_BYTES, sized_memfd};
+use crate::memory::{GuestMemory, MemoryError, PAGE_BYTES, sized_memfd};
 
 /// Most rungs.
 const RUNGS_MAX: usize = 400;
@@ -193,9 +193,23 @@ impl Ladder {
     /// Whether any of these stops may be met between a rung and the position of the next one; false is certain.
     pub fn may_meet_after(&self, rung: usize, until: Position, stops: &Stops) -> bool {
         let next = self.steps.get(rung + 1).filter(|next| next.position == until);
-        let Some((Some(uses), _)) = next.map(|next| (self.steps[rung].uses.as_ref(), next)) else { return true };
-        let physical = stops.watchpoints.iter().any(|watch| watch.kind == WatchKind::PhysicalWrite);
-        physical || uses.may_meet(stops)
+        let uses = next.and(self.steps[rung].uses.as_ref());
+        uses.is_none_or(|uses| uses.may_meet(stops))
+    }
+
+    /// RAM at a guest-physical address as it was at a rung; what is no RAM reads as nothing.
+    ///
+    /// # Errors
+    /// A file of RAM cannot be read.
+    pub fn ram_at(&self, rung: usize, memory: &GuestMemory, gpa: u64, bytes: usize) -> Result<Vec<u8>, LadderError> {
+        let last = gpa.saturating_add((bytes as u64).saturating_sub(1));
+        let mut pages = Vec::new();
+        for page in gpa / PAGE_BYTES..=last / PAGE_BYTES {
+            let Some(page) = memory.page_of(page * PAGE_BYTES) else { return Ok(Vec::new()) };
+            self.contents((0, page), self.steps[rung].position, &mut pages)?;
+        }
+        let from = (gpa % PAGE_BYTES) as usize;
+        Ok(pages.get(from..from + bytes).map(<[u8]>::to_vec).unwrap_or_default())
     }
 
     /// The player stands on a rung from now on: on the one that is there, or a new one.

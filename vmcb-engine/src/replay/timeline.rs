@@ -3,8 +3,8 @@
 //! Forwards is replaying. Backwards is going to a rung of the ladder before the instant and replaying from there; on the
 //! way rungs are laid: far apart while going forward, close together before a goal and where somebody goes backwards, because
 //! who takes one step back takes another. The last stop before now is found from rung to rung backwards: each span is
-//! replayed with stops on, and the last hit of the latest span that has one wins. Spans in which no page of a stop can have
-//! been used are passed over.
+//! replayed with stops on, and the last hit of the latest span that has one wins. Spans of which it is known that no stop can
+//! have been met there are passed over, which leaves few.
 //!
 //! Both ends of the recording are ends. This file refuses to know debuggers and files.
 
@@ -425,8 +425,13 @@ impl Timeline {
                 upper = lower;
                 continue;
             }
+            let below = self.ladder.ram_at(rung, self.player.machine().memory(), gpa, bytes)?;
+            // Devices write, too, and nobody watches them.
+            if below == above && !self.ladder.may_meet_after(rung, upper, &stops) {
+                upper = lower;
+                continue;
+            }
             self.ladder.climb(&mut self.player, rung)?;
-            let below = contents(&self.player);
             let from = match self.last_hit(&stops, upper, interrupted, &mut |player| contents(player))? {
                 Search::Interrupted => {
                     self.seek(now, &mut || false)?;

@@ -221,15 +221,15 @@ impl Blocks {
         self.held = None;
     }
 
-    /// Lets the hidden block that begins at `gpa` be found again. Returns its operations and lines.
-    pub fn show(&mut self, gpa: u64, mode: Mode) -> Option<(*const Op, u64)> {
+    /// Lets the hidden block that begins at `gpa` be found again.
+    pub fn show(&mut self, gpa: u64, mode: Mode) -> Option<&Block> {
         let slot = slot_of(gpa | mode.key());
         let is =
             |slot: &usize| self.slots[*slot].as_deref().is_some_and(|block| block.gpa == gpa && block.mode == mode);
         let slot = [slot, slot ^ 1].into_iter().find(is)?;
         let block = self.slots[slot].as_deref()?;
         self.heads[slot] = Head { key: gpa | mode.key(), ops: block.first() };
-        Some((block.ops.as_ptr(), block.lines))
+        Some(block)
     }
 
     /// Keeps a block that is run once, and returns its operations.

@@ -228,7 +228,7 @@ pub struct Core {
     /// Pages in which this processor was the first to decode code, since somebody asked.
     pub new_code_pages: Vec<u64>,
     /// What may have been used since somebody asked; nothing is noted before anybody does.
-    pub uses: Option<Box<crate::engine::Uses>>,
+    pub noting: Option<Box<super::noting::Noting>>,
     /// Software on this processor whose guest is loaded.
     pub hosted: Option<Box<super::svm::leave::Hosted>>,
     /// The host's MXCSR gathers the flags that SSE operations raise; see `sse/operand.rs`.
@@ -540,6 +540,24 @@ impl Core {
         entry.hits::<T>(linear).then(|| entry.host::<T>(linear))
     }
 
+    /// The same where stores are noted.
+    #[inline(always)]
+    fn noted_rmw<T: Word>(&mut self, linear: u64) -> Option<*mut T> {
+        let host = self.noted_host(linear, size_of::<T>());
+        (!host.is_null()).then_some(host.cast())
+    }
+
+    /// Host address for a store of so many bytes, all in one page, that needs no notice or has just been noted.
+    #[inline(always)]
+    pub fn host_for_store(&mut self, linear: u64, bytes: usize) -> Option<*mut u8> {
+        let entry = Tlb::write_entry(self.tlb_base, linear);
+        if entry.hits::<u8>(linear) {
+            return Some(entry.host(linear));
+        }
+        let host = self.noted_host(linear, bytes);
+        (!host.is_null()).then_some(host)
+    }
+
     /// Loads, applies, stores, if the TLB has the page; `None` has changed nothing.
     #[inline(always)]
     pub fn modify_hit<T: Word, R>(&mut self, linear: u64, f: impl FnOnce(&mut Self, T) -> (T, R)) -> Option<R> {
@@ -556,8 +574,9 @@ impl Core {
     /// architectural effect of its own.
     #[inline(always)]
     pub fn modify<T: Word, R>(&mut self, linear: u64, f: impl FnOnce(&mut Self, T) -> (T, R)) -> Step<R> {
-        if let Some(host) = self.fast_rmw::<T>(linear) {
-            // SAFETY: as in `store`; the page is readable because it is writable.
+        let host = self.fast_rmw::<T>(linear).or_else(|| self.noted_rmw::<T>(linear));
+        if let Some(host) = host {
+            // SAFETY: as in `store_hit`, also where it was noted; the page is readable because it is writable.
             let old = unsafe { host.read_unaligned() };
             let (new, out) = f(self, old);
             // SAFETY: the same address; `f` cannot unmap RAM.

@@ -12,6 +12,7 @@ pub mod deliver;
 pub mod fpu;
 pub mod host;
 pub mod interp;
+pub mod noting;
 pub mod op;
 pub mod run;
 pub mod rung;

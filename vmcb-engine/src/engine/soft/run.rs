@@ -117,7 +117,7 @@ impl Core {
             Ok(decoded) => decoded,
             Err(stop) => return self.fetch_stopped(stop),
         };
-        self.note_lines(decoded.block.gpa, decoded.block.lines);
+        self.note_block(&decoded.block);
         let ops = self.hold(decoded.block);
         self.begin_block();
         self.enter(ops)
@@ -125,16 +125,10 @@ impl Core {
 
     /// The block that begins at `gpa`, if it was decoded but hidden.
     fn show(&mut self, gpa: u64) -> Option<*const Op> {
-        self.uses.as_ref()?;
-        let (ops, lines) = self.blocks.show(gpa, self.mode)?;
-        self.note_lines(gpa, lines);
-        Some(ops)
-    }
-
-    fn note_lines(&mut self, gpa: u64, lines: u64) {
-        if let Some(uses) = self.uses.as_deref_mut() {
-            uses.execute.insert_lines(gpa, lines);
-        }
+        let noting = self.noting.as_deref_mut()?;
+        let block = self.blocks.show(gpa, self.mode)?;
+        noting.run(block);
+        Some(block.ops.as_ptr())
     }
 
     fn run_from_loop(&mut self, limit: usize) -> Flow {
@@ -221,7 +215,7 @@ impl Core {
             Err(stop) => return self.fetch_stopped(stop),
         };
         let count = decoded.block.count;
-        self.note_lines(fetched.gpa, decoded.block.lines);
+        self.note_block(&decoded.block);
         for (page, lines) in [(decoded.block.page, decoded.block.lines)].into_iter().chain(decoded.second) {
             // A page that has code already is not in any write table.
             if self.memory.stamps().code_lines(page) == 0 {

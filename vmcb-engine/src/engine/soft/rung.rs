@@ -11,8 +11,7 @@ use super::svm::control::Controls;
 use super::svm::exit::SvmExit;
 use super::svm::leave::Hosted;
 use super::svm::msr::Msrs;
-use super::tlb::{Access, Cached};
-use crate::engine::Uses;
+use super::tlb::Cached;
 use crate::vmcb::Segment;
 
 /// One processor.
@@ -90,7 +89,7 @@ impl Core {
             shares_memory: _,
             block_ops_max: _,
             new_code_pages: _,
-            uses: _,
+            noting: _,
             hosted,
             gathers_flags: _,
             stop_at: _,
@@ -156,18 +155,6 @@ impl Core {
         self.refresh_mode();
         let memory = &self.memory;
         self.tlb.replace(&rung.translations, |page| memory.host_of(page));
-    }
-
-    /// What may have been used since this was asked last, between two runs. Every block is looked for again when it runs next,
-    /// so that its lines are noted.
-    pub fn take_uses(&mut self) -> Option<Uses> {
-        let mut begun = Uses::default();
-        self.tlb.pages(Access::Read).for_each(|(linear, _)| begun.read.insert(linear));
-        self.tlb.pages(Access::Write).for_each(|(linear, _)| begun.write.insert(linear));
-        self.tlb.pages(Access::Execute).for_each(|(linear, gpa)| begun.execute.insert_page(linear, gpa));
-        self.returns.forget();
-        self.blocks.hide();
-        self.uses.replace(Box::new(begun)).map(|taken| *taken)
     }
 
     /// Lets go of everything that was decoded. The caller clears the lines of the pages that it returns when every processor

@@ -8,7 +8,6 @@
 //! slow path ([`super::walk`]), which notes what it did. The noted instruction is done as always; its block ends behind it
 //! as one does whose code was overwritten, and the loop comes back.
 
-use super::block::lines_of;
 use super::core::{Core, RIP_BASE, Step};
 use super::decode::Fetched;
 use super::op::Flow;
@@ -135,15 +134,8 @@ impl Core {
     pub(super) fn fetch(&mut self) -> Step<Fetched> {
         let linear = self.linear_rip(self.rip);
         let fetched = self.translate_code(self.rip);
-        if let Some(uses) = self.uses.as_deref_mut() {
-            match &fetched {
-                Ok(fetched) => {
-                    uses.execute.insert_page(linear, fetched.gpa);
-                    // What begins there may go on in a page that is not there: then nothing is decoded.
-                    uses.execute.insert_lines(fetched.gpa, lines_of(fetched.gpa & 0xfff, 1));
-                }
-                Err(_) => uses.execute.insert_nowhere(linear),
-            }
+        if self.noting.is_some() {
+            self.note_fetch(linear, &fetched);
         }
         let fetched = fetched?;
         if let Some(stops) = self.stops.as_deref_mut() {

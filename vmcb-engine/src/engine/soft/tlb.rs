@@ -4,7 +4,8 @@
 //! linear, since blocks are found by that), so a hit costs one compare.
 //! What must be seen is kept out of the write table: pages not yet dirty in the guest's page tables, pages not stamped in
 //! this epoch (the tag is marked [`REARM`], the translation kept), pages with decoded code, and everything not RAM. Watched
-//! pages are marked in the same way, in the read table too.
+//! pages are marked in the same way, in the read table too. Where stores are noted, entries that would be fast are marked
+//! [`NOTED`] instead, which no fast path knows.
 //!
 //! Geometry and replacement are guest-visible through stale translations (a guest that changes a table and does not flush
 //! may see the old one as long as it is cached), so they belong to the engine's semantics. [`Tlb::halve`] makes tables that
@@ -21,6 +22,8 @@ pub const HALVINGS_MAX: u32 = 8;
 const EMPTY: u64 = u64::MAX;
 /// The translation is good but the page must be stamped before the next write.
 const REARM: u64 = 1;
+/// A store needs nothing but to be noted.
+const NOTED: u64 = 2;
 const PAGE_MASK: u64 = !0xfff;
 
 /// Plain values that guest memory holds.
@@ -79,6 +82,8 @@ pub struct Tlb {
     execute_extra: [Extra; 2 * ENTRIES],
     /// Each table behaves as if it had so many times half the entries.
     halvings: u32,
+    /// Stores are noted: no entry of the write table is fast.
+    notes: bool,
 }
 
 /// A translation as the walker found it.
@@ -92,6 +97,17 @@ pub struct Translation {
     pub gpa: u64,
     /// Survives CR3 loads.
     pub global: bool,
+}
+
+/// A page that a table has.
+#[derive(Clone, Copy, Debug)]
+pub struct Held {
+    /// Linear address.
+    pub linear: u64,
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Page number of RAM.
+    pub page: u64,
 }
 
 /// A translation as it is kept outside of the TLB.
@@ -136,6 +152,7 @@ impl Tlb {
             write_extra: [Extra::default(); 2 * ENTRIES],
             execute_extra: [Extra::default(); 2 * ENTRIES],
             halvings: 0,
+            notes: false,
         })
     }
 
@@ -195,7 +212,11 @@ impl Tlb {
             Access::Execute => (self.execute[at], self.execute_extra[at]),
         };
         // Reads of watched pages are marked as writes are that wait to be stamped.
-        let tag = if access == Access::Read { entry.tag & !REARM } else { entry.tag };
+        let tag = match access {
+            Access::Read => entry.tag & !REARM,
+            Access::Write => entry.tag & !NOTED,
+            Access::Execute => entry.tag,
+        };
         (tag == linear & PAGE_MASK).then_some(Translation {
             host: extra.host as *mut u8,
             page: extra.page,
@@ -210,8 +231,9 @@ impl Tlb {
         let page = linear & PAGE_MASK;
         let (host, gpa) = (found.host as u64, found.gpa & PAGE_MASK);
         let base = if access == Access::Execute { gpa } else { host };
+        let noted = if self.notes && access == Access::Write { NOTED } else { 0 };
         let (entries, extras) = self.table(access);
-        entries[at] = Entry { tag: page, addend: base.wrapping_sub(page) };
+        entries[at] = Entry { tag: page | noted, addend: base.wrapping_sub(page) };
         extras[at] = Extra { page: found.page, gpa, host, global: found.global };
         if self.halvings > 0 {
             self.empty_twins(at, access);
@@ -233,7 +255,7 @@ impl Tlb {
     pub fn insert_armed(&mut self, linear: u64, set: usize, access: Access, found: Translation) {
         self.insert(linear, set, access, found);
         let (entries, _) = self.table(access);
-        entries[slot(linear, set)].tag |= REARM;
+        entries[slot(linear, set)].tag = linear & PAGE_MASK | REARM;
     }
 
     /// Loads from these pages go through the slow path, with their translations kept.
@@ -242,15 +264,15 @@ impl Tlb {
         watched.for_each(|entry| entry.tag |= REARM);
     }
 
-    /// Linear and guest-physical addresses of the pages of a table.
-    pub fn pages(&self, access: Access) -> impl Iterator<Item = (u64, u64)> {
+    /// The pages of a table.
+    pub fn pages(&self, access: Access) -> impl Iterator<Item = Held> {
         let (entries, extras) = match access {
             Access::Read => (&self.read, &self.read_extra),
             Access::Write => (&self.write, &self.write_extra),
             Access::Execute => (&self.execute, &self.execute_extra),
         };
         let filled = entries.iter().zip(extras).filter(|(entry, _)| entry.tag != EMPTY);
-        filled.map(|(entry, extra)| (entry.tag & PAGE_MASK, extra.gpa))
+        filled.map(|(entry, extra)| Held { linear: entry.tag & PAGE_MASK, gpa: extra.gpa, page: extra.page })
     }
 
     /// Every translation. By which path it is used is left out: two processors that agree here cannot be told apart by
@@ -333,7 +355,7 @@ impl Tlb {
             let at = slot(linear, set);
             for access in [Access::Read, Access::Write, Access::Execute] {
                 let (entries, _) = self.table(access);
-                if entries[at].tag & !REARM == linear & PAGE_MASK {
+                if entries[at].tag & PAGE_MASK == linear & PAGE_MASK {
                     entries[at] = Entry::NONE;
                 }
             }
@@ -344,16 +366,31 @@ impl Tlb {
     pub fn rearm(&mut self) {
         for entry in &mut self.write {
             if entry.tag != EMPTY {
-                entry.tag |= REARM;
+                entry.tag = entry.tag & PAGE_MASK | REARM;
             }
         }
+    }
+
+    /// Each store is noted from now on, and that of each page anew.
+    pub fn note_writes(&mut self) {
+        self.notes = true;
+        self.rearm();
+    }
+
+    /// Host address and page of RAM of bytes that lie in one page, if stores there need nothing but to be noted.
+    #[inline]
+    pub fn noted(&self, linear: u64, set: usize, bytes: usize) -> Option<(*mut u8, u64)> {
+        let at = slot(linear, set);
+        let entry = self.write[at];
+        let last = linear.wrapping_add(bytes as u64 - 1) & PAGE_MASK;
+        (last | NOTED == entry.tag).then(|| (linear.wrapping_add(entry.addend) as *mut u8, self.write_extra[at].page))
     }
 
     /// A page of RAM got decoded code: writes to it must be seen from now on.
     pub fn protect_code(&mut self, page: u64) {
         for (entry, extra) in self.write.iter_mut().zip(&self.write_extra) {
             if extra.page == page && entry.tag != EMPTY {
-                entry.tag |= REARM;
+                entry.tag = entry.tag & PAGE_MASK | REARM;
             }
         }
     }

@@ -95,6 +95,14 @@ impl Core {
     pub fn store_slow<T: Word>(&mut self, linear: u64, value: T) -> Step {
         // SAFETY: a `Word` is an integer: `size_of::<T>()` initialised bytes without padding.
         let bytes = unsafe { std::slice::from_raw_parts((&raw const value).cast::<u8>(), size_of::<T>()) };
+        if self.noting.is_some() {
+            let host = self.noted_host(linear, size_of::<T>()).cast::<T>();
+            if !host.is_null() {
+                // SAFETY: as in `store_hit`; the whole access lies in one page, and it was noted.
+                unsafe { host.write_unaligned(value) };
+                return Ok(());
+            }
+        }
         self.write_linear(linear, bytes)
     }
 
@@ -231,7 +239,10 @@ impl Core {
                     self.tlb.insert(linear, self.tlb_set, Access::Write, found);
                 }
             }
-            Target::Device(gpa) => self.mmio.write(gpa, from),
+            Target::Device(gpa) => {
+                self.note_device(linear, gpa, from.len());
+                self.mmio.write(gpa, from);
+            }
         }
     }
 
@@ -241,6 +252,7 @@ impl Core {
         if self.stops.is_some() {
             self.note_store(page, address, bytes);
         }
+        self.note_words(page, address, bytes);
         self.memory.stamps().mark(page);
         let code = self.memory.stamps().code_lines(page);
         if code == 0 {
@@ -307,13 +319,8 @@ impl Core {
 
     /// Walks, and caches what it finds. A write table entry begins re-armed: the store itself completes it.
     fn translate(&mut self, linear: u64, access: Access) -> Step<Target> {
-        if let Some(uses) = self.uses.as_deref_mut() {
-            match access {
-                Access::Read => uses.read.insert(linear),
-                Access::Write => uses.write.insert(linear),
-                // Noted where it is asked for: a fetch that fails has been preceded by a stop, too.
-                Access::Execute => {}
-            }
+        if access == Access::Read {
+            self.note_loads(linear);
         }
         if self.mode.long && !is_canonical(linear, 48) {
             // The address is kept: an operand on the stack makes it #SS (`Core::blame_stack`).
@@ -332,8 +339,11 @@ impl Core {
         };
         let host = page.at(0);
         let found = Translation { host, page: page.page, gpa: mapping.gpa & !0xfff, global: mapping.global };
-        if access == Access::Execute && self.stops.is_some() {
-            self.suspect_page(linear, found.gpa, found.page);
+        match access {
+            // Of fetches it is noted where they are asked for: one that fails has been preceded by a stop, too.
+            Access::Execute if self.stops.is_some() => self.suspect_page(linear, found.gpa, found.page),
+            Access::Write => self.note_stores(linear, found.page),
+            _ => {}
         }
         if !self.bypasses_tlb(Some(&mapping)) {
             match access {

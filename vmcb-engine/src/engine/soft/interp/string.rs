@@ -126,16 +126,14 @@ fn copy_whole<W: Width>(core: &mut Core, op: &Op, elements: u64) -> Step<bool> {
         return Ok(false);
     }
     let (from, to) = (source::<W>(core, op)?, target::<W>(core, op, true)?);
-    let (read, write) = (Tlb::read_entry(core.tlb_base, from), Tlb::write_entry(core.tlb_base, to));
-    let bytes = elements * W::BYTES;
-    if !read.hits::<u8>(from)
-        || !write.hits::<u8>(to)
-        || (from & 0xfff) + bytes > 0x1000
-        || (to & 0xfff) + bytes > 0x1000
-    {
+    let (read, bytes) = (Tlb::read_entry(core.tlb_base, from), elements * W::BYTES);
+    if !read.hits::<u8>(from) || (from & 0xfff) + bytes > 0x1000 || (to & 0xfff) + bytes > 0x1000 {
         return Ok(false);
     }
-    let (from, to) = (read.host::<u8>(from), write.host::<u8>(to));
+    let (from, to) = match core.host_for_store(to, bytes as usize) {
+        Some(to) => (read.host::<u8>(from), to),
+        None => return Ok(false),
+    };
     if (to as u64).wrapping_sub(from as u64).wrapping_sub(1) < bytes - 1 {
         return Ok(false);
     }
@@ -181,12 +179,12 @@ fn fill_whole<W: Width>(core: &mut Core, op: &Op, elements: u64) -> Step<bool> {
         return Ok(false);
     }
     let to = target::<W>(core, op, true)?;
-    let (write, bytes) = (Tlb::write_entry(core.tlb_base, to), elements * W::BYTES);
-    if !write.hits::<u8>(to) || (to & 0xfff) + bytes > 0x1000 {
+    let bytes = elements * W::BYTES;
+    if (to & 0xfff) + bytes > 0x1000 {
         return Ok(false);
     }
-    let value = W::get(core, RAX as u8);
-    let host = write.host::<W>(to);
+    let Some(host) = core.host_for_store(to, bytes as usize) else { return Ok(false) };
+    let (value, host) = (W::get(core, RAX as u8), host.cast::<W>());
     for at in 0..elements as usize {
         // SAFETY: as in `copy_whole`.
         unsafe { host.wrapping_add(at).write_unaligned(value) };

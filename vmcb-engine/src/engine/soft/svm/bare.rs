@@ -59,7 +59,7 @@ impl Core {
             shares_memory: false,
             block_ops_max: crate::engine::soft::block::OPS_MAX,
             new_code_pages: Vec::new(),
-            uses: Default::default(),
+            noting: None,
             hosted: None,
             stop_at: 0,
             tsc_per_instruction: 1,

@@ -6,6 +6,7 @@ mod control;
 mod delivery;
 mod exact;
 mod host;
+mod noting;
 mod paging;
 mod rungs;
 mod several;

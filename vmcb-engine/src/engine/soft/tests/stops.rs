@@ -29,7 +29,7 @@ fn breakpoints(at: impl IntoIterator<Item = u64>) -> Stops {
     Stops { breakpoints: at.into_iter().collect(), ..Stops::default() }
 }
 
-fn watch(address: u64, bytes: u64, kind: WatchKind) -> Stops {
+pub(super) fn watch(address: u64, bytes: u64, kind: WatchKind) -> Stops {
     Stops { watchpoints: vec![Watchpoint { address, bytes, kind }], ..Stops::default() }
 }
 
@@ -168,10 +168,10 @@ proptest! {
 }
 
 /// One instruction between two NOPs, and where its operand lies.
-type Case = (&'static str, fn(&mut CodeAssembler), u64, bool, bool);
+pub(super) type Case = (&'static str, fn(&mut CodeAssembler), u64, bool, bool);
 
 /// What each instruction does to memory: name, instruction, where, reads, writes.
-const CASES: &[Case] = &[
+pub(super) const CASES: &[Case] = &[
     ("mov8", |a| a.mov(byte_ptr(rbx), 1).unwrap(), DATA, false, true),
     ("mov16", |a| a.mov(word_ptr(rbx), 1).unwrap(), DATA, false, true),
     ("mov32", |a| a.mov(dword_ptr(rbx), eax).unwrap(), DATA, false, true),
@@ -205,12 +205,16 @@ const CASES: &[Case] = &[
     ("maskmovdqu", |a| a.maskmovdqu(xmm1, xmm2).unwrap(), DATA, false, true),
     ("bts", |a| a.bts(qword_ptr(rbx), rcx).unwrap(), DATA, true, true),
 ];
-const DATA: u64 = 0x30_0000;
-const SOURCE: u64 = 0x38_0000;
+pub(super) const DATA: u64 = 0x30_0000;
+pub(super) const SOURCE: u64 = 0x38_0000;
 
 fn case(instruction: fn(&mut CodeAssembler)) -> Guest {
+    case_behind(|a| a.nop().unwrap(), instruction)
+}
+
+pub(super) fn case_behind(before: fn(&mut CodeAssembler), instruction: fn(&mut CodeAssembler)) -> Guest {
     let guest = Guest::new(|a| {
-        a.nop().unwrap();
+        before(a);
         instruction(a);
         (0..70).for_each(|_| a.nop().unwrap());
         a.hlt().unwrap();

@@ -1,0 +1,189 @@
+//! What one processor notes of what it uses, for [`Uses`]; nothing before somebody asks.
+//!
+//! Code: each block is looked for again when it runs first in a span (`Blocks::hide`), and then the addresses of its
+//! instructions are noted. Stores: entries of the write table carry a tag that no fast path knows (`Tlb::note_writes`), so
+//! each store comes by here; what is marked is words of pages of RAM, in a table as large as a 64th of RAM of which only
+//! what is used takes memory. Loads: pages that were looked for. Which spans there are is not known here.
+
+use std::collections::BTreeMap;
+
+use super::block::Block;
+use super::core::{Core, Step};
+use super::decode::Fetched;
+use super::tlb::Access;
+use crate::engine::Uses;
+use crate::memory::GuestMemory;
+
+/// Bit maps of a page's words.
+const WORD_MAPS: usize = 8;
+
+/// What was used since somebody asked.
+pub struct Noting {
+    uses: Uses,
+    /// Instructions that began in a guest-physical page, a bit for each byte.
+    starts: BTreeMap<u64, Box<[u64; 64]>>,
+    words: Words,
+    /// Words of devices: key and bits of `Marks`.
+    devices: BTreeMap<u64, u64>,
+}
+
+/// Words of RAM that were stored to.
+#[derive(Default)]
+struct Words {
+    /// Eight maps for each page.
+    maps: Vec<u64>,
+    /// Pages whose maps are not all zero.
+    touched: Vec<u64>,
+}
+
+impl Words {
+    /// Marks bytes of a page that is touched.
+    #[inline]
+    fn mark(&mut self, page: u64, address: u64, bytes: usize) {
+        let first = (address & 0xfff) >> 3;
+        let last = (((address & 0xfff) + bytes.max(1) as u64 - 1) >> 3).min(511);
+        let from = page as usize * WORD_MAPS;
+        let Some(maps) = self.maps.get_mut(from..from + WORD_MAPS) else { return };
+        let (low, high) = (u64::MAX << (first & 63), u64::MAX >> (63 - (last & 63)));
+        let (begin, end) = ((first >> 6) as usize, (last >> 6) as usize);
+        if begin == end {
+            maps[begin] |= low & high;
+            return;
+        }
+        maps[begin] |= low;
+        maps[begin + 1..end].fill(u64::MAX);
+        maps[end] |= high;
+    }
+
+    fn touch(&mut self, page: u64) {
+        let from = page as usize * WORD_MAPS;
+        let maps = self.maps.get(from..from + WORD_MAPS);
+        if maps.is_some_and(|maps| maps.iter().all(|map| *map == 0)) {
+            self.touched.push(page);
+        }
+    }
+}
+
+impl Noting {
+    fn new(memory: &GuestMemory) -> Self {
+        let maps = vec![0; memory.pages() as usize * WORD_MAPS];
+        let words = Words { maps, touched: Vec::new() };
+        Self { uses: Uses::default(), starts: BTreeMap::new(), words, devices: BTreeMap::new() }
+    }
+
+    /// All of it; nothing is noted then.
+    fn take(&mut self, memory: &GuestMemory) -> Uses {
+        let mut uses = std::mem::take(&mut self.uses);
+        for (page, lines) in std::mem::take(&mut self.starts) {
+            (0..).zip(lines.iter()).for_each(|(line, bits)| uses.execute.starts.insert(page << 6 | line, *bits));
+        }
+        // RAM above the hole lies above it by number, too.
+        self.words.touched.sort_unstable();
+        for page in self.words.touched.drain(..) {
+            let (first, from) = (memory.gpa_of(page) >> 9, page as usize * WORD_MAPS);
+            for (key, map) in (first..).zip(&mut self.words.maps[from..from + WORD_MAPS]) {
+                uses.write.words.insert(key, std::mem::take(map));
+            }
+        }
+        std::mem::take(&mut self.devices).into_iter().for_each(|(key, bits)| uses.write.words.insert(key, bits));
+        uses
+    }
+}
+
+impl Core {
+    /// What may have been used since this was asked last, between two runs. Every block is looked for again when it runs next,
+    /// and every page when it is stored to.
+    pub fn take_uses(&mut self) -> Option<Uses> {
+        let known = self.noting.is_some();
+        let mut noting = self.noting.take().unwrap_or_else(|| Box::new(Noting::new(&self.memory)));
+        let taken = noting.take(&self.memory);
+        let begun = &mut noting.uses;
+        self.tlb.pages(Access::Read).for_each(|found| begun.read.insert(found.linear));
+        for found in self.tlb.pages(Access::Write) {
+            begun.write.insert_page(found.linear, self.memory.gpa_of(found.page));
+        }
+        self.tlb.pages(Access::Execute).for_each(|found| begun.execute.insert_page(found.linear, found.gpa));
+        self.tlb.note_writes();
+        self.returns.forget();
+        self.blocks.hide();
+        self.noting = Some(noting);
+        known.then_some(taken)
+    }
+
+    /// What begins at a linear address was fetched, or was not.
+    #[cold]
+    pub(super) fn note_fetch(&mut self, linear: u64, fetched: &Step<Fetched>) {
+        let Some(noting) = self.noting.as_deref_mut() else { return };
+        let Ok(fetched) = fetched else { return noting.uses.execute.insert_nowhere(linear) };
+        noting.uses.execute.insert_page(linear, fetched.gpa);
+        // What begins there may go on in a page that is not there: then nothing is decoded.
+        let lines = noting.starts.entry(fetched.gpa >> 12).or_insert_with(|| Box::new([0; 64]));
+        lines[(fetched.gpa >> 6 & 63) as usize] |= 1 << (fetched.gpa & 63);
+    }
+
+    /// A block runs.
+    pub(super) fn note_block(&mut self, block: &Block) {
+        if let Some(noting) = self.noting.as_deref_mut() {
+            noting.run(block);
+        }
+    }
+
+    /// A linear page was looked for to load from.
+    #[inline]
+    pub(super) fn note_loads(&mut self, linear: u64) {
+        if let Some(noting) = self.noting.as_deref_mut() {
+            noting.uses.read.insert(linear);
+        }
+    }
+
+    /// A linear page was looked for to store to, and is this page of RAM.
+    #[inline]
+    pub(super) fn note_stores(&mut self, linear: u64, page: u64) {
+        if let Some(noting) = self.noting.as_deref_mut() {
+            noting.uses.write.insert_page(linear, self.memory.gpa_of(page));
+        }
+    }
+
+    /// A page of RAM is stored to.
+    #[inline]
+    pub(super) fn note_words(&mut self, page: u64, address: u64, bytes: usize) {
+        if let Some(noting) = self.noting.as_deref_mut() {
+            noting.words.touch(page);
+            noting.words.mark(page, address, bytes);
+        }
+    }
+
+    /// A device is stored to.
+    #[inline]
+    pub(super) fn note_device(&mut self, linear: u64, gpa: u64, bytes: usize) {
+        let Some(noting) = self.noting.as_deref_mut() else { return };
+        noting.uses.write.insert_page(linear, gpa);
+        for word in gpa >> 3..=(gpa + bytes.max(1) as u64 - 1) >> 3 {
+            *noting.devices.entry(word >> 6).or_default() |= 1 << (word & 63);
+        }
+    }
+
+    /// Where a store goes that is to be noted and needs nothing besides; it is noted. Null if it needs more, or its page is
+    /// not cached.
+    #[cold]
+    #[inline(never)]
+    pub fn noted_host(&mut self, linear: u64, bytes: usize) -> *mut u8 {
+        let Some((host, page)) = self.tlb.noted(linear, self.tlb_set, bytes) else { return std::ptr::null_mut() };
+        match self.noting.as_deref_mut() {
+            Some(noting) => noting.words.mark(page, linear, bytes),
+            None => return std::ptr::null_mut(),
+        }
+        host
+    }
+}
+
+impl Noting {
+    /// A block runs.
+    pub(super) fn run(&mut self, block: &Block) {
+        let lines = self.starts.entry(block.gpa >> 12).or_insert_with(|| Box::new([0; 64]));
+        for op in block.ops.iter().take(block.count as usize) {
+            let at = (block.gpa & 0xfff) + u64::from(op.offset);
+            lines[(at >> 6 & 63) as usize] |= 1 << (at & 63);
+        }
+    }
+}
