@@ -15,10 +15,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         tonic_prost_build::configure()
             .bytes(".godwit.v1.Chunk.frame")
             .bytes(".godwit.v1.PagesPart.frame")
+            .bytes(".godwit.v1.AppendJournalRequest.blocks")
             .compile_fds(descriptors)?;
     } else {
         prost_build::Config::new()
-            .bytes([".godwit.v1.Chunk.frame", ".godwit.v1.PagesPart.frame"])
+            .bytes([".godwit.v1.Chunk.frame", ".godwit.v1.PagesPart.frame", ".godwit.v1.AppendJournalRequest.blocks"])
             .compile_fds(descriptors)?;
     }
     Ok(())

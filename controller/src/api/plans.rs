@@ -527,8 +527,15 @@ mod tests {
         let entry = CheckpointEntry { vm_id: state.vms["vm1"].id.clone(), ..entry("c1", "vm1", 1) };
         let manifest =
             || Manifest { config: Some(config.clone()), capabilities: contract().to_bytes(), ..Manifest::default() };
-        let replay =
-            Replay { recording: "ab".repeat(16), first: 0, last: 3, retired: 9, skipped_tsc: 1, span_ms: 2000 };
+        let replay = Replay {
+            recording: "ab".repeat(16),
+            first: 0,
+            last: 3,
+            retired: 9,
+            skipped_tsc: 1,
+            span_ms: 2000,
+            bytes: 0,
+        };
         let how = |lazy| How { lazy, replay: Some(replay.clone()), ..How::default() };
         for name in ["", "vm2"] {
             let plan = restore(&state, &fleet, &entry, manifest(), "hostB", name, how(false)).unwrap();

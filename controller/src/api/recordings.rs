@@ -6,7 +6,6 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
 use proto::ids::{Generation, OperationId, RecordingId, VmId};
 use proto::status::Code;
 use proto::v1::{
@@ -124,7 +123,7 @@ impl Api {
             name: String::new(),
         });
         let AppendJournalRequest { vm: name, blocks, .. } = request;
-        let frames = blocks.into_iter().take(BLOCKS_MAX).map(Bytes::from).collect();
+        let frames = blocks.into_iter().take(BLOCKS_MAX).collect();
         let appended = match self.journals.append(vm, of, &claim, frames).await {
             // Another cluster has the VM, or what lies there is none of ours.
             Err(failure) if matches!(failure.code, Code::Conflict | Code::Corrupt) => {

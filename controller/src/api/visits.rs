@@ -117,7 +117,10 @@ impl Api {
         let (first, began_ns) = (&place.segments()[base], place.segments()[target].start_ns);
         let mut blocks = self.blocks(&place, target, target)?;
         let mut before_ns = began_ns;
+        let before = &place.segments()[base..target];
+        let mut bytes: u64 = before.iter().flat_map(|segment| &segment.parts).map(|part| part.bytes).sum();
         while let Some(block) = blocks.next().await? {
+            bytes += block.frame.len() as u64;
             if !span::reached(&block, at) {
                 before_ns = before_ns.max(block.message.realtime_ns);
                 continue;
@@ -130,6 +133,7 @@ impl Api {
                 retired: until.retired,
                 skipped_tsc: until.skipped_tsc,
                 span_ms: block.message.realtime_ns.saturating_sub(first.start_ns) / 1_000_000,
+                bytes,
             };
             return Ok((place.entry, replay));
         }

@@ -497,6 +497,9 @@ pub struct Replay {
     pub skipped_tsc: u64,
     /// How long it took when it was recorded.
     pub span_ms: u64,
+    /// How much of the journal it is, about; 0: written by a controller that did not ask.
+    #[serde(default)]
+    pub bytes: u64,
 }
 
 impl Replay {

@@ -35,7 +35,7 @@ use super::world::{LoadRequest, World};
 use crate::failure::Failure;
 use crate::ingest::read::Damaged;
 use crate::ingest::receive::Expected;
-use crate::ledger::event::{CheckpointEntry, Event, Holder, Intent, Outcome, Plan, Task};
+use crate::ledger::event::{CheckpointEntry, Event, Holder, Intent, Outcome, Plan, Replay, Task};
 use crate::ledger::state::Operation;
 use crate::ledger::{Ledger, unix_ms};
 use crate::retention::policy;
@@ -47,6 +47,21 @@ const TICKET_MS: u64 = 120_000;
 /// How long is waited for the first instruction of a lazily restored guest, for the report alone.
 const FIRST_INSTRUCTION_MAX: Duration = Duration::from_secs(3);
 const LOOK_PAUSE: Duration = Duration::from_millis(3);
+/// A restore that goes through more of a journal than this says so.
+const LONG_JOURNAL_BYTES: u64 = 256 << 20;
+
+/// What is said before a guest goes through a part of its recording.
+pub(super) fn told_before(replay: &Replay, target: &str) -> Vec<String> {
+    let (blocks, seconds) = (replay.last - replay.first + 1, replay.span_ms as f64 / 1e3);
+    let mut notes = vec![format!("{target} will go through {blocks} blocks that were recorded in {seconds:.1} s")];
+    if replay.bytes > LONG_JOURNAL_BYTES {
+        let mib = replay.bytes >> 20;
+        notes.push(format!(
+            "warning: that is {mib} MiB of journal, which takes a while; `ctl policy set VM --every TIME` makes checkpoints that are nearer"
+        ));
+    }
+    notes
+}
 
 /// What an operation remembers between its steps; gone after a restart.
 #[derive(Default)]
@@ -524,8 +539,7 @@ impl<W: World> Hands<'_, W> {
             replay: replay.as_ref(),
         };
         if let Some(replay) = replay {
-            let (blocks, seconds) = (replay.last - replay.first + 1, replay.span_ms as f64 / 1e3);
-            self.voice.note(format!("{target} will go through {blocks} blocks that were recorded in {seconds:.1} s"));
+            told_before(replay, target).into_iter().for_each(|note| self.voice.note(note));
         }
         self.world.load(request, self.voice).await?;
         memory.phase("load", began);

@@ -12,6 +12,7 @@ use proto::v1::{TransferPolicy, VmState};
 use tokio_stream::StreamExt;
 
 use super::fake::{FakeWorld, Fault, Field};
+use super::steps::told_before;
 use super::table::Status;
 use super::voice::Voice;
 use super::{Patience, Sagas};
@@ -186,7 +187,15 @@ fn plan(scene: Scene, state: &State) -> Plan {
             let mut plan = restore_plan(state, "vm1", CHECKPOINT, "hostB");
             if let Task::Restore { replay, .. } = &mut plan.task {
                 let recording = "ab".repeat(16);
-                *replay = Some(Replay { recording, first: 3, last: 9, retired: 77, skipped_tsc: 5, span_ms: 60_000 });
+                *replay = Some(Replay {
+                    recording,
+                    first: 3,
+                    last: 9,
+                    retired: 77,
+                    skipped_tsc: 5,
+                    span_ms: 60_000,
+                    bytes: 4096,
+                });
             }
             plan
         }
@@ -413,4 +422,26 @@ async fn a_restore_to_an_instant_goes_there_and_any_other_goes_nowhere() {
         let held = stage.field.lock().unwrap().hosts["hostB"]["vm1"].clone();
         assert_eq!((held.state, held.replay), (VmState::Running, until));
     }
+}
+
+#[test]
+fn a_restore_that_goes_through_much_of_a_journal_says_so() {
+    let recording = "ab".repeat(16);
+    let replay = |bytes| Replay {
+        recording: recording.clone(),
+        first: 3,
+        last: 9,
+        retired: 77,
+        skipped_tsc: 5,
+        span_ms: 60_000,
+        bytes,
+    };
+    let first = "hostB will go through 7 blocks that were recorded in 60.0 s";
+    assert_eq!(told_before(&replay(256 << 20), "hostB"), [first]);
+    let long = told_before(&replay(300 << 20), "hostB");
+    assert!(long.len() == 2 && long[0] == first && long[1].contains("300 MiB of journal"), "{long:?}");
+    // As an earlier controller wrote it.
+    let mut old = serde_json::to_value(replay(5)).unwrap();
+    old.as_object_mut().unwrap().remove("bytes");
+    assert_eq!(serde_json::from_value::<Replay>(old).unwrap(), replay(0));
 }

@@ -13,6 +13,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use proto::status::Code;
 use proto::v1::fleet_client::FleetClient;
 use proto::v1::runner_reply::Reply;
@@ -104,6 +105,8 @@ impl Way {
     /// Brings blocks to the bucket, however long that takes; the sequence after the last one that is there.
     async fn append(&mut self, recording: &[u8], blocks: Vec<Vec<u8>>) -> Result<u64, Failure> {
         let (vm, generation) = (self.vm.clone(), self.generation);
+        // Asked again without a copy: blocks are shared.
+        let blocks = blocks.into_iter().map(Bytes::from).collect();
         let request = AppendJournalRequest { vm, generation, recording: recording.to_vec(), blocks };
         let mut pause = *RETRY.start();
         loop {

@@ -140,7 +140,7 @@ fn packed(events: &[u8]) -> AppendJournalRequest {
     let Position { retired, skipped_tsc } = base().start;
     let end = Some(Position { retired: retired + (1 << 30), skipped_tsc: skipped_tsc + (1 << 50) });
     let block = JournalBlock { end, events: events.to_vec(), ..JournalBlock::default() };
-    AppendJournalRequest { blocks: vec![block.encode_to_vec()], ..AppendJournalRequest::default() }
+    AppendJournalRequest { blocks: vec![block.encode_to_vec().into()], ..AppendJournalRequest::default() }
 }
 
 /// Whether all of it is replayed to its end.
@@ -177,7 +177,7 @@ fn replay(tape: Tape, images: Option<BootImages>) -> bool {
 }
 
 /// The blocks as one chain from the base; those that are beyond repair are left out. `None` if nothing is left.
-fn repaired(blocks: &[Vec<u8>]) -> Option<Tape> {
+fn repaired(blocks: &[impl AsRef<[u8]>]) -> Option<Tape> {
     let (mut chain, mut tape) = (Chain::new(), Tape::new(Rate { tsc_per_instruction: 1, tsc_hz: 1_000_000_000 }));
     let mut next = JournalBlock {
         recording: RECORDING.to_vec(),
@@ -191,7 +191,7 @@ fn repaired(blocks: &[Vec<u8>]) -> Option<Tape> {
     };
     let mut any = false;
     for block in blocks {
-        let Ok(block) = JournalBlock::decode(&block[..]) else { continue };
+        let Ok(block) = JournalBlock::decode(block.as_ref()) else { continue };
         let JournalBlock { end, realtime_ns, events, cut, ended, .. } = block;
         let cut = next.cut.clone().or(cut);
         let wanted = JournalBlock { end, realtime_ns, events, cut, ended, ..next.clone() };
@@ -271,5 +271,6 @@ fn recording(events: &[Event]) -> Vec<u8> {
     let body = |closed: vmcb_engine::journal::Closed| {
         frame::decode(&closed.frame).map(|(_, body)| body.to_vec()).expect("it was just written")
     };
-    AppendJournalRequest { blocks: vec![body(first), body(second)], ..AppendJournalRequest::default() }.encode_to_vec()
+    AppendJournalRequest { blocks: vec![body(first).into(), body(second).into()], ..AppendJournalRequest::default() }
+        .encode_to_vec()
 }

@@ -3,11 +3,13 @@
 //! | file | what |
 //! |---|---|
 //! | `back` | a recording gone through again: at full speed, backwards, and up to an instant |
+//! | `lag` | how far the bucket is behind a recorded guest |
 //! | `qemu` | what recording costs QEMU, with the same kernel |
 //!
 //! Recording is compared pair by pair: the same guest with the same load, once without and once with a recorder, in turns.
 
 mod back;
+mod lag;
 mod qemu;
 
 use std::path::Path;
@@ -40,6 +42,9 @@ pub fn run(report: &Report, guest: &Path, cases: &[String]) -> Result<(), String
     }
     if wanted("arrive") {
         back::arrive(report, &files)?;
+    }
+    if wanted("lag") {
+        lag::lag(report)?;
     }
     if wanted("qemu") {
         qemu::boot(report, guest)?;

@@ -38,21 +38,30 @@ struct Words {
 
 impl Words {
     /// Marks bytes of a page that is touched.
-    #[inline]
+    #[inline(always)]
     fn mark(&mut self, page: u64, address: u64, bytes: usize) {
         let first = (address & 0xfff) >> 3;
         let last = (((address & 0xfff) + bytes.max(1) as u64 - 1) >> 3).min(511);
         let from = page as usize * WORD_MAPS;
-        let Some(maps) = self.maps.get_mut(from..from + WORD_MAPS) else { return };
         let (low, high) = (u64::MAX << (first & 63), u64::MAX >> (63 - (last & 63)));
-        let (begin, end) = ((first >> 6) as usize, (last >> 6) as usize);
-        if begin == end {
-            maps[begin] |= low & high;
-            return;
+        let (begin, end) = (from + (first >> 6) as usize, from + (last >> 6) as usize);
+        match self.maps.get_mut(begin) {
+            Some(map) if begin == end => *map |= low & high,
+            Some(map) => {
+                *map |= low;
+                self.mark_more(begin, end, high);
+            }
+            None => {}
         }
-        maps[begin] |= low;
-        maps[begin + 1..end].fill(u64::MAX);
-        maps[end] |= high;
+    }
+
+    #[cold]
+    fn mark_more(&mut self, begin: usize, end: usize, high: u64) {
+        if let Some(maps) = self.maps.get_mut(begin + 1..=end) {
+            let whole = maps.len() - 1;
+            maps[..whole].fill(u64::MAX);
+            maps[whole] |= high;
+        }
     }
 
     fn touch(&mut self, page: u64) {
@@ -168,6 +177,12 @@ impl Core {
     #[cold]
     #[inline(never)]
     pub fn noted_host(&mut self, linear: u64, bytes: usize) -> *mut u8 {
+        self.note_hit(linear, bytes)
+    }
+
+    /// The same in line.
+    #[inline(always)]
+    pub(super) fn note_hit(&mut self, linear: u64, bytes: usize) -> *mut u8 {
         let Some((host, page)) = self.tlb.noted(linear, self.tlb_set, bytes) else { return std::ptr::null_mut() };
         match self.noting.as_deref_mut() {
             Some(noting) => noting.words.mark(page, linear, bytes),

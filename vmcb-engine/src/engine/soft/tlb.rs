@@ -378,7 +378,7 @@ impl Tlb {
     }
 
     /// Host address and page of RAM of bytes that lie in one page, if stores there need nothing but to be noted.
-    #[inline]
+    #[inline(always)]
     pub fn noted(&self, linear: u64, set: usize, bytes: usize) -> Option<(*mut u8, u64)> {
         let at = slot(linear, set);
         let entry = self.write[at];

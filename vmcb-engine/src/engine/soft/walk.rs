@@ -96,7 +96,7 @@ impl Core {
         // SAFETY: a `Word` is an integer: `size_of::<T>()` initialised bytes without padding.
         let bytes = unsafe { std::slice::from_raw_parts((&raw const value).cast::<u8>(), size_of::<T>()) };
         if self.noting.is_some() {
-            let host = self.noted_host(linear, size_of::<T>()).cast::<T>();
+            let host = self.note_hit(linear, size_of::<T>()).cast::<T>();
             if !host.is_null() {
                 // SAFETY: as in `store_hit`; the whole access lies in one page, and it was noted.
                 unsafe { host.write_unaligned(value) };
