@@ -126,7 +126,7 @@ fn searches(report: &Report, timeline: &mut Timeline) -> Result<(), String> {
     // Nothing is ever executed there.
     let nowhere = Stops { breakpoints: vec![0xffff_ffff_8000_0ff1], watchpoints: Vec::new() };
     add("breakpoint_on_nothing", &[search(timeline, &nowhere, false)?]);
-    // The worst: within an instruction of a page that is executed all the time.
+    // Within an instruction that is executed all the time.
     let end = timeline.player().tape().end();
     timeline.seek(end, &mut || false).map_err(text)?;
     let within = timeline.player().machine().stands_at(0).unwrap_or(0) + 1;
