@@ -11,7 +11,6 @@ use node_agent::vm::actor::chain;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
-use vmcb_engine::memory::heap;
 
 /// Runs guests on this host for the controller.
 #[derive(Parser, Debug)]
@@ -23,7 +22,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    heap::keep_freed();
+    proto::heap::keep_freed();
     let arguments = Arguments::parse();
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,

@@ -7,6 +7,7 @@
 //! - [`wrap`], with it: their keys under a cluster's.
 //! - [`capability`]: what a guest needs and a host has, how the two compare, and their names.
 //! - [`digest`]: what two sides of a transfer compare.
+//! - [`heap`], with the feature `rpc`: what a process that carries them does with freed buffers.
 //! - [`ids`]: identifiers that cannot be confused with each other.
 //! - [`status`]: what can go wrong, as a code that travels.
 //!
@@ -15,6 +16,8 @@
 pub mod capability;
 pub mod digest;
 pub mod frame;
+#[cfg(feature = "rpc")]
+pub mod heap;
 pub mod ids;
 pub mod leaf;
 #[cfg(feature = "seal")]

@@ -12,7 +12,6 @@ use controller::config::{Config, LogFormat};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
-use vmcb_engine::memory::heap;
 
 /// The orchestrator daemon of a Godwit cluster.
 #[derive(Parser)]
@@ -24,7 +23,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    heap::keep_freed();
+    proto::heap::keep_freed();
     let arguments = Arguments::parse();
     let config = match Config::read(&arguments.config) {
         Ok(config) => config,

@@ -141,6 +141,8 @@ fn qemu_between_marks(boot: &Boot, from: &str, to: &str) -> Result<Option<Durati
         cmdline: &boot.cmdline,
         memory_bytes: boot.memory_bytes,
         icount: "shift=0,sleep=off",
+        devices: &[],
+        typed: "",
         patience_s: QEMU_PATIENCE_S,
     };
     counted.between_marks(from, to)

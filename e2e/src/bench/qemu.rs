@@ -1,6 +1,6 @@
 //! A guest of ours under QEMU's TCG with instruction counting, for figures beside those of the software engine.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -21,6 +21,10 @@ pub struct Counted<'a> {
     pub memory_bytes: u64,
     /// QEMU's `-icount`.
     pub icount: &'a str,
+    /// Its devices, in QEMU's words.
+    pub devices: &'a [String],
+    /// What is typed when the first mark appears.
+    pub typed: &'a str,
     /// Seconds after which it is given up.
     pub patience_s: u32,
 }
@@ -43,8 +47,8 @@ impl Drop for Ended {
 }
 
 impl Counted<'_> {
-    /// Time between two marks on its console, the second of which ends it. An empty first mark is the start of QEMU. `None`
-    /// where there is no QEMU, or it stalls.
+    /// Time between two marks on its console, the second of which ends it. An empty first mark is the start of QEMU, where
+    /// nothing is typed. `None` where there is no QEMU, or it stalls.
     ///
     /// # Errors
     /// QEMU does not run.
@@ -53,9 +57,11 @@ impl Counted<'_> {
             return Ok(None);
         }
         let begun = Instant::now();
-        let child = self.command().stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
+        let child = self.command().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
         let mut child = Ended(child.map_err(|e| format!("{QEMU}: {e}"))?);
         let stdout = child.0.stdout.take().expect("stdout is piped");
+        // Open as long as it runs: the end of its input is an input.
+        let mut stdin = child.0.stdin.take().expect("stdin is piped");
         let mut start = from.is_empty().then_some(begun);
         let mut lines = BufReader::new(stdout.take(1 << 20));
         let mut line = Vec::new();
@@ -64,6 +70,7 @@ impl Counted<'_> {
             line.clear();
             if start.is_none() && text.contains(from) {
                 start = Some(Instant::now());
+                stdin.write_all(self.typed.as_bytes()).map_err(|e| format!("{QEMU}: {e}"))?;
             }
             if let (Some(start), true) = (start, text.contains(to)) {
                 return Ok(Some(start.elapsed()));
@@ -85,7 +92,8 @@ impl Counted<'_> {
             .args(["-m", &(self.memory_bytes >> 20).to_string()])
             .arg("-kernel")
             .arg(self.kernel)
-            .args(["-append", self.cmdline]);
+            .args(["-append", self.cmdline])
+            .args(self.devices);
         if let Some(initrd) = self.initrd {
             command.arg("-initrd").arg(initrd);
         }

@@ -21,8 +21,21 @@ use super::GUEST_PATIENCE;
 const SLICE: u64 = 500_000;
 /// A block of the journal is closed after so much host time, as a runner does it.
 const BLOCK: Duration = Duration::from_secs(2);
-const DISK_BYTES: u64 = 64 << 20;
-const MEMORY_BYTES: u64 = 256 << 20;
+/// Its disk.
+pub const DISK_BYTES: u64 = 64 << 20;
+/// Its RAM.
+pub const MEMORY_BYTES: u64 = 256 << 20;
+/// What the kernel is told.
+pub const CMDLINE: &str = "console=ttyS0 quiet panic=-1 godwit.work=off";
+/// What it prints when it is at its shell.
+pub const UP: &str = "godwit: up";
+/// What it prints when typed work is done. The shell echoes what is typed: the mark must not be in it.
+pub const DONE: &str = "fin2";
+/// Typed work: a shell that counts.
+pub const COUNT: &str = "i=0; while [ $i -lt 60000 ]; do i=$((i+1)); done; echo fin$((1+1))\n";
+/// Typed work: the disk read and written three times.
+pub const READ_AND_WRITE: &str = "for i in 1 2 3; do dd if=/dev/vda of=/dev/null bs=64k 2>/dev/null; \
+     dd if=/dev/zero of=/dev/vda bs=64k count=512 conv=fsync 2>/dev/null; done; echo fin$((1+1))\n";
 const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
 const HOST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
@@ -88,7 +101,7 @@ fn text(error: impl std::fmt::Display) -> String {
 }
 
 fn config() -> MachineConfig {
-    let cmdline = "console=ttyS0 quiet panic=-1 godwit.work=off".into();
+    let cmdline = CMDLINE.into();
     MachineConfig {
         vcpus: 1,
         memory_bytes: MEMORY_BYTES,
@@ -296,14 +309,10 @@ impl Guest {
     /// # Errors
     /// It does not finish.
     pub fn work(&mut self, load: Load) -> Result<(), String> {
-        // The shell echoes what is typed: the mark must not be in it.
         match load {
-            Load::Boot => return self.until("godwit: up"),
-            Load::Cpu => self.type_in("i=0; while [ $i -lt 60000 ]; do i=$((i+1)); done; echo fin$((1+1))\n")?,
-            Load::Disk => self.type_in(
-                "for i in 1 2 3; do dd if=/dev/vda of=/dev/null bs=64k 2>/dev/null; \
-                 dd if=/dev/zero of=/dev/vda bs=64k count=512 conv=fsync 2>/dev/null; done; echo fin$((1+1))\n",
-            )?,
+            Load::Boot => return self.until(UP),
+            Load::Cpu => self.type_in(COUNT)?,
+            Load::Disk => self.type_in(READ_AND_WRITE)?,
             Load::Net => {
                 self.type_in("ip addr add 10.0.0.2/24 dev eth0; ip link set eth0 up; echo net$((1+1))\n")?;
                 self.until("net2")?;
@@ -321,7 +330,7 @@ impl Guest {
                 return Ok(());
             }
         }
-        self.until("fin2")
+        self.until(DONE)
     }
 }
 

@@ -11,7 +11,6 @@
 mod backing;
 pub mod digest;
 pub mod frozen;
-pub mod heap;
 pub mod shared;
 pub mod stamps;
 

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `back` | a recording gone through again: at full speed, backwards, and up to an instant |
 //! | `lag` | how far the bucket is behind a recorded guest |
-//! | `qemu` | what recording costs QEMU, with the same kernel |
+//! | `qemu` | what recording costs QEMU, with the same kernel and loads |
 //!
 //! Recording is compared pair by pair: the same guest with the same load, once without and once with a recorder, in turns.
 
@@ -47,7 +47,7 @@ pub fn run(report: &Report, guest: &Path, cases: &[String]) -> Result<(), String
         lag::lag(report)?;
     }
     if wanted("qemu") {
-        qemu::boot(report, guest)?;
+        qemu::loads_recorded(report, guest)?;
     }
     Ok(())
 }

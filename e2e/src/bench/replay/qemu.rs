@@ -1,51 +1,120 @@
-//! What recording costs QEMU: the same kernel from its first instruction to the shell, under `-icount` alone and with
-//! `rr=record`, and how long its log is.
+//! What recording costs QEMU: the same kernel with the same loads under `-icount` alone and with `rr=record`, in turns, and how
+//! long its log is.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::SUITE;
 use crate::bench::qemu::{self, Counted};
+use crate::bench::recorded::{CMDLINE, COUNT, DISK_BYTES, DONE, MEMORY_BYTES, READ_AND_WRITE, UP};
 use crate::bench::{Measurement, Report};
 
-const PATIENCE_S: u32 = 120;
+const PATIENCE_S: u32 = 180;
 const RUNS: usize = 3;
-const MARK: &str = "godwit: up";
 /// Ways of counting, and the names of their figures.
 const WAYS: [(&str, &str, &str); 2] =
     [("shift=auto", "seconds_auto", "log_auto"), ("shift=0,sleep=off", "seconds_shift0", "log_shift0")];
+/// Pings that the guest sends, one after the other, to the gateway that QEMU is to it.
+const PINGS: u32 = 5_000;
 
-/// Boots it, with and without a recorder, in turns.
-pub fn boot(report: &Report, guest: &Path) -> Result<(), String> {
+/// Files that a measurement needs for a while.
+struct Files {
+    log: PathBuf,
+    disk: PathBuf,
+}
+
+impl Files {
+    fn new() -> Result<Files, String> {
+        let named = |what: &str| std::env::temp_dir().join(format!("godwit-bench-{what}-{}", std::process::id()));
+        let files = Files { log: named("rr"), disk: named("rr-disk") };
+        let disk = std::fs::File::create(&files.disk).and_then(|disk| disk.set_len(DISK_BYTES));
+        disk.map_err(|e| format!("{}: {e}", files.disk.display()))?;
+        Ok(files)
+    }
+
+    /// A disk and a network card, whose ends `rr=record` knows.
+    fn devices(&self) -> Vec<String> {
+        let file = format!("driver=file,filename={},node-name=file", self.disk.display());
+        let pairs = [
+            ("-blockdev", file.as_str()),
+            ("-blockdev", "driver=raw,file=file,node-name=raw"),
+            ("-blockdev", "driver=blkreplay,image=raw,node-name=disk"),
+            ("-device", "virtio-blk-device,drive=disk"),
+            ("-netdev", "user,id=net"),
+            ("-object", "filter-replay,id=replay,netdev=net"),
+            ("-device", "virtio-net-device,netdev=net"),
+        ];
+        pairs.iter().flat_map(|(option, value)| [(*option).to_owned(), (*value).to_owned()]).collect()
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        for file in [&self.log, &self.disk] {
+            let _absent = std::fs::remove_file(file);
+        }
+    }
+}
+
+/// A load: what is typed, and between which marks it lies.
+struct Load {
+    name: &'static str,
+    typed: String,
+    from: &'static str,
+    to: &'static str,
+}
+
+fn loads() -> [Load; 4] {
+    let load = |name, typed: &str| Load { name, typed: typed.to_owned(), from: UP, to: DONE };
+    let ping = format!(
+        "ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; \
+         ping -A -q -c {PINGS} -s 1000 10.0.2.2 >/dev/null; echo fin$((1+1))\n"
+    );
+    [
+        Load { name: "boot", typed: String::new(), from: "", to: UP },
+        load("cpu", COUNT),
+        load("net", &ping),
+        load("disk", READ_AND_WRITE),
+    ]
+}
+
+/// Does each load with and without a recorder, in turns.
+pub fn loads_recorded(report: &Report, guest: &Path) -> Result<(), String> {
     if qemu::version().is_none() {
         report.skip("qemu: there is none");
         return Ok(());
     }
-    let log = std::env::temp_dir().join(format!("godwit-bench-rr-{}", std::process::id()));
-    for (counting, seconds, bytes) in WAYS {
-        let (mut plain, mut recorded, mut logs) = (Vec::new(), Vec::new(), Vec::new());
-        for _ in 0..RUNS {
-            plain.extend(to_shell(guest, counting)?);
-            let recording = format!("{counting},rr=record,rrfile={}", log.display());
-            recorded.extend(to_shell(guest, &recording)?);
-            logs.extend(std::fs::metadata(&log).ok().map(|log| log.len() as f64));
-            let _ = std::fs::remove_file(&log);
+    let files = Files::new()?;
+    for load in &loads() {
+        let case = format!("qemu-{}", load.name);
+        for (counting, seconds_name, log_name) in WAYS {
+            let (mut plain, mut recorded, mut logs) = (Vec::new(), Vec::new(), Vec::new());
+            for _ in 0..RUNS {
+                plain.extend(seconds(guest, &files, load, counting)?);
+                let recording = format!("{counting},rr=record,rrfile={}", files.log.display());
+                recorded.extend(seconds(guest, &files, load, &recording)?);
+                logs.extend(std::fs::metadata(&files.log).ok().map(|log| log.len() as f64));
+                let _ = std::fs::remove_file(&files.log);
+            }
+            let measured = Measurement::of(SUITE, &case, seconds_name, "s", &recorded);
+            report.add(measured.map(|m| m.beside("not_recorded", &plain)));
+            // From the first instruction on, whatever the load.
+            report.add(Measurement::of(SUITE, &case, log_name, "B", &logs));
         }
-        let measured = Measurement::of(SUITE, "qemu", seconds, "s", &recorded);
-        report.add(measured.map(|m| m.beside("not_recorded", &plain)));
-        report.add(Measurement::of(SUITE, "qemu", bytes, "B", &logs));
     }
     Ok(())
 }
 
-/// Seconds from its start to the shell; `None` if it does not get there.
-fn to_shell(guest: &Path, icount: &str) -> Result<Option<f64>, String> {
+/// How long the load takes; `None` if it does not end.
+fn seconds(guest: &Path, files: &Files, load: &Load, icount: &str) -> Result<Option<f64>, String> {
     let counted = Counted {
         kernel: &guest.join("vmlinuz"),
         initrd: Some(&guest.join("initramfs.cpio")),
-        cmdline: "console=ttyS0 quiet panic=-1 godwit.work=off",
-        memory_bytes: 256 << 20,
+        cmdline: CMDLINE,
+        memory_bytes: MEMORY_BYTES,
         icount,
+        devices: &files.devices(),
+        typed: &load.typed,
         patience_s: PATIENCE_S,
     };
-    Ok(counted.between_marks("", MARK)?.map(|elapsed| elapsed.as_secs_f64()))
+    Ok(counted.between_marks(load.from, load.to)?.map(|elapsed| elapsed.as_secs_f64()))
 }
