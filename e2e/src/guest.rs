@@ -8,6 +8,8 @@
 //!
 //! It refuses to know a firmware, PCI, or any device but the 8250 and the local APIC.
 
+pub mod user;
+
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
@@ -43,6 +45,8 @@ const VECTOR: u64 = 0x40;
 const UART: u32 = 0x3f8;
 const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
 const PAGE: u64 = 4096;
+/// Page tables lie below [`REGION`]: room is for 12 GiB and more.
+const MAPPED_GIB: u64 = 10;
 
 impl Program {
     /// Bytes of RAM that the guest needs.
@@ -57,7 +61,7 @@ impl Program {
     pub fn elf(&self) -> Result<Vec<u8>, IcedError> {
         assert!(self.region_bytes > 0 && self.region_bytes.is_multiple_of(PAGE), "region of whole pages");
         let (main, handler) = self.main()?;
-        let segments = [(ENTRY, entry()?), (MAIN, main), (TABLES, tables(handler)), (PML4, page_tables())];
+        let segments = [(ENTRY, entry()?), (MAIN, main), (TABLES, tables(handler)), (PML4, page_tables(KERNEL_PAGES))];
         Ok(elf(&segments))
     }
 
@@ -206,7 +210,7 @@ impl Program {
     }
 }
 
-/// An ELF with a PVH note that runs `code` in 64-bit mode with the first 8 GiB mapped one to one and interrupts off.
+/// An ELF with a PVH note that runs `code` in 64-bit mode with the first 10 GiB mapped one to one and interrupts off.
 ///
 /// # Errors
 /// The assembler refused.
@@ -214,7 +218,8 @@ pub fn bare(code: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> R
     let mut asm = CodeAssembler::new(64)?;
     asm.mov(rsp, STACK)?;
     code(&mut asm)?;
-    let segments = [(ENTRY, entry()?), (MAIN, asm.assemble(MAIN)?), (TABLES, tables(0)), (PML4, page_tables())];
+    let segments =
+        [(ENTRY, entry()?), (MAIN, asm.assemble(MAIN)?), (TABLES, tables(0)), (PML4, page_tables(KERNEL_PAGES))];
     Ok(elf(&segments))
 }
 
@@ -412,6 +417,11 @@ fn start_apic(asm: &mut CodeAssembler) -> Result<(), IcedError> {
 
 /// PVH entry: 32-bit protected mode without paging; ends in 64-bit mode at [`MAIN`].
 fn entry() -> Result<Vec<u8>, IcedError> {
+    entry_to(MAIN)
+}
+
+/// The same with another end.
+fn entry_to(main: u64) -> Result<Vec<u8>, IcedError> {
     let mut asm = CodeAssembler::new(32)?;
     asm.cli()?;
     asm.lgdt(ptr(TABLES as u32 + 0xfe0))?;
@@ -425,9 +435,9 @@ fn entry() -> Result<Vec<u8>, IcedError> {
     asm.wrmsr()?;
     asm.mov(eax, 0x8000_0033u32)?;
     asm.mov(cr0, eax)?;
-    // Far jump to 0x08:MAIN.
+    // Far jump to 0x08:main.
     let mut far = vec![0xea];
-    far.extend_from_slice(&(MAIN as u32).to_le_bytes());
+    far.extend_from_slice(&(main as u32).to_le_bytes());
     far.extend_from_slice(&[8, 0]);
     asm.db(&far)?;
     asm.assemble(ENTRY)
@@ -439,7 +449,10 @@ fn tables(handler: u64) -> Vec<u8> {
     let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
     put(8, &0x00af_9b00_0000_ffffu64.to_le_bytes());
     put(16, &0x00cf_9300_0000_ffffu64.to_le_bytes());
-    put(0xfe0, &0x17u16.to_le_bytes());
+    // User data at 0x20, user code at 0x28.
+    put(32, &0x00cf_f300_0000_ffffu64.to_le_bytes());
+    put(40, &0x00af_fb00_0000_ffffu64.to_le_bytes());
+    put(0xfe0, &0x2fu16.to_le_bytes());
     put(0xfe2, &GDT.to_le_bytes());
     put(0xff0, &0xfffu16.to_le_bytes());
     put(0xff2, &IDT.to_le_bytes());
@@ -454,17 +467,21 @@ fn tables(handler: u64) -> Vec<u8> {
     bytes
 }
 
-/// The first 8 GiB one to one, in pages of 2 MiB.
-fn page_tables() -> Vec<u8> {
-    const PRESENT_WRITE: u64 = 3;
+/// Rights in page tables (APM2 5.4.1): present and writable; the same for CPL 3.
+const KERNEL_PAGES: u64 = 3;
+const USER_PAGES: u64 = 7;
+
+/// The first [`MAPPED_GIB`] one to one, in pages of 2 MiB.
+fn page_tables(rights: u64) -> Vec<u8> {
     const LARGE: u64 = 0x80;
-    let mut words = vec![0u64; 512 * 10];
-    words[0] = (PML4 + PAGE) | PRESENT_WRITE;
-    for i in 0..8 {
-        words[512 + i] = (PML4 + (2 + i as u64) * PAGE) | PRESENT_WRITE;
+    const GIB: usize = MAPPED_GIB as usize;
+    let mut words = vec![0u64; 512 * (2 + GIB)];
+    words[0] = (PML4 + PAGE) | rights;
+    for i in 0..GIB {
+        words[512 + i] = (PML4 + (2 + i as u64) * PAGE) | rights;
     }
-    for i in 0..512 * 8 {
-        words[1024 + i] = (i as u64) << 21 | LARGE | PRESENT_WRITE;
+    for i in 0..512 * GIB {
+        words[1024 + i] = (i as u64) << 21 | LARGE | rights;
     }
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }

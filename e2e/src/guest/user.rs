@@ -1,0 +1,459 @@
+//! A guest that spends its time at CPL 3: where KVM itself is emulated, such code runs at the processor's own speed.
+//!
+//! The kernel below it is a dozen instructions: SYSCALL sleeps until the TSC in RSI. User code has the serial port to itself
+//! (IOPL 3), interrupts are off while it runs (APM2 6.1.1). [`Dirtier`] fills a region with incompressible pages and then
+//! rewrites whole pages, one after the other, so many bytes a second or as fast as it can. The first and the last word of a
+//! page say which rewrite it holds, and are looked at before the next: what comes back from elsewhere older is `bad`.
+//!
+//! It beats: an empty line at a steady interval, so that whoever looks at the console sees for how long it stood. Lines
+//! `tick N writes W bad B` are as those of [`super::Program`].
+
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+
+use super::{
+    ENTRY, HOLE_BYTES, HOLE_START, MULTIPLIER, PAGE, PML4, REGION, STACK, TABLES, USER_PAGES, elf, entry_to,
+    page_tables, read_tsc, start_apic, tables, write_msr,
+};
+
+/// The kernel, and what runs above it.
+const KERNEL: u64 = 0x10_1000;
+const USER: u64 = 0x10_4000;
+const USER_STACK: u64 = 0x1e_f000;
+/// IOPL 3, interrupts off.
+const USER_FLAGS: u32 = 0x3002;
+/// SYSCALL's CS is 0x08, SYSRET's 0x28 and its SS 0x20 (APM2 6.1.1).
+const STAR_HIGH: u32 = 0x0018_0008;
+/// Two milliseconds: how often a paced guest looks at what is due, as parts of a second.
+const PERIODS_A_SECOND: u64 = 500;
+/// Periods that a guest may be late and still make up for.
+const PERIODS_LATE_MAX: u64 = 3;
+/// Pages that a guest in full flight rewrites between two looks at the clock.
+const PAGES_IN_FULL_FLIGHT: u64 = 64;
+const UART: u32 = 0x3f8;
+
+/// How fast pages are rewritten.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Pace {
+    /// So many bytes a second of guest time, 0 included, to the nearest 2 MB.
+    BytesPerS(u64),
+    /// As fast as it can.
+    Full,
+}
+
+/// What the guest does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Dirtier {
+    /// Bytes of the region that is filled and rewritten, from [`REGION`] on; a multiple of 4096. RAM above 3 GiB lies at 4 GiB.
+    pub region_bytes: u64,
+    /// How fast.
+    pub pace: Pace,
+    /// Milliseconds of guest time between two empty lines.
+    pub beat_ms: u64,
+    /// Empty lines between two lines of numbers.
+    pub beats_per_tick: u64,
+    /// Guest TSC frequency.
+    pub tsc_hz: u64,
+}
+
+impl Dirtier {
+    /// The ELF file.
+    ///
+    /// # Errors
+    /// The assembler refused; a bug in this file.
+    pub fn elf(&self) -> Result<Vec<u8>, IcedError> {
+        assert!(self.region_bytes > 0 && self.region_bytes.is_multiple_of(PAGE), "region of whole pages");
+        above_kernel(|asm| self.code(asm))
+    }
+
+    fn pages(&self) -> u64 {
+        self.region_bytes / PAGE
+    }
+
+    /// Pages a period, and whether the guest sleeps until the next one.
+    fn quota(&self) -> (u64, bool) {
+        match self.pace {
+            Pace::Full => (PAGES_IN_FULL_FLIGHT, false),
+            Pace::BytesPerS(bytes) => ((bytes / PAGE + PERIODS_A_SECOND / 2) / PERIODS_A_SECOND, true),
+        }
+    }
+
+    /// r12 ticks, r13 TSC of the next beat, r14 writes, r15 TSC of the next period, rbp bad pages, rbx the page that is next,
+    /// r9 how often the region was gone through, r10 beats until the next tick.
+    fn code(&self, asm: &mut CodeAssembler) -> Result<(), IcedError> {
+        let mut routines = Routines::new(asm);
+        let (mut fill, mut again, mut no_beat) = (asm.create_label(), asm.create_label(), asm.create_label());
+        routines.print(asm, "guest: filling\n")?;
+        asm.xor(ebx, ebx)?;
+        asm.xor(r9d, r9d)?;
+        asm.set_label(&mut fill)?;
+        asm.call(routines.write_page)?;
+        asm.inc(rbx)?;
+        asm.mov(rax, self.pages())?;
+        asm.cmp(rbx, rax)?;
+        asm.jb(fill)?;
+        routines.print(asm, "guest: filled\n")?;
+        asm.xor(ebx, ebx)?;
+        asm.mov(r9d, 1u32)?;
+        asm.xor(r12d, r12d)?;
+        asm.xor(r14d, r14d)?;
+        asm.xor(ebp, ebp)?;
+        asm.mov(r10d, 1u32)?;
+        read_tsc(asm)?;
+        asm.mov(r13, rax)?;
+        asm.mov(r15, rax)?;
+
+        asm.set_label(&mut again)?;
+        read_tsc(asm)?;
+        asm.cmp(rax, r13)?;
+        asm.jb(no_beat)?;
+        self.beat(asm, &mut routines)?;
+        asm.set_label(&mut no_beat)?;
+        let (quota, sleeps) = self.quota();
+        if quota > 0 {
+            self.rewrite(asm, &routines, quota)?;
+        }
+        if sleeps {
+            self.sleep(asm, quota > 0)?;
+        }
+        asm.jmp(again)?;
+        self.emit(asm, &mut routines)
+    }
+
+    /// rax: now. An empty line, or a line of numbers.
+    fn beat(&self, asm: &mut CodeAssembler, routines: &mut Routines) -> Result<(), IcedError> {
+        let mut beat = asm.create_label();
+        // The next beat is counted from now: what was missed is not made up for.
+        asm.mov(rcx, self.tsc_hz / 1000 * self.beat_ms)?;
+        asm.lea(r13, ptr(rax + rcx))?;
+        asm.dec(r10)?;
+        asm.jnz(beat)?;
+        asm.mov(r10, self.beats_per_tick)?;
+        asm.inc(r12)?;
+        for (text, number) in [("tick ", r12), (" writes ", r14), (" bad ", rbp)] {
+            routines.print(asm, text)?;
+            asm.mov(rax, number)?;
+            asm.call(routines.print_number)?;
+        }
+        asm.set_label(&mut beat)?;
+        asm.mov(edx, UART)?;
+        asm.mov(al, i32::from(b'\n'))?;
+        asm.out(dx, al)
+    }
+
+    /// Looks at so many pages and rewrites them.
+    fn rewrite(&self, asm: &mut CodeAssembler, routines: &Routines, quota: u64) -> Result<(), IcedError> {
+        let (mut next, mut good, mut same) = (asm.create_label(), asm.create_label(), asm.create_label());
+        asm.mov(r11, quota)?;
+        asm.set_label(&mut next)?;
+        asm.call(routines.check_page)?;
+        asm.test(rax, rax)?;
+        asm.jz(good)?;
+        asm.inc(rbp)?;
+        asm.set_label(&mut good)?;
+        asm.call(routines.write_page)?;
+        asm.inc(r14)?;
+        asm.inc(rbx)?;
+        asm.mov(rax, self.pages())?;
+        asm.cmp(rbx, rax)?;
+        asm.jb(same)?;
+        asm.xor(ebx, ebx)?;
+        asm.inc(r9)?;
+        asm.set_label(&mut same)?;
+        asm.dec(r11)?;
+        asm.jnz(next)
+    }
+
+    /// Until the next period, or the next beat of a guest that has nothing else to do.
+    fn sleep(&self, asm: &mut CodeAssembler, busy: bool) -> Result<(), IcedError> {
+        if !busy {
+            asm.mov(rsi, r13)?;
+            return asm.syscall();
+        }
+        let (mut late, mut woken) = (asm.create_label(), asm.create_label());
+        let period = self.tsc_hz / PERIODS_A_SECOND;
+        asm.mov(rax, period)?;
+        asm.add(r15, rax)?;
+        read_tsc(asm)?;
+        asm.cmp(rax, r15)?;
+        asm.jae(late)?;
+        asm.mov(rsi, r15)?;
+        asm.syscall()?;
+        asm.jmp(woken)?;
+        asm.set_label(&mut late)?;
+        asm.mov(rcx, period * PERIODS_LATE_MAX)?;
+        asm.sub(rax, rcx)?;
+        asm.cmp(r15, rax)?;
+        asm.cmovb(r15, rax)?;
+        asm.set_label(&mut woken)?;
+        asm.nop()
+    }
+
+    fn emit(&self, asm: &mut CodeAssembler, routines: &mut Routines) -> Result<(), IcedError> {
+        let (mut words, mut bad) = (asm.create_label(), asm.create_label());
+        asm.set_label(&mut routines.write_page)?;
+        seed(asm)?;
+        asm.mov(ecx, (PAGE / 64) as u32)?;
+        asm.set_label(&mut words)?;
+        for word in 0..8 {
+            asm.mov(qword_ptr(rdi + word * 8), rax)?;
+            asm.add(rax, rdx)?;
+        }
+        asm.add(rdi, 64)?;
+        asm.dec(ecx)?;
+        asm.jnz(words)?;
+        asm.ret()?;
+
+        // What the page holds is of the time before.
+        asm.set_label(&mut routines.check_page)?;
+        asm.dec(r9)?;
+        seed(asm)?;
+        asm.inc(r9)?;
+        asm.cmp(qword_ptr(rdi), rax)?;
+        asm.jne(bad)?;
+        asm.imul_3(rdx, rdx, 511)?;
+        asm.add(rax, rdx)?;
+        asm.cmp(qword_ptr(rdi + 4088), rax)?;
+        asm.jne(bad)?;
+        asm.xor(eax, eax)?;
+        asm.ret()?;
+        asm.set_label(&mut bad)?;
+        asm.mov(eax, 1u32)?;
+        asm.ret()?;
+        routines.emit(asm)
+    }
+}
+
+/// rbx page, r9 time -> rdi address, rax first word, rdx what is added from word to word.
+fn seed(asm: &mut CodeAssembler) -> Result<(), IcedError> {
+    let mut low = asm.create_label();
+    asm.mov(rdi, rbx)?;
+    asm.shl(rdi, 12)?;
+    asm.add(rdi, REGION as i32)?;
+    asm.mov(rax, HOLE_START)?;
+    asm.cmp(rdi, rax)?;
+    asm.jb(low)?;
+    asm.add(rdi, HOLE_BYTES as i32)?;
+    asm.set_label(&mut low)?;
+    asm.lea(rax, ptr(rbx + 1))?;
+    asm.shl(rax, 24)?;
+    asm.add(rax, r9)?;
+    asm.mov(rdx, MULTIPLIER)?;
+    asm.imul_2(rax, rdx)?;
+    asm.lea(rdx, ptr(rdx + rax))?;
+    asm.or(rdx, 1)
+}
+
+/// Subroutines, and the texts that they print.
+struct Routines {
+    /// Writes page rbx for the time r9. Clobbers rax, rcx, rdx, rdi.
+    write_page: CodeLabel,
+    /// rax is 0 if page rbx is as it was left. Clobbers rdx, rdi.
+    check_page: CodeLabel,
+    /// rsi, ecx: bytes to the console.
+    print_text: CodeLabel,
+    /// rax: decimal to the console.
+    print_number: CodeLabel,
+    texts: Vec<(CodeLabel, Vec<u8>)>,
+}
+
+impl Routines {
+    fn new(asm: &mut CodeAssembler) -> Self {
+        Self {
+            write_page: asm.create_label(),
+            check_page: asm.create_label(),
+            print_text: asm.create_label(),
+            print_number: asm.create_label(),
+            texts: Vec::new(),
+        }
+    }
+
+    fn print(&mut self, asm: &mut CodeAssembler, text: &str) -> Result<(), IcedError> {
+        let label = asm.create_label();
+        asm.lea(rsi, ptr(label))?;
+        asm.mov(ecx, text.len() as u32)?;
+        asm.call(self.print_text)?;
+        self.texts.push((label, text.as_bytes().to_vec()));
+        Ok(())
+    }
+
+    fn emit(&mut self, asm: &mut CodeAssembler) -> Result<(), IcedError> {
+        let (mut digit, mut out) = (asm.create_label(), asm.create_label());
+        asm.set_label(&mut self.print_text)?;
+        asm.mov(edx, UART)?;
+        asm.mov(al, byte_ptr(rsi))?;
+        asm.out(dx, al)?;
+        asm.inc(rsi)?;
+        asm.dec(ecx)?;
+        asm.jnz(self.print_text)?;
+        asm.ret()?;
+
+        asm.set_label(&mut self.print_number)?;
+        asm.mov(r8d, 10u32)?;
+        asm.xor(ecx, ecx)?;
+        asm.set_label(&mut digit)?;
+        asm.xor(edx, edx)?;
+        asm.div(r8)?;
+        asm.push(rdx)?;
+        asm.inc(ecx)?;
+        asm.test(rax, rax)?;
+        asm.jnz(digit)?;
+        asm.mov(edx, UART)?;
+        asm.set_label(&mut out)?;
+        asm.pop(rax)?;
+        asm.add(al, i32::from(b'0'))?;
+        asm.out(dx, al)?;
+        asm.dec(ecx)?;
+        asm.jnz(out)?;
+        asm.ret()?;
+
+        for (label, text) in &mut self.texts {
+            asm.set_label(label)?;
+            asm.db(text)?;
+        }
+        asm.nop()
+    }
+}
+
+/// An ELF with a PVH note that runs `code` at CPL 3, with the first 10 GiB mapped one to one, SSE on, the serial port its own
+/// and interrupts off. SYSCALL sleeps until the TSC in RSI; RCX and R11 are lost, and RAX, RDX and R8.
+///
+/// # Errors
+/// The assembler refused.
+pub fn above_kernel(code: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Result<Vec<u8>, IcedError> {
+    let mut asm = CodeAssembler::new(64)?;
+    asm.mov(rsp, USER_STACK)?;
+    code(&mut asm)?;
+    let user = asm.assemble(USER)?;
+    let (kernel, handler) = kernel()?;
+    assert!(KERNEL + kernel.len() as u64 <= USER && USER + user.len() as u64 <= TABLES, "code fits its places");
+    let tables = tables(handler);
+    let segments =
+        [(ENTRY, entry_to(KERNEL)?), (KERNEL, kernel), (USER, user), (TABLES, tables), (PML4, page_tables(USER_PAGES))];
+    Ok(elf(&segments))
+}
+
+/// Goes to [`USER`]; SYSCALL's handler; the timer's, whose address is returned.
+fn kernel() -> Result<(Vec<u8>, u64), IcedError> {
+    let mut asm = CodeAssembler::new(64)?;
+    let (mut handler, mut call) = (asm.create_label(), asm.create_label());
+    asm.mov(rsp, STACK)?;
+    asm.lidt(ptr(TABLES + 0xff0))?;
+    start_apic(&mut asm)?;
+    // SSE: CR4.OSFXSR and OSXMMEXCPT; CR0 is as it must be.
+    asm.mov(rax, cr4)?;
+    asm.or(rax, 0x600)?;
+    asm.mov(cr4, rax)?;
+    // EFER.SCE, STAR, LSTAR, SFMASK (APM2 6.1.1).
+    asm.mov(ecx, 0xc000_0080u32)?;
+    asm.rdmsr()?;
+    asm.or(eax, 1)?;
+    asm.wrmsr()?;
+    asm.mov(ecx, 0xc000_0081u32)?;
+    asm.xor(eax, eax)?;
+    asm.mov(edx, STAR_HIGH)?;
+    asm.wrmsr()?;
+    asm.mov(ecx, 0xc000_0082u32)?;
+    asm.lea(rax, ptr(call))?;
+    asm.xor(edx, edx)?;
+    asm.wrmsr()?;
+    write_msr(&mut asm, 0xc000_0084, 0x200)?;
+    asm.mov(rcx, USER)?;
+    asm.mov(r11d, USER_FLAGS)?;
+    asm.sysretq()?;
+
+    asm.set_label(&mut call)?;
+    asm.mov(r8, rsp)?;
+    asm.mov(rsp, STACK)?;
+    asm.push(rcx)?;
+    asm.push(r11)?;
+    asm.mov(rax, rsi)?;
+    asm.mov(rdx, rsi)?;
+    asm.shr(rdx, 32)?;
+    asm.mov(ecx, 0x6e0)?;
+    asm.wrmsr()?;
+    asm.sti()?;
+    asm.hlt()?;
+    asm.cli()?;
+    asm.pop(r11)?;
+    asm.pop(rcx)?;
+    asm.mov(rsp, r8)?;
+    asm.sysretq()?;
+
+    asm.set_label(&mut handler)?;
+    write_msr(&mut asm, 0x80b, 0)?;
+    asm.iretq()?;
+    let result = asm.assemble_options(KERNEL, iced_x86::BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS)?;
+    let at = result.label_ip(&handler)?;
+    Ok((result.inner.code_buffer, at))
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::v1::{BootSource, MachineConfig};
+    use vmcb_engine::machine::{Machine, Outcome, Parts};
+    use vmcb_engine::memory::GuestMemory;
+
+    use super::*;
+    use crate::cluster::Ticks;
+
+    fn machine(dirtier: Dirtier) -> Machine {
+        let memory_bytes = (REGION + dirtier.region_bytes).next_multiple_of(2 << 20);
+        let config = MachineConfig {
+            vcpus: 1,
+            memory_bytes,
+            cpu_model: "soft-v1".into(),
+            engine: "soft".into(),
+            boot: Some(BootSource::default()),
+            seed: vec![7; 32],
+            tsc_hz: dirtier.tsc_hz,
+            tsc_per_instruction: 1,
+            ..MachineConfig::default()
+        };
+        let parts = Parts { memory: GuestMemory::create(memory_bytes).unwrap(), disks: vec![], nets: vec![] };
+        let mut machine = Machine::build(&config, parts).unwrap();
+        machine.boot(&dirtier.elf().unwrap(), None).unwrap();
+        machine
+    }
+
+    /// Runs for so many seconds of guest time; what the console said.
+    fn run(machine: &mut Machine, seconds: u64) -> String {
+        let (mut console, until) = (String::new(), machine.tsc() + seconds * 1_000_000_000);
+        while machine.tsc() < until {
+            match machine.run(machine.retired() + 1_000_000) {
+                Outcome::Reached => {}
+                Outcome::Idle { until_tsc: Some(tsc) } => machine.skip_idle_until(tsc),
+                other => panic!("{other:?}\n{console}"),
+            }
+            console += &String::from_utf8_lossy(&machine.take_console_output());
+        }
+        console
+    }
+
+    fn dirtier(pace: Pace) -> Dirtier {
+        Dirtier { region_bytes: 1 << 20, pace, beat_ms: 4, beats_per_tick: 25, tsc_hz: 1_000_000_000 }
+    }
+
+    #[test]
+    fn the_guest_rewrites_as_fast_as_it_is_told_and_beats() {
+        let console = run(&mut machine(dirtier(Pace::BytesPerS(8 << 20))), 2);
+        let last = Ticks::last(&console).unwrap();
+        assert!((18..=20).contains(&last.tick) && last.bad == 0, "{last:?}\n{console}");
+        assert!((3600..=4200).contains(&last.writes), "{last:?}");
+        assert!((470..=520).contains(&console.matches('\n').count()), "{console}");
+        let idle = Ticks::last(&run(&mut machine(dirtier(Pace::BytesPerS(0))), 1)).unwrap();
+        assert_eq!((idle.writes, idle.bad), (0, 0));
+    }
+
+    #[test]
+    fn a_page_that_is_set_back_is_found() {
+        let mut machine = machine(dirtier(Pace::Full));
+        run(&mut machine, 1);
+        let mut page = vec![0; PAGE as usize];
+        machine.memory().read(REGION + PAGE * 7, &mut page).unwrap();
+        let before = Ticks::last(&run(&mut machine, 1)).unwrap();
+        assert!(before.bad == 0 && before.writes > 1000, "{before:?}");
+        machine.memory().write(REGION + PAGE * 7, &page).unwrap();
+        assert_eq!(Ticks::last(&run(&mut machine, 1)).unwrap().bad, 1);
+    }
+}
