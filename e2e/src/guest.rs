@@ -39,6 +39,9 @@ const MAIN: u64 = 0x10_1000;
 const TABLES: u64 = 0x10_8000;
 const GDT: u64 = TABLES;
 const IDT: u64 = TABLES + 0x1000;
+const TSS: u64 = TABLES + 0x2000;
+/// With a bit for each port and a byte of ones behind them (APM2 12.2.5).
+const TSS_BYTES: usize = 104 + 0x1_0000 / 8 + 1;
 const PML4: u64 = 0x20_0000;
 const STACK: u64 = 0x1f_f000;
 const VECTOR: u64 = 0x40;
@@ -61,7 +64,12 @@ impl Program {
     pub fn elf(&self) -> Result<Vec<u8>, IcedError> {
         assert!(self.region_bytes > 0 && self.region_bytes.is_multiple_of(PAGE), "region of whole pages");
         let (main, handler) = self.main()?;
-        let segments = [(ENTRY, entry()?), (MAIN, main), (TABLES, tables(handler)), (PML4, page_tables(KERNEL_PAGES))];
+        let segments = [
+            (ENTRY, entry()?),
+            (MAIN, main),
+            (TABLES, tables(&[(VECTOR as u8, handler)])),
+            (PML4, page_tables(KERNEL_PAGES)),
+        ];
         Ok(elf(&segments))
     }
 
@@ -219,7 +227,7 @@ pub fn bare(code: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> R
     asm.mov(rsp, STACK)?;
     code(&mut asm)?;
     let segments =
-        [(ENTRY, entry()?), (MAIN, asm.assemble(MAIN)?), (TABLES, tables(0)), (PML4, page_tables(KERNEL_PAGES))];
+        [(ENTRY, entry()?), (MAIN, asm.assemble(MAIN)?), (TABLES, tables(&[])), (PML4, page_tables(KERNEL_PAGES))];
     Ok(elf(&segments))
 }
 
@@ -443,8 +451,8 @@ fn entry_to(main: u64) -> Result<Vec<u8>, IcedError> {
     asm.assemble(ENTRY)
 }
 
-/// GDT, descriptors of GDT (at 0xfe0) and IDT (at 0xff0), IDT with one gate.
-fn tables(handler: u64) -> Vec<u8> {
+/// GDT, descriptors of GDT (at 0xfe0) and IDT (at 0xff0), IDT with gates: vector and address.
+fn tables(gates: &[(u8, u64)]) -> Vec<u8> {
     let mut bytes = vec![0; 0x1000];
     let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
     put(8, &0x00af_9b00_0000_ffffu64.to_le_bytes());
@@ -452,17 +460,22 @@ fn tables(handler: u64) -> Vec<u8> {
     // User data at 0x20, user code at 0x28.
     put(32, &0x00cf_f300_0000_ffffu64.to_le_bytes());
     put(40, &0x00af_fb00_0000_ffffu64.to_le_bytes());
-    put(0xfe0, &0x2fu16.to_le_bytes());
+    // An available TSS at 0x30, for guests that have one.
+    let low = (TSS_BYTES as u64 - 1) | (TSS & 0xff_ffff) << 16 | 0x89 << 40;
+    put(48, &low.to_le_bytes());
+    put(0xfe0, &0x3fu16.to_le_bytes());
     put(0xfe2, &GDT.to_le_bytes());
     put(0xff0, &0xfffu16.to_le_bytes());
     put(0xff2, &IDT.to_le_bytes());
     let mut idt = vec![0; 0x1000];
-    let gate = &mut idt[16 * VECTOR as usize..][..16];
-    gate[0..2].copy_from_slice(&(handler as u16).to_le_bytes());
-    gate[2..4].copy_from_slice(&8u16.to_le_bytes());
-    gate[5] = 0x8e;
-    gate[6..8].copy_from_slice(&((handler >> 16) as u16).to_le_bytes());
-    gate[8..12].copy_from_slice(&((handler >> 32) as u32).to_le_bytes());
+    for (vector, handler) in gates {
+        let gate = &mut idt[16 * usize::from(*vector)..][..16];
+        gate[0..2].copy_from_slice(&(*handler as u16).to_le_bytes());
+        gate[2..4].copy_from_slice(&8u16.to_le_bytes());
+        gate[5] = 0x8e;
+        gate[6..8].copy_from_slice(&((handler >> 16) as u16).to_le_bytes());
+        gate[8..12].copy_from_slice(&((handler >> 32) as u32).to_le_bytes());
+    }
     bytes.extend_from_slice(&idt);
     bytes
 }

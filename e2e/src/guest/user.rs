@@ -1,7 +1,9 @@
 //! A guest that spends its time at CPL 3: where KVM itself is emulated, such code runs at the processor's own speed.
 //!
-//! The kernel below it is a dozen instructions: SYSCALL sleeps until the TSC in RSI. User code has the serial port to itself
-//! (IOPL 3), interrupts are off while it runs (APM2 6.1.1). [`Dirtier`] fills a region with incompressible pages and then
+//! The kernel below it is a dozen instructions: an interrupt that user code sends to itself
+//! sleeps for the nanoseconds in RSI. It is that, and a counting timer, because where KVM is emulated neither SYSCALL nor INT
+//! arrives in the kernel, and the TSC that user code reads need not be the one of a deadline. User code has the serial port to itself (a TSS
+//! whose map permits every port, APM2 12.2.4), interrupts are off while it runs. [`Dirtier`] fills a region with incompressible pages and then
 //! rewrites whole pages, one after the other, so many bytes a second or as fast as it can. The first and the last word of a
 //! page say which rewrite it holds, and are looked at before the next: what comes back from elsewhere older is `bad`.
 //!
@@ -12,18 +14,32 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 use super::{
-    ENTRY, HOLE_BYTES, HOLE_START, MULTIPLIER, PAGE, PML4, REGION, STACK, TABLES, USER_PAGES, elf, entry_to,
-    page_tables, read_tsc, start_apic, tables, write_msr,
+    ENTRY, HOLE_BYTES, HOLE_START, MULTIPLIER, PAGE, PML4, REGION, STACK, TABLES, TSS, TSS_BYTES, USER_PAGES, VECTOR,
+    elf, entry_to, page_tables, read_tsc, tables,
 };
 
 /// The kernel, and what runs above it.
 const KERNEL: u64 = 0x10_1000;
 const USER: u64 = 0x10_4000;
 const USER_STACK: u64 = 0x1e_f000;
-/// IOPL 3, interrupts off.
-const USER_FLAGS: u32 = 0x3002;
-/// SYSCALL's CS is 0x08, SYSRET's 0x28 and its SS 0x20 (APM2 6.1.1).
-const STAR_HIGH: u32 = 0x0018_0008;
+/// Interrupts on.
+const USER_FLAGS: i32 = 0x202;
+/// The TSS: 104 bytes, then a bit for each port, and a byte of ones (APM2 12.2.5).
+const TSS_PORT_MAP: usize = 104;
+const TSS_SELECTOR: u32 = 0x30;
+/// Selectors of CPL 3.
+const USER_SS: i32 = 0x23;
+const USER_CS: i32 = 0x2b;
+/// The vector with which the guest sleeps, and the low half of the register that sends it (APM2 16.5): fixed, to itself.
+const SLEEP: u8 = 0x50;
+const SEND: u64 = 0xfee0_0300;
+const TASK_PRIORITY: u64 = 0xfee0_0080;
+const END_OF_INTERRUPT: u64 = 0xfee0_00b0;
+const SPURIOUS: u64 = 0xfee0_00f0;
+const TIMER_VECTOR: u64 = 0xfee0_0320;
+const TIMER_COUNT: u64 = 0xfee0_0380;
+const TIMER_DIVIDE: u64 = 0xfee0_03e0;
+const TO_ITSELF: u32 = 1 << 18;
 /// Two milliseconds: how often a paced guest looks at what is due, as parts of a second.
 const PERIODS_A_SECOND: u64 = 500;
 /// Periods that a guest may be late and still make up for.
@@ -166,11 +182,16 @@ impl Dirtier {
 
     /// Until the next period, or the next beat of a guest that has nothing else to do.
     fn sleep(&self, asm: &mut CodeAssembler, busy: bool) -> Result<(), IcedError> {
-        if !busy {
-            asm.mov(rsi, r13)?;
-            return asm.syscall();
-        }
         let (mut late, mut woken) = (asm.create_label(), asm.create_label());
+        if !busy {
+            read_tsc(asm)?;
+            asm.mov(rsi, r13)?;
+            asm.sub(rsi, rax)?;
+            asm.jbe(woken)?;
+            self.sleep_ticks(asm)?;
+            asm.set_label(&mut woken)?;
+            return asm.nop();
+        }
         let period = self.tsc_hz / PERIODS_A_SECOND;
         asm.mov(rax, period)?;
         asm.add(r15, rax)?;
@@ -178,7 +199,8 @@ impl Dirtier {
         asm.cmp(rax, r15)?;
         asm.jae(late)?;
         asm.mov(rsi, r15)?;
-        asm.syscall()?;
+        asm.sub(rsi, rax)?;
+        self.sleep_ticks(asm)?;
         asm.jmp(woken)?;
         asm.set_label(&mut late)?;
         asm.mov(rcx, period * PERIODS_LATE_MAX)?;
@@ -187,6 +209,16 @@ impl Dirtier {
         asm.cmovb(r15, rax)?;
         asm.set_label(&mut woken)?;
         asm.nop()
+    }
+
+    /// Sleeps for the TSC ticks in rsi, at least a nanosecond.
+    fn sleep_ticks(&self, asm: &mut CodeAssembler) -> Result<(), IcedError> {
+        asm.mov(rax, 1_000_000_000u64)?;
+        asm.mul(rsi)?;
+        asm.mov(rcx, self.tsc_hz)?;
+        asm.div(rcx)?;
+        asm.lea(rsi, ptr(rax + 1))?;
+        sleep(asm)
     }
 
     fn emit(&self, asm: &mut CodeAssembler, routines: &mut Routines) -> Result<(), IcedError> {
@@ -316,7 +348,7 @@ impl Routines {
 }
 
 /// An ELF with a PVH note that runs `code` at CPL 3, with the first 10 GiB mapped one to one, SSE on, the serial port its own
-/// and interrupts off. SYSCALL sleeps until the TSC in RSI; RCX and R11 are lost, and RAX, RDX and R8.
+/// and interrupts off. UD2 sleeps for the nanoseconds in RSI; RAX, RCX and RDX are lost.
 ///
 /// # Errors
 /// The assembler refused.
@@ -325,67 +357,92 @@ pub fn above_kernel(code: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedErro
     asm.mov(rsp, USER_STACK)?;
     code(&mut asm)?;
     let user = asm.assemble(USER)?;
-    let (kernel, handler) = kernel()?;
+    let (kernel, gates) = kernel()?;
     assert!(KERNEL + kernel.len() as u64 <= USER && USER + user.len() as u64 <= TABLES, "code fits its places");
-    let tables = tables(handler);
-    let segments =
-        [(ENTRY, entry_to(KERNEL)?), (KERNEL, kernel), (USER, user), (TABLES, tables), (PML4, page_tables(USER_PAGES))];
+    let segments = [
+        (ENTRY, entry_to(KERNEL)?),
+        (KERNEL, kernel),
+        (USER, user),
+        (TABLES, tables(&gates)),
+        (TSS, tss()),
+        (PML4, page_tables(USER_PAGES)),
+    ];
     Ok(elf(&segments))
 }
 
-/// Goes to [`USER`]; SYSCALL's handler; the timer's, whose address is returned.
-fn kernel() -> Result<(Vec<u8>, u64), IcedError> {
+/// Writes a register of the local APIC. Clobbers rax.
+fn apic(asm: &mut CodeAssembler, register: u64, value: u32) -> Result<(), IcedError> {
+    asm.mov(rax, register)?;
+    asm.mov(dword_ptr(rax), value)
+}
+
+/// Sends an interrupt to itself, which sleeps for the nanoseconds in rsi, and waits until it has. Clobbers rax and rsi.
+fn sleep(asm: &mut CodeAssembler) -> Result<(), IcedError> {
+    let mut awaited = asm.create_label();
+    apic(asm, SEND, TO_ITSELF | u32::from(SLEEP))?;
+    asm.set_label(&mut awaited)?;
+    asm.test(rsi, rsi)?;
+    asm.jnz(awaited)
+}
+
+/// A TSS with a stack for the kernel, that permits every port.
+fn tss() -> Vec<u8> {
+    let mut bytes = vec![0; TSS_BYTES];
+    bytes[4..12].copy_from_slice(&STACK.to_le_bytes());
+    bytes[102..104].copy_from_slice(&(TSS_PORT_MAP as u16).to_le_bytes());
+    bytes[TSS_BYTES - 1] = 0xff;
+    bytes
+}
+
+/// Goes to [`USER`]; how it sleeps; the timer's handler. Also the gates to both: vector and address.
+fn kernel() -> Result<(Vec<u8>, [(u8, u64); 2]), IcedError> {
     let mut asm = CodeAssembler::new(64)?;
     let (mut handler, mut call) = (asm.create_label(), asm.create_label());
     asm.mov(rsp, STACK)?;
     asm.lidt(ptr(TABLES + 0xff0))?;
-    start_apic(&mut asm)?;
+    for (register, value) in [(SPURIOUS, 0x1ff), (TASK_PRIORITY, 0), (TIMER_VECTOR, VECTOR as u32), (TIMER_DIVIDE, 0xb)]
+    {
+        apic(&mut asm, register, value)?;
+    }
+    // Where there are old interrupt controllers, their firmware's timer must not come.
+    asm.mov(al, 0xff)?;
+    asm.out(0x21, al)?;
+    asm.out(0xa1, al)?;
+    asm.mov(eax, TSS_SELECTOR)?;
+    asm.ltr(ax)?;
     // SSE: CR4.OSFXSR and OSXMMEXCPT; CR0 is as it must be.
     asm.mov(rax, cr4)?;
     asm.or(rax, 0x600)?;
     asm.mov(cr4, rax)?;
-    // EFER.SCE, STAR, LSTAR, SFMASK (APM2 6.1.1).
-    asm.mov(ecx, 0xc000_0080u32)?;
-    asm.rdmsr()?;
-    asm.or(eax, 1)?;
-    asm.wrmsr()?;
-    asm.mov(ecx, 0xc000_0081u32)?;
-    asm.xor(eax, eax)?;
-    asm.mov(edx, STAR_HIGH)?;
-    asm.wrmsr()?;
-    asm.mov(ecx, 0xc000_0082u32)?;
-    asm.lea(rax, ptr(call))?;
-    asm.xor(edx, edx)?;
-    asm.wrmsr()?;
-    write_msr(&mut asm, 0xc000_0084, 0x200)?;
-    asm.mov(rcx, USER)?;
-    asm.mov(r11d, USER_FLAGS)?;
-    asm.sysretq()?;
+    asm.push(USER_SS)?;
+    asm.mov(rax, USER_STACK)?;
+    asm.push(rax)?;
+    asm.push(USER_FLAGS)?;
+    asm.push(USER_CS)?;
+    asm.mov(rax, USER)?;
+    asm.push(rax)?;
+    asm.iretq()?;
 
     asm.set_label(&mut call)?;
-    asm.mov(r8, rsp)?;
-    asm.mov(rsp, STACK)?;
-    asm.push(rcx)?;
-    asm.push(r11)?;
-    asm.mov(rax, rsi)?;
-    asm.mov(rdx, rsi)?;
-    asm.shr(rdx, 32)?;
-    asm.mov(ecx, 0x6e0)?;
-    asm.wrmsr()?;
+    asm.push(rax)?;
+    apic(&mut asm, END_OF_INTERRUPT, 0)?;
+    asm.mov(rax, TIMER_COUNT)?;
+    asm.mov(dword_ptr(rax), esi)?;
     asm.sti()?;
     asm.hlt()?;
     asm.cli()?;
-    asm.pop(r11)?;
-    asm.pop(rcx)?;
-    asm.mov(rsp, r8)?;
-    asm.sysretq()?;
+    asm.xor(esi, esi)?;
+    asm.pop(rax)?;
+    asm.iretq()?;
 
     asm.set_label(&mut handler)?;
-    write_msr(&mut asm, 0x80b, 0)?;
+    asm.push(rax)?;
+    apic(&mut asm, END_OF_INTERRUPT, 0)?;
+    asm.pop(rax)?;
     asm.iretq()?;
     let result = asm.assemble_options(KERNEL, iced_x86::BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS)?;
-    let at = result.label_ip(&handler)?;
-    Ok((result.inner.code_buffer, at))
+    let gates = [(VECTOR as u8, result.label_ip(&handler)?), (SLEEP, result.label_ip(&call)?)];
+    Ok((result.inner.code_buffer, gates))
 }
 
 #[cfg(test)]
