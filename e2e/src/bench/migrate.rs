@@ -14,6 +14,7 @@ use super::{Measurement, Report};
 use crate::cluster::{Cluster, wait};
 use crate::guest::{Program, REGION};
 
+const GIB: u64 = 1 << 30;
 const REGION_BYTES: u64 = 992 << 20;
 const RUNS: usize = 3;
 
@@ -61,11 +62,11 @@ fn migrate_case(report: &Report, case: &str, pages_per_s: u64) -> Result<(), Str
         let (source, target) = if run % 2 == 0 { ("hostA", "hostB") } else { ("hostB", "hostA") };
         cluster.goes_on("vm1", 5);
         wait("the guest's runner", || cluster.runner(source, "vm1"));
-        runs.rest_mib.extend(overhead_mib(&cluster, source));
+        runs.rest_mib.extend(overhead_mib(&cluster, source, "vm1", GIB));
         ceilings.measure()?;
         warm(REGION_BYTES + REGION_BYTES / 2);
         let before = cpu_seconds(&cluster);
-        let (result, peak) = watch(&cluster, || cluster.json(["migrate", "vm1", "--to", target]));
+        let (result, peak) = watch(&cluster, "vm1", GIB, || cluster.json(["migrate", "vm1", "--to", target]));
         runs.note(&result, cpu_seconds(&cluster) - before, &ceilings);
         runs.peak_mib.push(peak);
         eprintln!("{case}: {}", phases(&result));
@@ -112,14 +113,15 @@ impl Runs {
 
 /// Does something and looks meanwhile how much memory agent and runner hold beyond the guest's RAM, on the host where it
 /// is most; in MiB.
-fn watch<T>(cluster: &Cluster, work: impl FnOnce() -> T) -> (T, f64) {
+pub(super) fn watch<T>(cluster: &Cluster, vm: &str, memory_bytes: u64, work: impl FnOnce() -> T) -> (T, f64) {
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let watching = scope.spawn(|| {
             let mut most = 0f64;
             while !over.load(Ordering::Relaxed) {
-                most =
-                    ["hostA", "hostB"].into_iter().filter_map(|host| overhead_mib(cluster, host)).fold(most, f64::max);
+                let now =
+                    ["hostA", "hostB"].into_iter().filter_map(|host| overhead_mib(cluster, host, vm, memory_bytes));
+                most = now.fold(most, f64::max);
                 std::thread::sleep(std::time::Duration::from_millis(20));
             }
             most
@@ -138,7 +140,7 @@ fn wait_until_filled(cluster: &Cluster) {
     }
 }
 
-fn phases(result: &serde_json::Value) -> String {
+pub(super) fn phases(result: &serde_json::Value) -> String {
     let phases = result["phases"].as_array().cloned().unwrap_or_default();
     let one = |p: &serde_json::Value| {
         format!("{} {:.1} ms", p["phase"].as_str().unwrap_or("?"), p["ms"].as_f64().unwrap_or(0.0))
@@ -148,7 +150,7 @@ fn phases(result: &serde_json::Value) -> String {
 
 /// Memory that this machine gave back to its own host is slow to touch again: touch it before measuring, in pages of the
 /// same size as those that guests get, or others are touched.
-fn warm(bytes: u64) {
+pub(super) fn warm(bytes: u64) {
     let memory = GuestMemory::create_on(Backing::Huge, bytes).expect("this machine has more memory than a guest");
     for page in 0..memory.pages() {
         memory.write(memory.gpa_of(page), &[1]).expect("each of its pages is RAM");
@@ -156,7 +158,7 @@ fn warm(bytes: u64) {
 }
 
 /// CPU seconds of controller and agents so far. The runners run the guest and are not counted.
-fn cpu_seconds(cluster: &Cluster) -> f64 {
+pub(super) fn cpu_seconds(cluster: &Cluster) -> f64 {
     let stat = |name: &str| fs::read_to_string(format!("/proc/{}/stat", cluster.daemon(name))).unwrap_or_default();
     ["controller", "hostA", "hostB"].into_iter().map(|name| cpu_seconds_of_stat(&stat(name))).sum()
 }
@@ -169,7 +171,7 @@ pub fn cpu_seconds_of_stat(stat: &str) -> f64 {
 }
 
 /// What agent and runner (if there is one) hold beyond the guest's RAM: all resident memory that is not the shared memfd.
-fn overhead_mib(cluster: &Cluster, host: &str) -> Option<f64> {
+pub(super) fn overhead_mib(cluster: &Cluster, host: &str, vm: &str, memory_bytes: u64) -> Option<f64> {
     let private_kib = |pid: i32| -> Option<f64> {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
         let field = |name: &str| -> Option<f64> {
@@ -178,7 +180,7 @@ fn overhead_mib(cluster: &Cluster, host: &str) -> Option<f64> {
         Some(field("RssAnon:")? + field("RssFile:")?)
     };
     // Stamps are shared memory too: 4 bytes a page.
-    let stamps_kib = (1u64 << 30) as f64 / 4096.0 * 4.0 / 1024.0;
-    let runner = cluster.runner(host, "vm1").and_then(private_kib).unwrap_or(0.0);
+    let stamps_kib = memory_bytes as f64 / 4096.0 * 4.0 / 1024.0;
+    let runner = cluster.runner(host, vm).and_then(private_kib).unwrap_or(0.0);
     Some((private_kib(cluster.daemon(host))? + runner + stamps_kib) / 1024.0)
 }

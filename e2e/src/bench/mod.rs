@@ -6,9 +6,11 @@
 pub mod ceilings;
 pub mod checkpoint;
 pub mod engine;
+pub mod hardware;
 pub mod loops;
 pub mod migrate;
 pub mod qemu;
+pub mod qemu_pair;
 pub mod recorded;
 pub mod replay;
 pub mod report;

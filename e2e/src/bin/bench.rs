@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
-use e2e::bench::{Report, checkpoint, engine, migrate, replay};
+use clap::{Parser, Subcommand, ValueEnum};
+use e2e::bench::{Report, checkpoint, engine, hardware, migrate, replay};
 use e2e::leftovers;
 
 /// Godwit's benchmarks.
@@ -45,11 +45,28 @@ enum Suite {
         #[arg(long, default_value = "target/guest")]
         guest: PathBuf,
     },
-    /// A guest of 1 GiB between two agents: idle, dirty-50, dirty-200.
+    /// A guest of 1 GiB between two agents: idle, dirty-50, dirty-200; on KVM also dirty-1000 and dirty-max, and all of them
+    /// with 4 GiB (idle-4g, ...).
     Migrate {
         /// Only these cases.
         cases: Vec<String>,
+        /// What runs the guest.
+        #[arg(long, value_enum, default_value_t = Engine::Soft)]
+        engine: Engine,
+        /// RAM of guests on KVM where no case is named.
+        #[arg(long, default_value = "1g", value_parser = ["1g", "4g"])]
+        memory: String,
+        /// Each figure on KVM is the median of so many migrations.
+        #[arg(long, default_value_t = 3)]
+        runs: usize,
     },
+}
+
+/// What runs guests.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum Engine {
+    Soft,
+    Kvm,
 }
 
 fn main() -> ExitCode {
@@ -63,7 +80,10 @@ fn main() -> ExitCode {
         Suite::Checkpoint { cases, quick } => checkpoint::run(&report, cases, *quick),
         Suite::Engine { cases, guest } => engine::run(&report, guest, cases),
         Suite::Replay { cases, guest } => replay::run(&report, guest, cases),
-        Suite::Migrate { cases } => migrate::run(&report, cases),
+        Suite::Migrate { cases, engine: Engine::Soft, .. } => migrate::run(&report, cases),
+        Suite::Migrate { cases, engine: Engine::Kvm, memory, runs } => {
+            hardware::migrate(&report, cases, if memory == "4g" { 4 } else { 1 }, *runs)
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

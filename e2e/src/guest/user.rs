@@ -1,10 +1,9 @@
 //! A guest that spends its time at CPL 3: where KVM itself is emulated, such code runs at the processor's own speed.
 //!
-//! The kernel below it is a dozen instructions: an interrupt that user code sends to itself
-//! sleeps for the nanoseconds in RSI. It is that, and a counting timer, because where KVM is emulated neither SYSCALL nor INT
-//! arrives in the kernel, and the TSC that user code reads need not be the one of a deadline. User code has the serial port to itself (a TSS
-//! whose map permits every port, APM2 12.2.4), interrupts are off while it runs. [`Dirtier`] fills a region with incompressible pages and then
-//! rewrites whole pages, one after the other, so many bytes a second or as fast as it can. The first and the last word of a
+//! The kernel below it is a dozen instructions: an interrupt that user code sends to itself sleeps for the TSC ticks in RSI. It
+//! is that because where KVM is emulated neither SYSCALL nor INT arrives in the kernel; and it is ticks from now, because the
+//! TSC that user code reads there need not be the one of a deadline. User code has the serial port to itself (a TSS whose map
+//! permits every port, APM2 12.2.4). [`Dirtier`] fills a region with incompressible pages and then rewrites whole pages, one after the other, so many bytes a second or as fast as it can. The first and the last word of a
 //! page say which rewrite it holds, and are looked at before the next: what comes back from elsewhere older is `bad`.
 //!
 //! It beats: an empty line at a steady interval, so that whoever looks at the console sees for how long it stood. Lines
@@ -37,8 +36,8 @@ const TASK_PRIORITY: u64 = 0xfee0_0080;
 const END_OF_INTERRUPT: u64 = 0xfee0_00b0;
 const SPURIOUS: u64 = 0xfee0_00f0;
 const TIMER_VECTOR: u64 = 0xfee0_0320;
-const TIMER_COUNT: u64 = 0xfee0_0380;
-const TIMER_DIVIDE: u64 = 0xfee0_03e0;
+const TSC_DEADLINE: u32 = 0x6e0;
+const DEADLINE_MODE: u32 = 1 << 18;
 const TO_ITSELF: u32 = 1 << 18;
 /// Two milliseconds: how often a paced guest looks at what is due, as parts of a second.
 const PERIODS_A_SECOND: u64 = 500;
@@ -188,7 +187,7 @@ impl Dirtier {
             asm.mov(rsi, r13)?;
             asm.sub(rsi, rax)?;
             asm.jbe(woken)?;
-            self.sleep_ticks(asm)?;
+            sleep(asm)?;
             asm.set_label(&mut woken)?;
             return asm.nop();
         }
@@ -200,7 +199,7 @@ impl Dirtier {
         asm.jae(late)?;
         asm.mov(rsi, r15)?;
         asm.sub(rsi, rax)?;
-        self.sleep_ticks(asm)?;
+        sleep(asm)?;
         asm.jmp(woken)?;
         asm.set_label(&mut late)?;
         asm.mov(rcx, period * PERIODS_LATE_MAX)?;
@@ -209,16 +208,6 @@ impl Dirtier {
         asm.cmovb(r15, rax)?;
         asm.set_label(&mut woken)?;
         asm.nop()
-    }
-
-    /// Sleeps for the TSC ticks in rsi, at least a nanosecond.
-    fn sleep_ticks(&self, asm: &mut CodeAssembler) -> Result<(), IcedError> {
-        asm.mov(rax, 1_000_000_000u64)?;
-        asm.mul(rsi)?;
-        asm.mov(rcx, self.tsc_hz)?;
-        asm.div(rcx)?;
-        asm.lea(rsi, ptr(rax + 1))?;
-        sleep(asm)
     }
 
     fn emit(&self, asm: &mut CodeAssembler, routines: &mut Routines) -> Result<(), IcedError> {
@@ -348,7 +337,7 @@ impl Routines {
 }
 
 /// An ELF with a PVH note that runs `code` at CPL 3, with the first 10 GiB mapped one to one, SSE on, the serial port its own
-/// and interrupts off. UD2 sleeps for the nanoseconds in RSI; RAX, RCX and RDX are lost.
+/// and interrupts off. UD2 sleeps for the TSC ticks in RSI; RAX, RCX and RDX are lost.
 ///
 /// # Errors
 /// The assembler refused.
@@ -376,7 +365,7 @@ fn apic(asm: &mut CodeAssembler, register: u64, value: u32) -> Result<(), IcedEr
     asm.mov(dword_ptr(rax), value)
 }
 
-/// Sends an interrupt to itself, which sleeps for the nanoseconds in rsi, and waits until it has. Clobbers rax and rsi.
+/// Sends an interrupt to itself, which sleeps for the TSC ticks in rsi, and waits until it has. Clobbers rax and rsi.
 fn sleep(asm: &mut CodeAssembler) -> Result<(), IcedError> {
     let mut awaited = asm.create_label();
     apic(asm, SEND, TO_ITSELF | u32::from(SLEEP))?;
@@ -400,8 +389,7 @@ fn kernel() -> Result<(Vec<u8>, [(u8, u64); 2]), IcedError> {
     let (mut handler, mut call) = (asm.create_label(), asm.create_label());
     asm.mov(rsp, STACK)?;
     asm.lidt(ptr(TABLES + 0xff0))?;
-    for (register, value) in [(SPURIOUS, 0x1ff), (TASK_PRIORITY, 0), (TIMER_VECTOR, VECTOR as u32), (TIMER_DIVIDE, 0xb)]
-    {
+    for (register, value) in [(SPURIOUS, 0x1ff), (TASK_PRIORITY, 0), (TIMER_VECTOR, DEADLINE_MODE | VECTOR as u32)] {
         apic(&mut asm, register, value)?;
     }
     // Where there are old interrupt controllers, their firmware's timer must not come.
@@ -425,13 +413,21 @@ fn kernel() -> Result<(Vec<u8>, [(u8, u64); 2]), IcedError> {
 
     asm.set_label(&mut call)?;
     asm.push(rax)?;
+    asm.push(rcx)?;
+    asm.push(rdx)?;
     apic(&mut asm, END_OF_INTERRUPT, 0)?;
-    asm.mov(rax, TIMER_COUNT)?;
-    asm.mov(dword_ptr(rax), esi)?;
+    read_tsc(&mut asm)?;
+    asm.add(rax, rsi)?;
+    asm.mov(rdx, rax)?;
+    asm.shr(rdx, 32)?;
+    asm.mov(ecx, TSC_DEADLINE)?;
+    asm.wrmsr()?;
     asm.sti()?;
     asm.hlt()?;
     asm.cli()?;
     asm.xor(esi, esi)?;
+    asm.pop(rdx)?;
+    asm.pop(rcx)?;
     asm.pop(rax)?;
     asm.iretq()?;
 
