@@ -8,6 +8,7 @@
 //!
 //! It refuses to know a firmware, PCI, or any device but the 8250 and the local APIC.
 
+pub mod spread;
 pub mod user;
 
 use iced_x86::IcedError;

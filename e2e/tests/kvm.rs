@@ -2,6 +2,7 @@
 //! while they work. Where no KVM can run the in-tree guest the test says so and ends.
 
 use e2e::cluster::{Cluster, Ticks};
+use e2e::guest::spread::Spread;
 use e2e::guest::{Program, REGION};
 use proto::status::Code;
 use vmcb_engine::capability::CpuModel;
@@ -90,4 +91,29 @@ fn a_guest_changes_engines_while_it_works() {
     }
     let said = cluster.fails(Code::BadInput, ["migrate", "vm1", "--to", "hostB", "--engine", "xen"]);
     assert!(said.contains("soft or kvm"), "{said}");
+}
+
+#[test]
+fn a_large_guest_moves_with_what_it_has_above_the_hole_below_4_gib() {
+    let Some(Program { tsc_hz, .. }) = guest_here() else { return };
+    const GIB: u64 = 1 << 30;
+    const BLOCK: u64 = 64 << 10;
+    // RAM above 3 GiB lies at 4 GiB: 8 GiB end at 9.
+    let places = vec![REGION, 3 * GIB - BLOCK, 4 * GIB, 5 * GIB + BLOCK, 9 * GIB - BLOCK];
+    let guest = Spread { places, block_bytes: BLOCK, tick_ms: 50, tsc_hz };
+    let cluster = Cluster::up(2);
+    let kernel = cluster.dir().join("guest.elf");
+    std::fs::write(&kernel, guest.elf().unwrap()).unwrap();
+    let kernel = kernel.to_str().unwrap();
+    cluster.ok(["vm", "create", "vm1", "--host", "hostA", "--kernel", kernel, "--memory", "8G", "--engine", "kvm"]);
+    for host in ["hostB", "hostA"] {
+        cluster.goes_on("vm1", 5);
+        let migration = cluster.json(["migrate", "vm1", "--to", host]);
+        digests_agree(&migration);
+        assert_eq!(migration["ram_bytes"], 8 * GIB);
+        // Hardly any of it was ever written.
+        assert!(migration["bytes_sent"].as_u64().unwrap() < GIB, "{migration:#}");
+    }
+    cluster.goes_on("vm1", 5);
+    one_history(&cluster, "vm1");
 }

@@ -240,7 +240,7 @@ fn certificates(dir: &Path) -> Result<(), String> {
         side.distinguished_name = rcgen::DistinguishedName::new();
         side.distinguished_name.push(DnType::CommonName, name);
         side.subject_alt_names = vec![SanType::DnsName("localhost".to_owned().try_into().map_err(text)?)];
-        side.key_usages = vec![rcgen::KeyUsagePurpose::DigitalSignature];
+        side.key_usages = vec![rcgen::KeyUsagePurpose::DigitalSignature, rcgen::KeyUsagePurpose::KeyEncipherment];
         side.extended_key_usages = vec![usage];
         let key = KeyPair::generate().map_err(text)?;
         write(&format!("{name}-cert.pem"), side.signed_by(&key, &issuer).map_err(text)?.pem())?;

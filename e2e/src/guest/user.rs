@@ -3,8 +3,9 @@
 //! The kernel below it is a dozen instructions: an interrupt that user code sends to itself sleeps for the TSC ticks in RSI. It
 //! is that because where KVM is emulated neither SYSCALL nor INT arrives in the kernel; and it is ticks from now, because the
 //! TSC that user code reads there need not be the one of a deadline. User code has the serial port to itself (a TSS whose map
-//! permits every port, APM2 12.2.4). [`Dirtier`] fills a region with incompressible pages and then rewrites whole pages, one after the other, so many bytes a second or as fast as it can. The first and the last word of a
-//! page say which rewrite it holds, and are looked at before the next: what comes back from elsewhere older is `bad`.
+//! permits every port, APM2 12.2.4). [`Dirtier`] fills a region with incompressible pages and then rewrites whole pages, one
+//! after the other, so many bytes a second or as fast as it can. The first and the last word of a page say which rewrite it
+//! holds, and are looked at before the next: what comes back from elsewhere older is `bad`.
 //!
 //! It beats: an empty line at a steady interval, so that whoever looks at the console sees for how long it stood. Lines
 //! `tick N writes W bad B` are as those of [`super::Program`].
@@ -13,8 +14,8 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 use super::{
-    ENTRY, HOLE_BYTES, HOLE_START, MULTIPLIER, PAGE, PML4, REGION, STACK, TABLES, TSS, TSS_BYTES, USER_PAGES, VECTOR,
-    elf, entry_to, page_tables, read_tsc, tables,
+    ENTRY, HOLE_BYTES, HOLE_START, MULTIPLIER, PAGE, PML4, REGION, STACK, TABLES, TSS, TSS_BYTES, UART, USER_PAGES,
+    VECTOR, elf, entry_to, page_tables, read_tsc, tables,
 };
 
 /// The kernel, and what runs above it.
@@ -45,7 +46,6 @@ const PERIODS_A_SECOND: u64 = 500;
 const PERIODS_LATE_MAX: u64 = 3;
 /// Pages that a guest in full flight rewrites between two looks at the clock.
 const PAGES_IN_FULL_FLIGHT: u64 = 64;
-const UART: u32 = 0x3f8;
 
 /// How fast pages are rewritten.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -266,7 +266,7 @@ fn seed(asm: &mut CodeAssembler) -> Result<(), IcedError> {
 }
 
 /// Subroutines, and the texts that they print.
-struct Routines {
+pub(super) struct Routines {
     /// Writes page rbx for the time r9. Clobbers rax, rcx, rdx, rdi.
     write_page: CodeLabel,
     /// rax is 0 if page rbx is as it was left. Clobbers rdx, rdi.
@@ -274,12 +274,12 @@ struct Routines {
     /// rsi, ecx: bytes to the console.
     print_text: CodeLabel,
     /// rax: decimal to the console.
-    print_number: CodeLabel,
+    pub(super) print_number: CodeLabel,
     texts: Vec<(CodeLabel, Vec<u8>)>,
 }
 
 impl Routines {
-    fn new(asm: &mut CodeAssembler) -> Self {
+    pub(super) fn new(asm: &mut CodeAssembler) -> Self {
         Self {
             write_page: asm.create_label(),
             check_page: asm.create_label(),
@@ -289,7 +289,7 @@ impl Routines {
         }
     }
 
-    fn print(&mut self, asm: &mut CodeAssembler, text: &str) -> Result<(), IcedError> {
+    pub(super) fn print(&mut self, asm: &mut CodeAssembler, text: &str) -> Result<(), IcedError> {
         let label = asm.create_label();
         asm.lea(rsi, ptr(label))?;
         asm.mov(ecx, text.len() as u32)?;
@@ -298,7 +298,7 @@ impl Routines {
         Ok(())
     }
 
-    fn emit(&mut self, asm: &mut CodeAssembler) -> Result<(), IcedError> {
+    pub(super) fn emit(&mut self, asm: &mut CodeAssembler) -> Result<(), IcedError> {
         let (mut digit, mut out) = (asm.create_label(), asm.create_label());
         asm.set_label(&mut self.print_text)?;
         asm.mov(edx, UART)?;
@@ -366,7 +366,7 @@ fn apic(asm: &mut CodeAssembler, register: u64, value: u32) -> Result<(), IcedEr
 }
 
 /// Sends an interrupt to itself, which sleeps for the TSC ticks in rsi, and waits until it has. Clobbers rax and rsi.
-fn sleep(asm: &mut CodeAssembler) -> Result<(), IcedError> {
+pub(super) fn sleep(asm: &mut CodeAssembler) -> Result<(), IcedError> {
     let mut awaited = asm.create_label();
     apic(asm, SEND, TO_ITSELF | u32::from(SLEEP))?;
     asm.set_label(&mut awaited)?;

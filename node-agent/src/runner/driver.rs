@@ -5,7 +5,8 @@
 //!                       Live --reset, triple fault--> Live, booted again from the images that travel with the VM
 //! Live runs while: no pause is asked for, and the lease holds (CLOCK_BOOTTIME)
 //! ```
-//! The guest runs in slices of about two milliseconds; between two slices the driver takes inputs, moves console
+//! The guest runs in slices of about two milliseconds, or, where an input ends its run, for as long as there is none (a tenth of
+//! a second at most, and not beyond the lease); between two slices the driver takes inputs, moves console
 //! bytes and looks at the lease. Stopping is therefore always between two instructions. A guest that is held back for a
 //! transfer rests after each slice in proportion to how long it took; that is the driver's doing and no state of the guest. The driver knows no socket and
 //! no file: inputs and outputs are values, the clock is an argument.
@@ -49,6 +50,8 @@ const SOFT_ONLY: &str =
 /// Slices aim at this long.
 const SLICE_NS: u64 = 2_000_000;
 const SLICE_INSTRUCTIONS: std::ops::RangeInclusive<u64> = 10_000..=5_000_000;
+/// The longest slice of a guest that comes back when there is an input.
+const LONG_SLICE_NS: u64 = 100_000_000;
 /// Inputs taken between two slices.
 const INPUTS_BETWEEN_SLICES: usize = 256;
 
@@ -315,7 +318,12 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
             }
         }
         let (before, retired) = (self.clock.boottime_ns(), self.guest.retired());
-        let slice = if self.first == First::Awaited { 1 } else { self.slice_under_debugger(self.slice) };
+        let slice = match self.first {
+            First::Awaited => 1,
+            First::No | First::Ran(_) => {
+                self.slice_in_time(before).unwrap_or_else(|| self.slice_under_debugger(self.slice))
+            }
+        };
         let outcome = self.guest.run(retired.saturating_add(slice));
         let after = self.clock.boottime_ns();
         if self.first == First::Awaited && self.guest.retired() > retired {
@@ -328,6 +336,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         self.flush_console()?;
         self.note_step();
         match outcome {
+            Outcome::Reached if self.guest.runs_in_real_time() => {}
             Outcome::Reached => self.adapt_slice(after.saturating_sub(before)),
             Outcome::Idle { until_tsc } => {
                 self.idle = Some(until_tsc);
@@ -374,6 +383,19 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
         }
         let throttle = self.throttle?;
         (now < throttle.rest_until_ns).then_some(throttle.rest_until_ns.min(throttle.until_ns))
+    }
+
+    /// How far a guest runs whose time goes on by itself, so that its slices need not be found: until it is wanted, if it comes
+    /// back for that; none: it is a guest of the other kind.
+    fn slice_in_time(&self, now_ns: u64) -> Option<u64> {
+        if !self.guest.runs_in_real_time() {
+            return None;
+        }
+        let wanted = self.throttle.is_some() || !self.console_pending.is_empty() || self.guest.bell().is_none();
+        let longest = if wanted { SLICE_NS } else { LONG_SLICE_NS };
+        let ns = self.lease_end_ns().saturating_sub(now_ns).min(longest);
+        let ticks = u128::from(ns) * u128::from(self.terms.config.tsc_hz) / 1_000_000_000;
+        u64::try_from(ticks / u128::from(self.terms.config.tsc_per_instruction.max(1))).ok()
     }
 
     fn adapt_slice(&mut self, took_ns: u64) {

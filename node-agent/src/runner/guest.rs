@@ -5,7 +5,7 @@
 //! sockets and time.
 
 use proto::v1::Section;
-use vmcb_engine::engine::Stops;
+use vmcb_engine::engine::{Bell, Stops};
 pub use vmcb_engine::machine::Outcome;
 use vmcb_engine::replay::Door;
 
@@ -120,6 +120,10 @@ pub trait Guest: Debugged {
     /// The host's, in words.
     fn prepare(&mut self) -> Result<(), String> {
         Ok(())
+    }
+    /// What makes a run come back early; none: runs are as long as they were asked to be.
+    fn bell(&self) -> Option<Bell> {
+        None
     }
     /// True if its time goes on by itself, also while it does not run: whoever lets it go on says where its time stands.
     fn runs_in_real_time(&self) -> bool {

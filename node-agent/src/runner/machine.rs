@@ -8,7 +8,7 @@ use proto::v1::{MachineConfig, Section};
 use vmcb_engine::cpu::CpuState;
 use vmcb_engine::device::block::DiskImage;
 use vmcb_engine::device::net::{Link, NetLink};
-use vmcb_engine::engine::Stops;
+use vmcb_engine::engine::{Bell, Stops};
 use vmcb_engine::machine::{Machine, Outcome, Parts};
 use vmcb_engine::memory::{Backing, GuestMemory, PAGE_BYTES, StampTable, sized_memfd};
 use vmcb_engine::replay::Door;
@@ -267,6 +267,10 @@ impl Guest for Door {
 
     fn prepare(&mut self) -> Result<(), String> {
         self.machine_mut().prepare().map_err(|error| text(&error))
+    }
+
+    fn bell(&self) -> Option<Bell> {
+        self.machine().bell()
     }
 
     fn runs_in_real_time(&self) -> bool {

@@ -32,7 +32,7 @@ use self::faults::Missing;
 use self::guest::Guest;
 use self::open::{OpenError, Opened, TapCable};
 use self::sandbox::{Hardware, SandboxError};
-use self::serve::{Ports, StandingAnswer};
+use self::serve::{Mailbox, Ports, StandingAnswer};
 use crate::clock::{Clock, HostClock};
 
 /// How the process was called.
@@ -125,9 +125,10 @@ pub fn run<G: Guest>(
     let state_digest = built.state_digest;
     let terms = Terms { config, descriptors: names, state_digest, cables, missing, standing_answer };
     let system = |step| move |source| RunnerError::System { step, source };
-    let (server, outlet) = serve::join(ports, inputs).map_err(|e| system("eventfd")(e.into()))?;
     let mut guest = built.guest;
     guest.prepare().map_err(RunnerError::Build)?;
+    let mailbox = Mailbox { inputs, bell: guest.bell() };
+    let (server, outlet) = serve::join(ports, mailbox).map_err(|e| system("eventfd")(e.into()))?;
     let (started, running) = std::sync::mpsc::channel();
     let io = std::thread::Builder::new()
         .name("runner-io".to_owned())

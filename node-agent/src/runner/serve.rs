@@ -16,6 +16,7 @@ use proto::v1::{RunnerAttached, RunnerConsoleOutput, RunnerReply, RunnerRequest}
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
+use vmcb_engine::engine::Bell;
 
 use super::console::Log;
 use super::driver::{Closed, Input, Outbox, Output};
@@ -95,7 +96,7 @@ struct Connection {
 /// The I/O thread's state.
 pub struct Server {
     ports: Ports,
-    inputs: Sender<Input>,
+    inputs: Mailbox,
     outputs: Receiver<Output>,
     bell: Arc<OwnedFd>,
     connection: Option<Connection>,
@@ -104,11 +105,29 @@ pub struct Server {
     log_broken: bool,
 }
 
+/// Where inputs go: the machine thread takes them between two runs, and a long run ends for them.
+pub struct Mailbox {
+    /// To the machine thread.
+    pub inputs: Sender<Input>,
+    /// What ends a run.
+    pub bell: Option<Bell>,
+}
+
+impl Mailbox {
+    fn send(&self, input: Input) -> Result<(), Closed> {
+        self.inputs.send(input).map_err(|_| Closed)?;
+        if let Some(bell) = &self.bell {
+            bell.ring();
+        }
+        Ok(())
+    }
+}
+
 /// Joins the two threads: the server, and the outlet for the driver.
 ///
 /// # Errors
 /// Of eventfd(2).
-pub fn join(ports: Ports, inputs: Sender<Input>) -> rustix::io::Result<(Server, Outlet)> {
+pub fn join(ports: Ports, inputs: Mailbox) -> rustix::io::Result<(Server, Outlet)> {
     let bell = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
     let (sender, outputs) = sync_channel(256);
     let server = Server {

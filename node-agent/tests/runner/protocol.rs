@@ -12,7 +12,7 @@ use crate::scripted::{Act, Kernel, Scripted, Shared, terms};
 use node_agent::clock::HostClock;
 use node_agent::runner::console::Log;
 use node_agent::runner::driver::Driver;
-use node_agent::runner::serve::{Ports, join};
+use node_agent::runner::serve::{Mailbox, Ports, join};
 use node_agent::vm::runner::{Event, Runner};
 use proto::frame::{Kind, encode, encode_message};
 use proto::v1::runner_request::Request;
@@ -41,7 +41,7 @@ fn start(script: impl IntoIterator<Item = Act>) -> Process {
     let log = Log::new(log).unwrap();
     let ports = Ports { listener: listener.into(), log, taps: Vec::new(), descriptors, standing_answer: None };
     let (inputs, taken) = std::sync::mpsc::channel();
-    let (server, outlet) = join(ports, inputs).unwrap();
+    let (server, outlet) = join(ports, Mailbox { inputs, bell: None }).unwrap();
     let (guest, seen) = Scripted::new(script);
     let io = std::thread::spawn(move || server.run());
     let machine = std::thread::spawn(move || {

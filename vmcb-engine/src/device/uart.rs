@@ -205,6 +205,11 @@ impl Uart {
     pub fn take_output(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.output)
     }
+
+    /// Whether there is any.
+    pub fn has_output(&self) -> bool {
+        !self.output.is_empty()
+    }
 }
 
 mod saved {

@@ -10,6 +10,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::sync::Arc;
 
 use proto::v1::LapicV1;
 
@@ -94,6 +95,10 @@ pub trait Platform {
     /// asked last. For engines with local APICs of their own.
     fn take_level_messages(&mut self) -> Option<Vec<Message>> {
         None
+    }
+    /// The guest has said something that is to be fetched after the run.
+    fn has_output(&self) -> bool {
+        false
     }
     /// A local APIC of the engine's ended a level-triggered interrupt of this vector.
     fn end_of_interrupt(&mut self, vector: u8) {
@@ -231,6 +236,28 @@ pub trait LocalApics {
     fn send(&mut self, message: Message) -> Result<(), LoadError>;
 }
 
+/// Ends a run that is under way in another thread, or, where none is, the next one: it comes back as if it had reached its end.
+#[derive(Clone)]
+pub struct Bell(Arc<dyn Fn() + Send + Sync>);
+
+impl Bell {
+    /// A bell that does this when it is rung.
+    pub fn new(ring: impl Fn() + Send + Sync + 'static) -> Bell {
+        Bell(Arc::new(ring))
+    }
+
+    /// Rings it.
+    pub fn ring(&self) {
+        (self.0)();
+    }
+}
+
+impl fmt::Debug for Bell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Bell")
+    }
+}
+
 /// Runs the vCPUs of one machine. Owned by one thread.
 pub trait Engine {
     /// Makes what the engine needs and has not made yet, threads above all: for processes that can make none later. Without it
@@ -240,6 +267,10 @@ pub trait Engine {
     /// The host refused.
     fn prepare(&mut self) -> std::io::Result<()> {
         Ok(())
+    }
+    /// What ends a run from another thread; none: the engine has none, or is not [prepared](Engine::prepare).
+    fn bell(&self) -> Option<Bell> {
+        None
     }
     /// Local APICs, if they are the engine's and not the platform's.
     fn local_apics(&mut self) -> Option<&mut dyn LocalApics> {
@@ -251,7 +282,8 @@ pub trait Engine {
         false
     }
     /// Runs until exactly `until_retired` instructions have retired over all vCPUs, or until an earlier [`Exit`]. An engine
-    /// that [runs in real time](Engine::runs_in_real_time) comes back soon after.
+    /// that [runs in real time](Engine::runs_in_real_time) comes back soon after, or before: when its bell is rung, and when the
+    /// guest has said something.
     fn run(&mut self, platform: &mut dyn Platform, until_retired: u64) -> Exit;
     /// The machine's time.
     fn clock(&self) -> Clock;

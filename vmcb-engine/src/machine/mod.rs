@@ -36,7 +36,7 @@ use crate::device::bus::{Bus, RestoreError};
 use crate::device::net::NetLink;
 use crate::device::power::Stop;
 use crate::engine::kvm::KvmError;
-use crate::engine::{Engine, Exit, LoadError, Stops, StoreError, Why};
+use crate::engine::{Bell, Engine, Exit, LoadError, Stops, StoreError, Why};
 use crate::memory::shared::PagesError;
 use crate::memory::{GuestMemory, Keeper};
 use crate::snapshot::SectionError;
@@ -238,6 +238,11 @@ impl Machine {
         self.engine.prepare()
     }
 
+    /// What ends [`Machine::run`] from another thread; only of engines that run in real time, once they are prepared.
+    pub fn bell(&self) -> Option<Bell> {
+        self.engine.bell()
+    }
+
     /// True if the guest's time is the host's; see [`Engine::runs_in_real_time`].
     pub fn runs_in_real_time(&self) -> bool {
         self.engine.runs_in_real_time()
@@ -267,7 +272,7 @@ impl Machine {
     }
 
     /// Runs until exactly `until_retired` instructions have retired since the machine was built, or until an earlier
-    /// [`Outcome`].
+    /// [`Outcome`]. An engine that runs in real time comes back early when its bell is rung.
     pub fn run(&mut self, until_retired: u64) -> Outcome {
         if self.life != Life::Ready {
             return Outcome::Failed(MachineError::Empty.to_string());

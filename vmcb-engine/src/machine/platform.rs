@@ -53,6 +53,10 @@ impl Platform for Bus {
         Bus::set_cr8(self, vcpu, value);
     }
 
+    fn has_output(&self) -> bool {
+        self.has_console_output()
+    }
+
     fn executing(&mut self, vcpu: usize) {
         Bus::set_vcpu(self, vcpu);
     }

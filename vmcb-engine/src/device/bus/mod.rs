@@ -466,6 +466,11 @@ impl Bus {
         self.uart.take_output()
     }
 
+    /// Whether there is any.
+    pub fn has_console_output(&self) -> bool {
+        self.uart.has_output()
+    }
+
     /// A packet for a network card; false if the guest has no buffer for it.
     pub fn net_input(&mut self, card: usize, packet: &[u8]) -> bool {
         let Some(net) = self.nets.get_mut(card) else { return false };

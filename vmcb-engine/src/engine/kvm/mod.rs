@@ -60,7 +60,7 @@ use self::vm::Vm;
 use crate::capability::{CpuModel, Topology};
 use crate::cpu::CpuState;
 use crate::device::lapic::Message;
-use crate::engine::{Clock, Engine, EngineRung, Exit, LoadError, LocalApics, Platform, Stops, StoreError};
+use crate::engine::{Bell, Clock, Engine, EngineRung, Exit, LoadError, LocalApics, Platform, Stops, StoreError};
 use crate::memory::GuestMemory;
 use crate::vmcb::{Intercept, Vmcb};
 
@@ -159,6 +159,10 @@ impl Engine for KvmEngine {
             self.crew = Some(Crew::hire(kicks)?);
         }
         Ok(())
+    }
+
+    fn bell(&self) -> Option<Bell> {
+        self.crew.as_ref().map(Crew::bell)
     }
 
     fn local_apics(&mut self) -> Option<&mut dyn LocalApics> {

@@ -6,10 +6,15 @@
 //! its instruction is complete, and then stands
 //! ```
 
+use std::time::Duration;
+
 use super::exits::{self, Next};
-use super::thread::{Back, Crew, Entry};
+use super::thread::{Back, Crew, Entry, Word};
 use super::{KvmEngine, Refusal, Vcpu};
 use crate::engine::{Engine, Exit, Platform};
+
+/// How long the guest's output gathers before somebody may look at it.
+const OUTPUT_WAITS: Duration = Duration::from_millis(2);
 
 impl KvmEngine {
     /// [`Engine::run`].
@@ -73,12 +78,13 @@ impl KvmEngine {
         if verdict.is_some() {
             crew.call_back();
         }
-        let within = self.time.until(until_retired);
+        let mut span = Span { until_retired, now: self.time.clock.tsc(), said: false };
         while away > 0 {
+            let within = self.time.left(span.until_retired, span.now);
             let handled = match crew.next(verdict.is_none().then_some(within)) {
-                Some(back) => self.handle(crew, platform, back, until_retired, verdict.is_some()),
-                None if verdict.is_some() => return Exit::Failed("the thread of a vCPU has ended".to_owned()),
-                None => Handled { stands: false, end: Some(Exit::Reached) },
+                Ok(back) => self.handle(crew, platform, back, &mut span, verdict.is_some()),
+                Err(Word::Gone) => return Exit::Failed("the thread of a vCPU has ended".to_owned()),
+                Err(Word::Nothing | Word::Rung) => Handled { stands: false, end: Some(Exit::Reached) },
             };
             away -= usize::from(handled.stands);
             if verdict.is_none() && handled.end.is_some() {
@@ -102,7 +108,7 @@ impl KvmEngine {
         crew: &Crew,
         platform: &mut dyn Platform,
         back: Back,
-        until_retired: u64,
+        span: &mut Span,
         stopping: bool,
     ) -> Handled {
         let Back { index, mut vcpu, left } = back;
@@ -111,10 +117,15 @@ impl KvmEngine {
             Err(refusal) => return self.keep(index, vcpu, Some(failed(refusal))),
         };
         let next = exits::answer(&mut vcpu, left, platform, tsc);
+        span.now = span.now.max(tsc);
+        if platform.has_output() && !std::mem::replace(&mut span.said, true) {
+            // Whoever listens should not wait for the end of a long run.
+            span.until_retired = span.until_retired.min(self.time.retired_after(tsc, OUTPUT_WAITS));
+        }
         let wish = match self.deliver(platform) {
             Err(refusal) => Some(failed(refusal)),
             Ok(()) if platform.stopped() => Some(Exit::Stopped),
-            Ok(()) => self.time.is_reached(until_retired, tsc).then_some(Exit::Reached),
+            Ok(()) => self.time.is_reached(span.until_retired, tsc).then_some(Exit::Reached),
         };
         match next {
             Next::End(exit) => return self.keep(index, vcpu, Some(exit)),
@@ -132,6 +143,15 @@ impl KvmEngine {
         self.vcpus[index] = Some(vcpu);
         Handled { stands: true, end }
     }
+}
+
+/// How long the run goes on.
+struct Span {
+    until_retired: u64,
+    /// The machine's time when it was last looked at.
+    now: u64,
+    /// The guest has said something.
+    said: bool,
 }
 
 /// What became of a vCPU that was answered.

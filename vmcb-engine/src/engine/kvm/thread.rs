@@ -16,6 +16,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::exits::{self, Left};
 use super::vcpu::Vcpu;
+use crate::engine::Bell;
 
 /// The signal of a kick: it does nothing but interrupt.
 fn kick_signal() -> i32 {
@@ -41,6 +42,17 @@ impl Kick {
     }
 }
 
+/// What was heard instead of a vCPU that comes back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Word {
+    /// Nothing, in time.
+    Nothing,
+    /// Somebody wants the run to end; see [`Bell`].
+    Rung,
+    /// The thread of a vCPU has ended.
+    Gone,
+}
+
 /// A vCPU that came back from its thread.
 pub(super) struct Back {
     pub(super) index: usize,
@@ -57,7 +69,8 @@ struct Member {
 /// A thread for every vCPU.
 pub(super) struct Crew {
     members: Vec<Member>,
-    outbox: Receiver<Back>,
+    outbox: Receiver<Result<Back, Word>>,
+    bell: Bell,
 }
 
 impl Crew {
@@ -69,15 +82,19 @@ impl Crew {
         register_signal_handler(kick_signal(), interrupted).map_err(io::Error::from)?;
         let (back, outbox) = channel();
         let (started, starts) = channel();
-        let mut crew = Crew { members: Vec::new(), outbox };
+        let rung: Sender<Result<Back, Word>> = Sender::clone(&back);
+        // Nobody to hear it is nobody who runs.
+        let bell = Bell::new(move || drop(rung.send(Err(Word::Rung))));
+        let mut crew = Crew { members: Vec::new(), outbox, bell };
         for (index, kick) in kicks.into_iter().enumerate() {
             let (inbox, work) = channel::<Vcpu>();
             let (back, started) = (back.clone(), started.clone());
             let thread = std::thread::Builder::new().name(format!("vcpu{index}")).spawn(move || {
                 let _hired = started.send(());
+                let _last_word = LastWord(back.clone());
                 while let Ok(mut vcpu) = work.recv() {
                     let left = exits::enter(&mut vcpu);
-                    if back.send(Back { index, vcpu, left }).is_err() {
+                    if back.send(Ok(Back { index, vcpu, left })).is_err() {
                         return;
                     }
                 }
@@ -105,12 +122,27 @@ impl Crew {
         }
     }
 
-    /// The next vCPU that comes back; `None` if none did in time.
-    pub(super) fn next(&self, within: Option<Duration>) -> Option<Back> {
+    /// The next vCPU that comes back, or what was heard instead.
+    pub(super) fn next(&self, within: Option<Duration>) -> Result<Back, Word> {
         match within {
-            None => self.outbox.recv().ok(),
-            Some(within) => self.outbox.recv_timeout(within).ok(),
+            None => self.outbox.recv().unwrap_or(Err(Word::Gone)),
+            Some(within) => self.outbox.recv_timeout(within).unwrap_or(Err(Word::Nothing)),
         }
+    }
+
+    /// What ends a run.
+    pub(super) fn bell(&self) -> Bell {
+        self.bell.clone()
+    }
+}
+
+/// Says that a thread has ended, however it did.
+struct LastWord(Sender<Result<Back, Word>>);
+
+impl Drop for LastWord {
+    fn drop(&mut self) {
+        // An engine that has ended too does not listen.
+        let _ = self.0.send(Err(Word::Gone));
     }
 }
 

@@ -132,12 +132,21 @@ impl Time {
         tsc.saturating_sub(self.clock.tsc()) >= until
     }
 
-    /// How long it is until then, and at least [`RUN_MIN`].
-    pub(super) fn until(&self, until_retired: u64) -> Duration {
-        let left = until_retired.saturating_sub(self.clock.retired);
-        let ticks = u128::from(left) * u128::from(self.clock.tsc_per_instruction);
+    /// How long it is from this TSC until that count of instructions, and at least [`RUN_MIN`].
+    pub(super) fn left(&self, until_retired: u64, tsc: u64) -> Duration {
+        let left = u128::from(until_retired.saturating_sub(self.clock.retired));
+        let passed = u128::from(tsc.saturating_sub(self.clock.tsc()));
+        let ticks = (left * u128::from(self.clock.tsc_per_instruction)).saturating_sub(passed);
         let ns = u64::try_from(ticks * 1_000_000_000 / u128::from(self.tsc_hz.max(1))).unwrap_or(u64::MAX);
         Duration::from_nanos(ns).max(RUN_MIN)
+    }
+
+    /// The count of instructions so long after this TSC.
+    pub(super) fn retired_after(&self, tsc: u64, later: Duration) -> u64 {
+        let passed = u128::from(tsc.saturating_sub(self.clock.tsc()));
+        let ticks = passed + later.as_nanos() * u128::from(self.tsc_hz) / 1_000_000_000;
+        let count = u64::try_from(ticks / u128::from(self.clock.tsc_per_instruction.max(1))).unwrap_or(u64::MAX);
+        self.clock.retired.saturating_add(count)
     }
 }
 
@@ -155,7 +164,9 @@ mod tests {
         time.pass_to(1_000_004);
         assert_eq!(time.clock.tsc(), 1_000_004);
         assert!(!time.is_reached(250_001, 1_000_004) && time.is_reached(250_001, 1_000_008));
-        assert_eq!(time.until(1_250_000), Duration::from_nanos(4_000_000));
-        assert_eq!(time.until(0), RUN_MIN);
+        assert_eq!(time.left(1_250_000, 1_000_004), Duration::from_nanos(4_000_000));
+        assert_eq!(time.left(1_250_000, 3_000_004), Duration::from_nanos(2_000_000));
+        assert_eq!((time.left(0, 0), time.left(250_002, u64::MAX)), (RUN_MIN, RUN_MIN));
+        assert_eq!(time.retired_after(1_000_004 + 4_000_000, Duration::from_millis(4)), 250_001 + 2_000_000);
     }
 }
