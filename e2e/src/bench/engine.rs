@@ -1,19 +1,24 @@
-//! `bench engine`: instructions a second of the software engine, beside QEMU's TCG with instruction counting.
+//! `bench engine`: instructions a second of the software engine, beside QEMU's TCG with instruction counting; on KVM, of loops at
+//! CPL 3, beside QEMU with KVM.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use proto::v1::MachineConfig;
+use vmcb_engine::capability::CpuModel;
 use vmcb_engine::machine::{Machine, Outcome, Parts};
 use vmcb_engine::memory::GuestMemory;
 
 use super::loops::Loop;
 use super::qemu::{self, Counted};
 use super::{GUEST_PATIENCE, Measurement, Report};
+use crate::leftovers::{self, Leftover};
 
 const QEMU_PATIENCE_S: u32 = 60;
 const ITERATIONS: u64 = 60_000_000;
 const RUNS: usize = 3;
+/// Iterations on KVM for one on the software engine.
+const KVM_TIMES: u64 = 10;
 const SLICE: u64 = 4_000_000;
 
 /// A kernel and what goes with it.
@@ -23,6 +28,8 @@ struct Boot {
     initrd: Option<PathBuf>,
     cmdline: String,
     memory_bytes: u64,
+    /// TSC rate of a guest on KVM; none: the software engine's.
+    kvm_tsc_hz: Option<u64>,
 }
 
 /// Runs all cases.
@@ -38,7 +45,14 @@ pub fn run(report: &Report, guest: &Path, cases: &[String]) -> Result<(), String
         let kernel = kind.elf(ITERATIONS).map_err(|e| e.to_string())?;
         let kernel_path = dir.join(format!("{case}.elf"));
         std::fs::write(&kernel_path, &kernel).map_err(|e| e.to_string())?;
-        let boot = Boot { kernel, kernel_path, initrd: None, cmdline: String::new(), memory_bytes: 64 << 20 };
+        let boot = Boot {
+            kernel,
+            kernel_path,
+            initrd: None,
+            cmdline: String::new(),
+            memory_bytes: 64 << 20,
+            kvm_tsc_hz: None,
+        };
         loop_case(report, case, &boot)?;
     }
     if wanted("linux-boot") {
@@ -62,6 +76,45 @@ fn loop_case(report: &Report, case: &str, boot: &Boot) -> Result<(), String> {
     Ok(())
 }
 
+/// The loops at CPL 3 on KVM, where nobody counts instructions: as many as the software engine counts, times so many iterations
+/// more.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_on_kvm(report: &Report, cases: &[String]) -> Result<(), String> {
+    let tsc_hz = match super::hardware::tsc_hz() {
+        Ok(tsc_hz) => tsc_hz,
+        Err(why) => {
+            report.skip(&format!("engine --engine kvm: {why}"));
+            return Ok(());
+        }
+    };
+    let folder = std::env::temp_dir().join(format!("godwit-bench-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+    let _claim = leftovers::claim(Leftover::Folder(folder.clone()));
+    for (case, kind) in Loop::ALL.into_iter().filter(|(case, _)| cases.is_empty() || cases.iter().any(|c| c == case)) {
+        let boot = |iterations: u64, kvm_tsc_hz| -> Result<Boot, String> {
+            let kernel = kind.user_elf(iterations).map_err(|e| e.to_string())?;
+            let kernel_path = folder.join(format!("{case}.elf"));
+            std::fs::write(&kernel_path, &kernel).map_err(|e| e.to_string())?;
+            Ok(Boot { kernel, kernel_path, initrd: None, cmdline: String::new(), memory_bytes: 64 << 20, kvm_tsc_hz })
+        };
+        let counted = between_marks(&boot(ITERATIONS, None)?, "start\n", "done\n")?.instructions as f64;
+        let instructions = counted * KVM_TIMES as f64;
+        let boot = boot(ITERATIONS * KVM_TIMES, Some(tsc_hz))?;
+        let (mut ours, mut qemu) = (Vec::new(), Vec::new());
+        for _ in 0..RUNS {
+            ours.push(instructions / between_marks(&boot, "start\n", "done\n")?.elapsed.as_secs_f64());
+            qemu.extend(
+                qemu_between_marks(&boot, "start", "done")?.map(|elapsed| instructions / elapsed.as_secs_f64()),
+            );
+        }
+        let measured = Measurement::of("engine", &format!("kvm-{case}"), "instructions_per_second", "1/s", &ours);
+        report.add(measured.map(|m| m.beside("qemu_kvm", &qemu)));
+    }
+    std::fs::remove_dir_all(&folder).map_err(|e| e.to_string())
+}
+
 fn linux_boot(report: &Report, guest: &Path) -> Result<(), String> {
     let Ok(kernel) = std::fs::read(guest.join("vmlinuz")) else {
         report.skip(&format!("linux-boot: no kernel in {}; run deploy/guest", guest.display()));
@@ -73,6 +126,7 @@ fn linux_boot(report: &Report, guest: &Path) -> Result<(), String> {
         initrd: Some(guest.join("initramfs.cpio")),
         cmdline: "console=ttyS0 panic=-1 godwit.work=off".into(),
         memory_bytes: 512 << 20,
+        kvm_tsc_hz: None,
     };
     let (mut rate, mut seconds, mut tcg) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..RUNS {
@@ -97,12 +151,12 @@ fn between_marks(boot: &Boot, from: &str, to: &str) -> Result<Timed, String> {
     let config = MachineConfig {
         vcpus: 1,
         memory_bytes: boot.memory_bytes,
-        cpu_model: "soft-v1".into(),
-        engine: "soft".into(),
+        cpu_model: if boot.kvm_tsc_hz.is_some() { CpuModel::X86V1.name().into() } else { "soft-v1".into() },
+        engine: if boot.kvm_tsc_hz.is_some() { "kvm" } else { "soft" }.into(),
         boot: Some(proto::v1::BootSource { cmdline: boot.cmdline.clone(), ..Default::default() }),
         seed: vec![7; 32],
         epoch_ns: 1_700_000_000_000_000_000,
-        tsc_hz: 1_000_000_000,
+        tsc_hz: boot.kvm_tsc_hz.unwrap_or(1_000_000_000),
         tsc_per_instruction: 4,
         ..Default::default()
     };
@@ -140,7 +194,7 @@ fn qemu_between_marks(boot: &Boot, from: &str, to: &str) -> Result<Option<Durati
         initrd: boot.initrd.as_deref(),
         cmdline: &boot.cmdline,
         memory_bytes: boot.memory_bytes,
-        icount: "shift=0,sleep=off",
+        icount: boot.kvm_tsc_hz.is_none().then_some("shift=0,sleep=off"),
         devices: &[],
         typed: "",
         patience_s: QEMU_PATIENCE_S,

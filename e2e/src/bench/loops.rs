@@ -4,6 +4,10 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 use crate::guest::bare;
+use crate::guest::user::{above_kernel, sleep};
+
+/// How long a loop that is over sleeps at once.
+const PAUSE_TICKS: u64 = 100_000_000;
 
 /// Which kind of instruction.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -29,33 +33,52 @@ impl Loop {
     /// The assembler refused; a bug in this file.
     pub fn elf(self, iterations: u64) -> Result<Vec<u8>, IcedError> {
         bare(|asm| {
-            text(asm, "start\n")?;
-            asm.mov(rcx, iterations)?;
-            asm.mov(rax, 0x9e37_79b9_7f4a_7c15u64)?;
-            asm.mov(rdi, 0x40_0000u64)?;
-            asm.xor(ebx, ebx)?;
-            asm.xor(esi, esi)?;
             // SSE on: CR0.MP, not EM; CR4.OSFXSR and OSXMMEXCPT.
             asm.mov(rdx, cr4)?;
             asm.or(rdx, 0x600)?;
             asm.mov(cr4, rdx)?;
-            let mut again = asm.create_label();
-            asm.set_label(&mut again)?;
-            match self {
-                Loop::Int => int(asm)?,
-                Loop::Mem => mem(asm)?,
-                Loop::Branch => branch(asm)?,
-                Loop::Sse => sse(asm)?,
-            }
-            asm.dec(rcx)?;
-            asm.jnz(again)?;
-            text(asm, "done\n")?;
+            self.counted(asm, iterations)?;
             let mut stop = asm.create_label();
             asm.set_label(&mut stop)?;
             asm.cli()?;
             asm.hlt()?;
             asm.jmp(stop)
         })
+    }
+
+    /// The same at CPL 3, where it waits for ever at the end.
+    ///
+    /// # Errors
+    /// As [`Loop::elf`].
+    pub fn user_elf(self, iterations: u64) -> Result<Vec<u8>, IcedError> {
+        above_kernel(|asm| {
+            self.counted(asm, iterations)?;
+            let mut stop = asm.create_label();
+            asm.set_label(&mut stop)?;
+            asm.mov(rsi, PAUSE_TICKS)?;
+            sleep(asm)?;
+            asm.jmp(stop)
+        })
+    }
+
+    fn counted(self, asm: &mut CodeAssembler, iterations: u64) -> Result<(), IcedError> {
+        text(asm, "start\n")?;
+        asm.mov(rcx, iterations)?;
+        asm.mov(rax, 0x9e37_79b9_7f4a_7c15u64)?;
+        asm.mov(rdi, 0x40_0000u64)?;
+        asm.xor(ebx, ebx)?;
+        asm.xor(esi, esi)?;
+        let mut again = asm.create_label();
+        asm.set_label(&mut again)?;
+        match self {
+            Loop::Int => int(asm)?,
+            Loop::Mem => mem(asm)?,
+            Loop::Branch => branch(asm)?,
+            Loop::Sse => sse(asm)?,
+        }
+        asm.dec(rcx)?;
+        asm.jnz(again)?;
+        text(asm, "done\n")
     }
 }
 
@@ -132,7 +155,7 @@ mod tests {
     #[test]
     fn loops_assemble() {
         for (name, kind) in Loop::ALL {
-            assert!(kind.elf(1000).is_ok(), "{name}");
+            assert!(kind.elf(1000).is_ok() && kind.user_elf(1000).is_ok(), "{name}");
         }
     }
 }

@@ -44,11 +44,23 @@ pub struct Moved {
 
 /// A guest and where it goes.
 pub struct Pair {
-    dir: PathBuf,
     source: Monitor,
     target: Monitor,
     tls: bool,
+    // Goes after those that write there.
+    scratch: Scratch,
+}
+
+/// A folder that goes with the value.
+struct Scratch {
+    dir: PathBuf,
     _claim: Claim,
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
 }
 
 impl Pair {
@@ -62,6 +74,7 @@ impl Pair {
         let dir = std::env::temp_dir().join(format!("godwit-qemu-{}-{number}", std::process::id()));
         std::fs::create_dir_all(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
         let claim = leftovers::claim(Leftover::Folder(dir.clone()));
+        let scratch = Scratch { dir: dir.clone(), _claim: claim };
         if tls {
             certificates(&dir)?;
         }
@@ -83,12 +96,12 @@ impl Pair {
         };
         let target = of("target", "server", true)?;
         let source = of("source", "client", false)?;
-        Ok(Pair { dir, source, target, tls, _claim: claim })
+        Ok(Pair { source, target, tls, scratch })
     }
 
     /// Files that the guest's console goes to, at the source and at the target.
     pub fn consoles(&self) -> [PathBuf; 2] {
-        ["source", "target"].map(|name| self.dir.join(name))
+        ["source", "target"].map(|name| self.scratch.dir.join(name))
     }
 
     /// Moves it. None: it does not converge in [`PATIENCE`].
@@ -140,12 +153,6 @@ impl Pair {
             }
         }
         Ok(None)
-    }
-}
-
-impl Drop for Pair {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.dir);
     }
 }
 

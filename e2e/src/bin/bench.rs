@@ -19,8 +19,11 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Suite {
-    /// Instructions a second of the software engine: int, mem, branch, sse, linux-boot.
+    /// Instructions a second of an engine: int, mem, branch, sse; linux-boot on the software engine.
     Engine {
+        /// What runs the guest.
+        #[arg(long, value_enum, default_value_t = Engine::Soft)]
+        engine: Engine,
         /// Only these cases.
         cases: Vec<String>,
         /// What `deploy/guest` made.
@@ -78,7 +81,8 @@ fn main() -> ExitCode {
     }
     let result = match &arguments.suite {
         Suite::Checkpoint { cases, quick } => checkpoint::run(&report, cases, *quick),
-        Suite::Engine { cases, guest } => engine::run(&report, guest, cases),
+        Suite::Engine { cases, engine: Engine::Kvm, .. } => engine::run_on_kvm(&report, cases),
+        Suite::Engine { cases, guest, .. } => engine::run(&report, guest, cases),
         Suite::Replay { cases, guest } => replay::run(&report, guest, cases),
         Suite::Migrate { cases, engine: Engine::Soft, .. } => migrate::run(&report, cases),
         Suite::Migrate { cases, engine: Engine::Kvm, memory, runs } => {

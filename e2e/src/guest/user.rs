@@ -366,7 +366,10 @@ fn apic(asm: &mut CodeAssembler, register: u64, value: u32) -> Result<(), IcedEr
 }
 
 /// Sends an interrupt to itself, which sleeps for the TSC ticks in rsi, and waits until it has. Clobbers rax and rsi.
-pub(super) fn sleep(asm: &mut CodeAssembler) -> Result<(), IcedError> {
+///
+/// # Errors
+/// The assembler refused.
+pub fn sleep(asm: &mut CodeAssembler) -> Result<(), IcedError> {
     let mut awaited = asm.create_label();
     apic(asm, SEND, TO_ITSELF | u32::from(SLEEP))?;
     asm.set_label(&mut awaited)?;

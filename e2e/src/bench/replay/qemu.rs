@@ -111,7 +111,7 @@ fn seconds(guest: &Path, files: &Files, load: &Load, icount: &str) -> Result<Opt
         initrd: Some(&guest.join("initramfs.cpio")),
         cmdline: CMDLINE,
         memory_bytes: MEMORY_BYTES,
-        icount,
+        icount: Some(icount),
         devices: &files.devices(),
         typed: &load.typed,
         patience_s: PATIENCE_S,

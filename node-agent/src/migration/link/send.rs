@@ -252,6 +252,10 @@ impl<V: SourceVm> Driver<V> {
                 None
             }
             Effect::MeasureLeft { since } => {
+                // Hardware's writes are stamped when an epoch ends, and not before.
+                if let Err(failure) = self.vm.advance_epoch().await {
+                    return Some(Input::Lost(failure));
+                }
                 let (measured, settled) = (Arc::clone(&self.outgoing), Arc::clone(&self.outgoing));
                 // The guest runs: time to bring the digests up to date, so that little is left to do when it stands.
                 drop(tokio::task::spawn_blocking(move || settled.roots()));

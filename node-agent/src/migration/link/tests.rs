@@ -38,6 +38,8 @@ struct Guest {
     running: Arc<AtomicBool>,
     epoch: Arc<AtomicU32>,
     steps: Arc<AtomicU64>,
+    /// Pages that hardware has written and nobody has stamped yet; none: it stamps as it writes.
+    late: Option<Arc<Mutex<Vec<u64>>>>,
     /// What happens to it, for the test to look at.
     log: Arc<Mutex<Vec<&'static str>>>,
 }
@@ -51,6 +53,7 @@ impl Guest {
             running: Arc::new(AtomicBool::new(true)),
             epoch: Arc::new(AtomicU32::new(1)),
             steps: Arc::default(),
+            late: None,
             log: Arc::default(),
         };
         for page in (0..pages).filter(|page| page % 3 != 0) {
@@ -69,9 +72,13 @@ impl Guest {
         let _cpu = self.cpu.lock().unwrap();
         if self.running.load(Ordering::SeqCst) {
             let bytes = if value.is_multiple_of(5) { [0; 4096] } else { noise(value) };
+            self.steps.fetch_add(1, Ordering::SeqCst);
+            if let Some(late) = &self.late {
+                self.ram.data.write_all_at(&bytes, page % self.ram.pages * PAGE).unwrap();
+                return late.lock().unwrap().push(page % self.ram.pages);
+            }
             self.ram.write(page % self.ram.pages, &bytes, self.epoch.load(Ordering::SeqCst));
             self.disk.write(value % 64, &noise(value), self.epoch.load(Ordering::SeqCst));
-            self.steps.fetch_add(1, Ordering::SeqCst);
         }
     }
 
@@ -109,6 +116,9 @@ impl SourceVm for Guest {
 
     async fn advance_epoch(&mut self) -> Result<u32, Failure> {
         let _cpu = self.cpu.lock().unwrap();
+        let epoch = self.epoch.load(Ordering::SeqCst).to_le_bytes();
+        let written = self.late.iter().flat_map(|late| std::mem::take(&mut *late.lock().unwrap()));
+        written.for_each(|page| self.ram.stamps.write_all_at(&epoch, page * 4).unwrap());
         Ok(self.epoch.fetch_add(1, Ordering::SeqCst) + 1)
     }
 
@@ -467,6 +477,20 @@ async fn a_full_comparison_passes_and_sees_a_write_without_a_stamp() {
     let failure = failure.unwrap_err();
     assert!(failure.reason.contains("page 500 of space 0"), "{failure}");
     assert!(guest.is_running());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_hardware_has_written_is_known_when_a_round_has_ended() {
+    let guest = Guest { late: Some(Arc::default()), ..Guest::new(3000) };
+    let busy = guest.keep_busy(2000);
+    let moved = attempt(&guest, Setting::default()).await;
+    drop(busy);
+    assert_moved(&guest, &moved);
+    let rate = moved.events.iter().find_map(|event| match event {
+        Event::Round(round) => Some(round.dirty_rate),
+        _ => None,
+    });
+    assert!(rate.is_some_and(|rate| rate > 0), "{:?}", moved.events);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
