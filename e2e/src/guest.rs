@@ -452,8 +452,11 @@ fn entry_to(main: u64) -> Result<Vec<u8>, IcedError> {
     asm.assemble(ENTRY)
 }
 
-/// GDT, descriptors of GDT (at 0xfe0) and IDT (at 0xff0), IDT with gates: vector and address.
-fn tables(gates: &[(u8, u64)]) -> Vec<u8> {
+/// A vector and where it leads.
+type Gate = (u8, u64);
+
+/// GDT, descriptors of GDT (at 0xfe0) and IDT (at 0xff0), IDT with gates.
+fn tables(gates: &[Gate]) -> Vec<u8> {
     let mut bytes = vec![0; 0x1000];
     let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
     put(8, &0x00af_9b00_0000_ffffu64.to_le_bytes());

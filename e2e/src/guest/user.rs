@@ -14,8 +14,8 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 use super::{
-    ENTRY, HOLE_BYTES, HOLE_START, MULTIPLIER, PAGE, PML4, REGION, STACK, TABLES, TSS, TSS_BYTES, UART, USER_PAGES,
-    VECTOR, elf, entry_to, page_tables, read_tsc, tables,
+    ENTRY, Gate, HOLE_BYTES, HOLE_START, MULTIPLIER, PAGE, PML4, REGION, STACK, TABLES, TSS, TSS_BYTES, UART,
+    USER_PAGES, VECTOR, elf, entry_to, page_tables, read_tsc, tables,
 };
 
 /// The kernel, and what runs above it.
@@ -386,8 +386,8 @@ fn tss() -> Vec<u8> {
     bytes
 }
 
-/// Goes to [`USER`]; how it sleeps; the timer's handler. Also the gates to both: vector and address.
-fn kernel() -> Result<(Vec<u8>, [(u8, u64); 2]), IcedError> {
+/// Goes to [`USER`]; how it sleeps; the timer's handler. Also the gates to both.
+fn kernel() -> Result<(Vec<u8>, [Gate; 2]), IcedError> {
     let mut asm = CodeAssembler::new(64)?;
     let (mut handler, mut call) = (asm.create_label(), asm.create_label());
     asm.mov(rsp, STACK)?;
