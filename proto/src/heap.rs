@@ -22,7 +22,8 @@ pub fn keep_freed() {
     }
 }
 
-#[cfg(all(test, target_env = "gnu"))]
+#[cfg(target_env = "gnu")]
+#[cfg(test)]
 mod tests {
     use super::*;
 
