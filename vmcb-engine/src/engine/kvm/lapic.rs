@@ -150,7 +150,11 @@ pub(super) fn load(page: &mut kvm_lapic_state, vcpu: u32, saved: &LapicV1, now: 
     for (offset, words) in [(at::IRR, &saved.irr), (at::ISR, &saved.isr), (at::TMR, &saved.tmr)] {
         set_vectors(page, offset, words);
     }
-    let timer = saved.timer.unwrap_or_default();
+    set_timer(page, saved.timer.unwrap_or_default(), now, tsc_hz);
+}
+
+/// Writes the timer's registers: what is left of a count at this TSC.
+pub(super) fn set_timer(page: &mut kvm_lapic_state, timer: LapicTimerV1, now: u64, tsc_hz: u64) {
     let left = timer.deadline.map_or(0, |deadline| scale(deadline.saturating_sub(now), KVM_HZ, tsc_hz));
     let current = match timer.deadline {
         Some(_) if timer.count != 0 => (left >> shift(timer.divide)).clamp(1, u64::from(u32::MAX)) as u32,
@@ -159,6 +163,12 @@ pub(super) fn load(page: &mut kvm_lapic_state, vcpu: u32, saved: &LapicV1, now: 
     set_register(page, at::TIMER_DIVIDE, timer.divide);
     set_register(page, at::TIMER_INITIAL, timer.initial);
     set_register(page, at::TIMER_CURRENT, current);
+}
+
+/// The timer of a saved form, if it counts.
+pub(super) fn counting_timer(saved: &LapicV1) -> Option<LapicTimerV1> {
+    let counts = saved.lvt.first().is_none_or(|entry| entry & MODE != MODE_DEADLINE);
+    saved.timer.filter(|timer| counts && timer.count != 0)
 }
 
 /// The instant at which the TSC-deadline timer of a saved form fires; 0 if it is not armed.

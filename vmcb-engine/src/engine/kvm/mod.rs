@@ -236,7 +236,8 @@ impl Engine for KvmEngine {
 
 impl LocalApics for KvmEngine {
     fn save(&mut self, vcpu: usize) -> Result<LapicV1, StoreError> {
-        self.standing(vcpu)?.store_lapic(&self.time)
+        let standing = self.vcpus.get_mut(vcpu).and_then(Option::as_mut);
+        standing.ok_or(StoreError::NoVcpu(vcpu))?.store_lapic(&self.time)
     }
 
     fn restore(&mut self, vcpu: usize, saved: &LapicV1) -> Result<(), LoadError> {

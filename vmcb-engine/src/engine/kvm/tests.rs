@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::cpu::{FxState, RunState};
+use crate::device::lapic::Lapic;
 use crate::vmcb::registers::{cr0, cr4, efer, rflags};
 use crate::vmcb::{Event, Segment};
 
@@ -131,4 +132,31 @@ fn a_tsc_rate_that_the_host_has_not_is_refused() {
     let config = KvmConfig { vcpus: 1, model: CpuModel::X86V2, tsc_hz, tsc_per_instruction: 4 };
     let refused = KvmEngine::new(memory, &config).err();
     assert!(matches!(refused, Some(KvmError::TscRate { .. })), "{refused:?}");
+}
+
+#[test]
+fn a_counting_timer_stands_while_the_machine_does() {
+    let (Some(mut engine), Some(mut target)) = (engine(1), engine(1)) else { return };
+    let mut lapic = Lapic::new(0);
+    lapic.set_base(0xfee0_0900).unwrap();
+    // Vector 0x40 once, far away, counted in steps of 128.
+    for (offset, value) in [(0xf0, 0x1ff), (0x320, 0x40), (0x3e0, 0xa), (0x380, 0x3000_0000)] {
+        lapic.write_page(1000, offset, value);
+    }
+    let asked = lapic.save();
+    engine.restore(0, &asked).unwrap();
+    let first = engine.save(0).unwrap();
+    assert_eq!(first.timer, asked.timer);
+    // KVM's own counts on.
+    let count = |engine: &KvmEngine| {
+        let page = engine.vcpus[0].as_ref().unwrap().fd.get_lapic().unwrap();
+        page.regs[0x390..0x394].to_vec()
+    };
+    let (begun, before) = (std::time::Instant::now(), count(&engine));
+    while count(&engine) == before {
+        assert!(begun.elapsed().as_secs() < 10, "KVM's timer does not count");
+    }
+    assert_eq!(engine.save(0).unwrap(), first);
+    target.restore(0, &first).unwrap();
+    assert_eq!(target.save(0).unwrap(), first);
 }

@@ -76,6 +76,7 @@ impl Time {
         let Some(first) = vcpus.iter().flatten().next() else { return Ok(()) };
         if self.settled {
             self.pass_to(self.now(&first.fd)?);
+            vcpus.iter_mut().flatten().for_each(Vcpu::forget_timer);
             return Ok(());
         }
         let behind = self.clock.tsc().wrapping_sub(self.now(&first.fd)?);
@@ -89,6 +90,7 @@ impl Time {
             // From here on the guest sees its TSC and its segments as they are, and so does whoever asks for its state.
             vcpu.tsc_skew = 0;
             vcpu.ss_dpl = None;
+            vcpu.start_timer(self.clock.tsc())?;
             self.arm(&vcpu.fd, deadline)?;
         }
         self.settled = true;
@@ -167,6 +169,6 @@ mod tests {
         assert_eq!(time.left(1_250_000, 1_000_004), Duration::from_nanos(4_000_000));
         assert_eq!(time.left(1_250_000, 3_000_004), Duration::from_nanos(2_000_000));
         assert_eq!((time.left(0, 0), time.left(250_002, u64::MAX)), (RUN_MIN, RUN_MIN));
-        assert_eq!(time.retired_after(1_000_004 + 4_000_000, Duration::from_millis(4)), 250_001 + 2_000_000);
+        assert_eq!(time.retired_after(1_000_004 + 4_000_000, Duration::from_millis(4)), 250_000 + 2_000_000);
     }
 }

@@ -12,7 +12,7 @@ use kvm_bindings::{
     kvm_mp_state, kvm_xcr, kvm_xcrs,
 };
 use kvm_ioctls::VcpuFd;
-use proto::v1::LapicV1;
+use proto::v1::{LapicTimerV1, LapicV1};
 
 use super::lapic::Beside;
 use super::msr::{ModelMsrs, write_msr};
@@ -43,6 +43,8 @@ pub(super) struct Vcpu {
     pub(super) tsc_skew: u64,
     /// DPL of SS where it was loaded beside another CPL, until it runs: KVM has one place for both.
     pub(super) ss_dpl: Option<u8>,
+    /// Its APIC's counting timer as of the instant at which it stands, if somebody knows: KVM's counts on.
+    resting_timer: Option<LapicTimerV1>,
     layout: Layout,
 }
 
@@ -62,7 +64,15 @@ impl Vcpu {
         let table = table.map_err(|_| no_memory("CPUID table"))?;
         fd.set_cpuid2(&table).map_err(refused("KVM_SET_CPUID2"))?;
         set_rate(&fd, topology.tsc_hz, vm.scales_tsc())?;
-        Ok(Self { fd, msrs: msrs.clone(), topology, tsc_skew: 0, ss_dpl: None, layout: layout.clone() })
+        Ok(Self {
+            fd,
+            msrs: msrs.clone(),
+            topology,
+            tsc_skew: 0,
+            ss_dpl: None,
+            resting_timer: None,
+            layout: layout.clone(),
+        })
     }
 
     /// Where others say that it must come back.
@@ -133,7 +143,7 @@ impl Vcpu {
     }
 
     /// The saved form of its local APIC.
-    pub(super) fn store_lapic(&self, time: &Time) -> Result<LapicV1, StoreError> {
+    pub(super) fn store_lapic(&mut self, time: &Time) -> Result<LapicV1, StoreError> {
         let waits = run_state(self.fd.get_mp_state().map_err(refused("KVM_GET_MP_STATE"))?);
         let page = self.fd.get_lapic().map_err(refused("KVM_GET_LAPIC"))?;
         let beside = Beside {
@@ -143,7 +153,12 @@ impl Vcpu {
             now: time.clock.tsc(),
             tsc_hz: self.topology.tsc_hz,
         };
-        Ok(lapic::saved(&page, beside))
+        let mut saved = lapic::saved(&page, beside);
+        match self.resting_timer {
+            Some(timer) => saved.timer = Some(timer),
+            None => self.resting_timer = lapic::counting_timer(&saved),
+        }
+        Ok(saved)
     }
 
     /// Takes over a saved local APIC; the vCPU itself was loaded before.
@@ -152,7 +167,21 @@ impl Vcpu {
         let mut page = self.fd.get_lapic().map_err(refused("KVM_GET_LAPIC"))?;
         lapic::load(&mut page, self.topology.vcpu, saved, time.clock.tsc(), self.topology.tsc_hz);
         self.fd.set_lapic(&page).map_err(refused("KVM_SET_LAPIC"))?;
+        self.resting_timer = lapic::counting_timer(saved);
         Ok(time.arm(&self.fd, lapic::deadline(saved))?)
+    }
+
+    /// The machine's time goes on from where it stood, at this TSC: a counting timer has so much left as it had then.
+    pub(super) fn start_timer(&mut self, now: u64) -> Result<(), Refusal> {
+        let Some(timer) = self.resting_timer.take() else { return Ok(()) };
+        let mut page = self.fd.get_lapic().map_err(refused("KVM_GET_LAPIC"))?;
+        lapic::set_timer(&mut page, timer, now, self.topology.tsc_hz);
+        self.fd.set_lapic(&page).map_err(refused("KVM_SET_LAPIC"))
+    }
+
+    /// The machine's time has gone on by itself, and the timer with it.
+    pub(super) fn forget_timer(&mut self) {
+        self.resting_timer = None;
     }
 }
 
