@@ -8,11 +8,14 @@
 //!
 //! It refuses to know a firmware, PCI, or any device but the 8250 and the local APIC.
 
+mod printing;
 pub mod spread;
 pub mod user;
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
+
+use self::printing::Printer;
 
 /// What the guest does.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -111,7 +114,7 @@ impl Program {
 
     /// Every page is written once; its count is 1.
     fn fill(&self, asm: &mut CodeAssembler, routines: &mut Routines) -> Result<(), IcedError> {
-        routines.print(asm, "guest: filling\n")?;
+        routines.printer.print(asm, "guest: filling\n")?;
         let mut next = asm.create_label();
         asm.xor(rbx, rbx)?;
         asm.set_label(&mut next)?;
@@ -123,7 +126,7 @@ impl Program {
         asm.mov(rax, self.pages())?;
         asm.cmp(rbx, rax)?;
         asm.jb(next)?;
-        routines.print(asm, "guest: filled\n")
+        routines.printer.print(asm, "guest: filled\n")
     }
 
     /// r12 ticks, r13 TSC of the next tick, r14 writes, r15 TSC at the start, rbp bad pages.
@@ -147,16 +150,8 @@ impl Program {
         asm.mov(rcx, tick_tsc)?;
         asm.add(r13, rcx)?;
         asm.inc(r12)?;
-        routines.print(asm, "tick ")?;
-        asm.mov(rax, r12)?;
-        asm.call(routines.print_number)?;
-        routines.print(asm, " writes ")?;
-        asm.mov(rax, r14)?;
-        asm.call(routines.print_number)?;
-        routines.print(asm, " bad ")?;
-        asm.mov(rax, rbp)?;
-        asm.call(routines.print_number)?;
-        routines.print(asm, "\n")?;
+        routines.printer.print_ticks(asm, [r12, r14, rbp])?;
+        routines.printer.print(asm, "\n")?;
 
         asm.set_label(&mut no_tick)?;
         asm.mov(edx, UART + 5)?;
@@ -165,7 +160,7 @@ impl Program {
         asm.jz(no_key)?;
         asm.mov(edx, UART)?;
         asm.in_(al, dx)?;
-        asm.call(routines.print_byte)?;
+        asm.call(routines.printer.byte)?;
         asm.jmp(again)?;
 
         asm.set_label(&mut no_key)?;
@@ -190,10 +185,8 @@ impl Program {
         asm.test(rax, rax)?;
         asm.jz(good)?;
         asm.inc(rbp)?;
-        routines.print(asm, "BAD page ")?;
-        asm.mov(rax, rbx)?;
-        asm.call(routines.print_number)?;
-        routines.print(asm, "\n")?;
+        routines.printer.print_with(asm, "BAD page ", rbx)?;
+        routines.printer.print(asm, "\n")?;
         asm.set_label(&mut good)?;
         asm.mov(rdi, self.shadow())?;
         asm.inc(qword_ptr(rdi + rbx * 8))?;
@@ -232,20 +225,14 @@ pub fn bare(code: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> R
     Ok(elf(&segments))
 }
 
-/// Subroutines, and the texts that they print.
+/// Subroutines.
 struct Routines {
     /// rbx page, rcx count: writes the whole page. Keeps rbx and rcx.
     write_page: CodeLabel,
     /// rbx page: rax is 0 if the page is what its shadow says. Keeps rbx.
     check_page: CodeLabel,
-    /// al: one byte to the console. Clobbers rax, rdx.
-    print_byte: CodeLabel,
-    /// rsi, rcx: bytes to the console.
-    print_text: CodeLabel,
-    /// rax: decimal to the console.
-    print_number: CodeLabel,
+    printer: Printer,
     handler: CodeLabel,
-    texts: Vec<(CodeLabel, Vec<u8>)>,
     start: u64,
     shadow: u64,
 }
@@ -255,34 +242,16 @@ impl Routines {
         Self {
             write_page: asm.create_label(),
             check_page: asm.create_label(),
-            print_byte: asm.create_label(),
-            print_text: asm.create_label(),
-            print_number: asm.create_label(),
+            printer: Printer::new(asm),
             handler: asm.create_label(),
-            texts: Vec::new(),
             start,
             shadow,
         }
     }
 
-    /// Emits a call that prints a text.
-    fn print(&mut self, asm: &mut CodeAssembler, text: &str) -> Result<(), IcedError> {
-        let label = asm.create_label();
-        asm.lea(rsi, ptr(label))?;
-        asm.mov(ecx, text.len() as u32)?;
-        asm.call(self.print_text)?;
-        self.texts.push((label, text.as_bytes().to_vec()));
-        Ok(())
-    }
-
     fn emit(&mut self, asm: &mut CodeAssembler) -> Result<(), IcedError> {
         self.emit_pages(asm)?;
-        self.emit_printing(asm)?;
-        for (label, text) in &mut self.texts {
-            asm.set_label(label)?;
-            asm.db(text)?;
-        }
-        asm.nop()
+        self.printer.emit(asm, true)
     }
 
     /// Word k of a page: k = 0 its number, k = 1 its count, else a running xorshift seeded by both.
@@ -322,47 +291,6 @@ impl Routines {
         asm.ret()?;
         asm.set_label(&mut bad)?;
         asm.mov(eax, 1u32)?;
-        asm.ret()
-    }
-
-    fn emit_printing(&mut self, asm: &mut CodeAssembler) -> Result<(), IcedError> {
-        let (mut wait, mut digit, mut out) = (asm.create_label(), asm.create_label(), asm.create_label());
-        asm.set_label(&mut self.print_byte)?;
-        asm.push(rax)?;
-        asm.mov(edx, UART + 5)?;
-        asm.set_label(&mut wait)?;
-        asm.in_(al, dx)?;
-        asm.test(al, 0x20)?;
-        asm.jz(wait)?;
-        asm.pop(rax)?;
-        asm.mov(edx, UART)?;
-        asm.out(dx, al)?;
-        asm.ret()?;
-
-        asm.set_label(&mut self.print_text)?;
-        asm.mov(al, byte_ptr(rsi))?;
-        asm.call(self.print_byte)?;
-        asm.inc(rsi)?;
-        asm.dec(ecx)?;
-        asm.jnz(self.print_text)?;
-        asm.ret()?;
-
-        asm.set_label(&mut self.print_number)?;
-        asm.mov(r8d, 10u32)?;
-        asm.xor(ecx, ecx)?;
-        asm.set_label(&mut digit)?;
-        asm.xor(edx, edx)?;
-        asm.div(r8)?;
-        asm.push(rdx)?;
-        asm.inc(ecx)?;
-        asm.test(rax, rax)?;
-        asm.jnz(digit)?;
-        asm.set_label(&mut out)?;
-        asm.pop(rax)?;
-        asm.add(al, i32::from(b'0'))?;
-        asm.call(self.print_byte)?;
-        asm.dec(ecx)?;
-        asm.jnz(out)?;
         asm.ret()
     }
 }

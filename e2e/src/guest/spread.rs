@@ -6,8 +6,9 @@
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
-use super::user::{Routines, above_kernel, sleep};
-use super::{MULTIPLIER, UART};
+use super::MULTIPLIER;
+use super::printing::Printer;
+use super::user::{above_kernel, sleep};
 
 /// What the guest does.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -33,7 +34,7 @@ impl Spread {
 
     /// r9 how often blocks were rewritten, r12 ticks, rbp bad blocks.
     fn code(&self, asm: &mut CodeAssembler) -> Result<(), IcedError> {
-        let mut routines = Routines::new(asm);
+        let mut printer = Printer::new(asm);
         let mut again = asm.create_label();
         asm.xor(r9d, r9d)?;
         asm.xor(r12d, r12d)?;
@@ -46,16 +47,10 @@ impl Spread {
         asm.inc(r9)?;
         self.rewrite(asm)?;
         asm.inc(r12)?;
-        for (text, number) in [("tick ", r12), (" writes ", r9), (" bad ", rbp)] {
-            routines.print(asm, text)?;
-            asm.mov(rax, number)?;
-            asm.call(routines.print_number)?;
-        }
-        asm.mov(edx, UART)?;
-        asm.mov(al, i32::from(b'\n'))?;
-        asm.out(dx, al)?;
+        printer.print_ticks(asm, [r12, r9, rbp])?;
+        printer.print(asm, "\n")?;
         asm.jmp(again)?;
-        routines.emit(asm)
+        printer.emit(asm, false)
     }
 
     /// rdi: the block, rax its first word, rdx what is added from word to word, rcx words.

@@ -13,9 +13,10 @@
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
+use super::printing::Printer;
 use super::{
-    ENTRY, Gate, HOLE_BYTES, HOLE_START, MULTIPLIER, PAGE, PML4, REGION, STACK, TABLES, TSS, TSS_BYTES, UART,
-    USER_PAGES, VECTOR, elf, entry_to, page_tables, read_tsc, tables,
+    ENTRY, Gate, HOLE_BYTES, HOLE_START, MULTIPLIER, PAGE, PML4, REGION, STACK, TABLES, TSS, TSS_BYTES, USER_PAGES,
+    VECTOR, elf, entry_to, page_tables, read_tsc, tables,
 };
 
 /// The kernel, and what runs above it.
@@ -98,7 +99,7 @@ impl Dirtier {
     fn code(&self, asm: &mut CodeAssembler) -> Result<(), IcedError> {
         let mut routines = Routines::new(asm);
         let (mut fill, mut again, mut no_beat) = (asm.create_label(), asm.create_label(), asm.create_label());
-        routines.print(asm, "guest: filling\n")?;
+        routines.printer.print(asm, "guest: filling\n")?;
         asm.xor(ebx, ebx)?;
         asm.xor(r9d, r9d)?;
         asm.set_label(&mut fill)?;
@@ -107,7 +108,7 @@ impl Dirtier {
         asm.mov(rax, self.pages())?;
         asm.cmp(rbx, rax)?;
         asm.jb(fill)?;
-        routines.print(asm, "guest: filled\n")?;
+        routines.printer.print(asm, "guest: filled\n")?;
         asm.xor(ebx, ebx)?;
         asm.mov(r9d, 1u32)?;
         asm.xor(r12d, r12d)?;
@@ -145,15 +146,10 @@ impl Dirtier {
         asm.jnz(beat)?;
         asm.mov(r10, self.beats_per_tick)?;
         asm.inc(r12)?;
-        for (text, number) in [("tick ", r12), (" writes ", r14), (" bad ", rbp)] {
-            routines.print(asm, text)?;
-            asm.mov(rax, number)?;
-            asm.call(routines.print_number)?;
-        }
+        routines.printer.print_ticks(asm, [r12, r14, rbp])?;
         asm.set_label(&mut beat)?;
-        asm.mov(edx, UART)?;
         asm.mov(al, i32::from(b'\n'))?;
-        asm.out(dx, al)
+        asm.call(routines.printer.byte)
     }
 
     /// Looks at so many pages and rewrites them.
@@ -241,7 +237,7 @@ impl Dirtier {
         asm.set_label(&mut bad)?;
         asm.mov(eax, 1u32)?;
         asm.ret()?;
-        routines.emit(asm)
+        routines.printer.emit(asm, false)
     }
 }
 
@@ -265,79 +261,23 @@ fn seed(asm: &mut CodeAssembler) -> Result<(), IcedError> {
     asm.or(rdx, 1)
 }
 
-/// Subroutines, and the texts that they print.
-pub(super) struct Routines {
+/// Subroutines.
+struct Routines {
     /// Writes page rbx for the time r9. Clobbers rax, rcx, rdx, rdi.
     write_page: CodeLabel,
     /// rax is 0 if page rbx is as it was left. Clobbers rdx, rdi.
     check_page: CodeLabel,
-    /// rsi, ecx: bytes to the console.
-    print_text: CodeLabel,
-    /// rax: decimal to the console.
-    pub(super) print_number: CodeLabel,
-    texts: Vec<(CodeLabel, Vec<u8>)>,
+    printer: Printer,
 }
 
 impl Routines {
-    pub(super) fn new(asm: &mut CodeAssembler) -> Self {
-        Self {
-            write_page: asm.create_label(),
-            check_page: asm.create_label(),
-            print_text: asm.create_label(),
-            print_number: asm.create_label(),
-            texts: Vec::new(),
-        }
-    }
-
-    pub(super) fn print(&mut self, asm: &mut CodeAssembler, text: &str) -> Result<(), IcedError> {
-        let label = asm.create_label();
-        asm.lea(rsi, ptr(label))?;
-        asm.mov(ecx, text.len() as u32)?;
-        asm.call(self.print_text)?;
-        self.texts.push((label, text.as_bytes().to_vec()));
-        Ok(())
-    }
-
-    pub(super) fn emit(&mut self, asm: &mut CodeAssembler) -> Result<(), IcedError> {
-        let (mut digit, mut out) = (asm.create_label(), asm.create_label());
-        asm.set_label(&mut self.print_text)?;
-        asm.mov(edx, UART)?;
-        asm.mov(al, byte_ptr(rsi))?;
-        asm.out(dx, al)?;
-        asm.inc(rsi)?;
-        asm.dec(ecx)?;
-        asm.jnz(self.print_text)?;
-        asm.ret()?;
-
-        asm.set_label(&mut self.print_number)?;
-        asm.mov(r8d, 10u32)?;
-        asm.xor(ecx, ecx)?;
-        asm.set_label(&mut digit)?;
-        asm.xor(edx, edx)?;
-        asm.div(r8)?;
-        asm.push(rdx)?;
-        asm.inc(ecx)?;
-        asm.test(rax, rax)?;
-        asm.jnz(digit)?;
-        asm.mov(edx, UART)?;
-        asm.set_label(&mut out)?;
-        asm.pop(rax)?;
-        asm.add(al, i32::from(b'0'))?;
-        asm.out(dx, al)?;
-        asm.dec(ecx)?;
-        asm.jnz(out)?;
-        asm.ret()?;
-
-        for (label, text) in &mut self.texts {
-            asm.set_label(label)?;
-            asm.db(text)?;
-        }
-        asm.nop()
+    fn new(asm: &mut CodeAssembler) -> Self {
+        Self { write_page: asm.create_label(), check_page: asm.create_label(), printer: Printer::new(asm) }
     }
 }
 
 /// An ELF with a PVH note that runs `code` at CPL 3, with the first 10 GiB mapped one to one, SSE on, the serial port its own
-/// and interrupts off. UD2 sleeps for the TSC ticks in RSI; RAX, RCX and RDX are lost.
+/// and interrupts on. [`sleep`] sleeps.
 ///
 /// # Errors
 /// The assembler refused.
@@ -472,9 +412,9 @@ mod tests {
         machine
     }
 
-    /// Runs for so many seconds of guest time; what the console said.
-    fn run(machine: &mut Machine, seconds: u64) -> String {
-        let (mut console, until) = (String::new(), machine.tsc() + seconds * 1_000_000_000);
+    /// Runs for so many milliseconds of guest time; what the console said.
+    fn run(machine: &mut Machine, ms: u64) -> String {
+        let (mut console, until) = (String::new(), machine.tsc() + ms * 1_000_000);
         while machine.tsc() < until {
             match machine.run(machine.retired() + 1_000_000) {
                 Outcome::Reached => {}
@@ -492,24 +432,24 @@ mod tests {
 
     #[test]
     fn the_guest_rewrites_as_fast_as_it_is_told_and_beats() {
-        let console = run(&mut machine(dirtier(Pace::BytesPerS(8 << 20))), 2);
+        let console = run(&mut machine(dirtier(Pace::BytesPerS(8 << 20))), 2000);
         let last = Ticks::last(&console).unwrap();
         assert!((18..=20).contains(&last.tick) && last.bad == 0, "{last:?}\n{console}");
         assert!((3600..=4200).contains(&last.writes), "{last:?}");
         assert!((470..=520).contains(&console.matches('\n').count()), "{console}");
-        let idle = Ticks::last(&run(&mut machine(dirtier(Pace::BytesPerS(0))), 1)).unwrap();
+        let idle = Ticks::last(&run(&mut machine(dirtier(Pace::BytesPerS(0))), 1000)).unwrap();
         assert_eq!((idle.writes, idle.bad), (0, 0));
     }
 
     #[test]
     fn a_page_that_is_set_back_is_found() {
         let mut machine = machine(dirtier(Pace::Full));
-        run(&mut machine, 1);
+        run(&mut machine, 300);
         let mut page = vec![0; PAGE as usize];
         machine.memory().read(REGION + PAGE * 7, &mut page).unwrap();
-        let before = Ticks::last(&run(&mut machine, 1)).unwrap();
+        let before = Ticks::last(&run(&mut machine, 300)).unwrap();
         assert!(before.bad == 0 && before.writes > 1000, "{before:?}");
         machine.memory().write(REGION + PAGE * 7, &page).unwrap();
-        assert_eq!(Ticks::last(&run(&mut machine, 1)).unwrap().bad, 1);
+        assert_eq!(Ticks::last(&run(&mut machine, 300)).unwrap().bad, 1);
     }
 }
