@@ -19,13 +19,13 @@ pub(super) struct Image {
 }
 
 impl Image {
-    /// RAM of a paused guest: the only memfd of its runner that is so large.
+    /// RAM of a paused guest: the only file without a name of its runner that is so large, on whichever file system.
     pub(super) fn of(runner: i32, ram_bytes: u64) -> Result<Image, String> {
         let folder = format!("/proc/{runner}/fd");
         let entries = std::fs::read_dir(&folder).map_err(|e| format!("{folder}: {e}"))?;
         let is_ram = |path: &std::path::PathBuf| {
-            let memfd = std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().starts_with("/memfd:"));
-            memfd && std::fs::metadata(path).is_ok_and(|data| data.len() == ram_bytes)
+            let nameless = std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().ends_with(" (deleted)"));
+            nameless && std::fs::metadata(path).is_ok_and(|data| data.len() == ram_bytes)
         };
         let path = entries.flatten().map(|entry| entry.path()).find(is_ram);
         let path = path.ok_or_else(|| format!("{folder} shows no RAM of {ram_bytes} bytes"))?;
@@ -92,6 +92,8 @@ impl Changes {
 
 #[cfg(test)]
 mod tests {
+    use vmcb_engine::memory::{Backing, GuestMemory};
+
     use super::*;
 
     #[test]
@@ -106,5 +108,15 @@ mod tests {
         assert_eq!(pages, 2);
         // Noise stays as long as it is; a page with one byte is nearly nothing.
         assert!((4096..4296).contains(&packed), "{packed}");
+    }
+
+    #[test]
+    fn ram_is_found_whatever_it_lies_in() {
+        for (backing, bytes) in [(Backing::Small, 34 << 20), (Backing::Huge, 38 << 20)] {
+            let memory = GuestMemory::create_on(backing, bytes).unwrap();
+            memory.write(0x20_0000, &[7; 3]).unwrap();
+            let image = Image::of(std::process::id() as i32, bytes).unwrap();
+            assert_eq!(image.bytes[0x1f_ffff..0x20_0004], [0, 7, 7, 7, 0], "{backing:?}");
+        }
     }
 }
