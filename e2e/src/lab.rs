@@ -6,10 +6,10 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::cluster::binaries;
+use crate::leftovers::Scratch;
 use crate::linux::Linux;
 
 /// An EPYC as every host of `x86-64-v2` is: QEMU emulates what the last five lack, and does not claim an invariant TSC although
@@ -31,7 +31,7 @@ mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs -o size=80% tmp /tmp
 ip link set lo up
-for module in irqbypass kvm kvm-amd; do insmod /modules/$module.ko; done
+for module in $MODULES; do insmod /modules/$module.ko; done
 sh /script
 poweroff -f
 ";
@@ -68,15 +68,8 @@ impl Lab {
     /// # Panics
     /// The host cannot be made, or it has not ended in time.
     pub fn run(&self, cpu: &str, script: &str, within: Duration) -> String {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let dir = std::env::temp_dir().join(format!(
-            "godwit-lab-{}-{}",
-            std::process::id(),
-            COUNT.fetch_add(1, Ordering::Relaxed)
-        ));
-        std::fs::create_dir_all(&dir).expect("a directory for the host");
-        let (ended, said) = self.run_in(&dir, cpu, script, within);
-        std::fs::remove_dir_all(&dir).expect("the host's directory");
+        let scratch = Scratch::new("lab").expect("a directory for the host");
+        let (ended, said) = self.run_in(scratch.path(), cpu, script, within);
         assert!(ended, "the host has not ended within {within:?}:\n{said}");
         said
     }
@@ -125,7 +118,8 @@ impl Lab {
         for file in ["vmlinuz", "initramfs.cpio", "cmdline", "disk.img"] {
             run(Command::new("cp").arg(self.linux.file(file)).arg(tree.join("guest")));
         }
-        std::fs::write(tree.join("init"), INIT).expect("the host's first program");
+        std::fs::write(tree.join("init"), INIT.replace("$MODULES", &MODULES.join(" ")))
+            .expect("the host's first program");
         std::fs::write(tree.join("script"), script).expect("the script");
         sh(&format!("chmod 755 {}", tree.join("init").display()));
         let out = dir.join("initramfs.cpio");

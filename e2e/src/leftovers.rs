@@ -4,7 +4,7 @@
 //! killed: nothing is dropped then. So whoever starts something that outlives the process claims it here, and
 //! [`watch`] removes what is claimed when the end comes early. Tests do not watch: they unwind.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -55,6 +55,40 @@ pub fn claim(what: Leftover) -> Claim {
     let number = COUNT.fetch_add(1, Ordering::Relaxed);
     CLAIMED.lock().unwrap_or_else(PoisonError::into_inner).push((number, what));
     Claim(number)
+}
+
+/// A folder of its own for files that nobody needs afterwards. It goes with the value, or with the program.
+#[derive(Debug)]
+pub struct Scratch {
+    dir: PathBuf,
+    _claim: Claim,
+}
+
+impl Scratch {
+    /// A new folder, named after what it is for.
+    ///
+    /// # Errors
+    /// It cannot be made; the text names it.
+    pub fn new(what: &str) -> Result<Scratch, String> {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let dir = std::env::temp_dir().join(format!("godwit-{what}-{}-{number}", std::process::id()));
+        std::fs::create_dir_all(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+        let claim = claim(Leftover::Folder(dir.clone()));
+        Ok(Scratch { dir, _claim: claim })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What cannot be removed is left, as in `remove`.
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
 }
 
 /// Removes all that is claimed, and ends the process. Whoever comes second waits for the first.

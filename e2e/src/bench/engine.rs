@@ -12,7 +12,7 @@ use vmcb_engine::memory::GuestMemory;
 use super::loops::Loop;
 use super::qemu::{self, Counted};
 use super::{GUEST_PATIENCE, Measurement, Report};
-use crate::leftovers::{self, Leftover};
+use crate::leftovers::Scratch;
 
 const QEMU_PATIENCE_S: u32 = 60;
 const ITERATIONS: u64 = 60_000_000;
@@ -32,33 +32,31 @@ struct Boot {
     kvm_tsc_hz: Option<u64>,
 }
 
+impl Boot {
+    /// A loop, whose file QEMU finds in the folder until the next one comes.
+    fn of_loop(kernel: Vec<u8>, scratch: &Scratch, kvm_tsc_hz: Option<u64>) -> Result<Boot, String> {
+        let kernel_path = scratch.path().join("loop.elf");
+        std::fs::write(&kernel_path, &kernel).map_err(|e| e.to_string())?;
+        Ok(Boot { kernel, kernel_path, initrd: None, cmdline: String::new(), memory_bytes: 64 << 20, kvm_tsc_hz })
+    }
+}
+
 /// Runs all cases.
 ///
 /// # Errors
 /// A guest that does not do what it should, or files that cannot be written.
 pub fn run(report: &Report, guest: &Path, cases: &[String]) -> Result<(), String> {
     let wanted = |case: &str| cases.is_empty() || cases.iter().any(|c| c == case);
-    let dir = std::env::temp_dir().join(format!("godwit-bench-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+    let scratch = Scratch::new("bench")?;
     eprintln!("beside: {}", qemu::version().as_deref().unwrap_or("nothing, there is no QEMU"));
     for (case, kind) in Loop::ALL.into_iter().filter(|(case, _)| wanted(case)) {
         let kernel = kind.elf(ITERATIONS).map_err(|e| e.to_string())?;
-        let kernel_path = dir.join(format!("{case}.elf"));
-        std::fs::write(&kernel_path, &kernel).map_err(|e| e.to_string())?;
-        let boot = Boot {
-            kernel,
-            kernel_path,
-            initrd: None,
-            cmdline: String::new(),
-            memory_bytes: 64 << 20,
-            kvm_tsc_hz: None,
-        };
-        loop_case(report, case, &boot)?;
+        loop_case(report, case, &Boot::of_loop(kernel, &scratch, None)?)?;
     }
     if wanted("linux-boot") {
         linux_boot(report, guest)?;
     }
-    std::fs::remove_dir_all(&dir).map_err(|e| e.to_string())
+    Ok(())
 }
 
 fn loop_case(report: &Report, case: &str, boot: &Boot) -> Result<(), String> {
@@ -89,15 +87,10 @@ pub fn run_on_kvm(report: &Report, cases: &[String]) -> Result<(), String> {
             return Ok(());
         }
     };
-    let folder = std::env::temp_dir().join(format!("godwit-bench-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-    let _claim = leftovers::claim(Leftover::Folder(folder.clone()));
+    let scratch = Scratch::new("bench")?;
     for (case, kind) in Loop::ALL.into_iter().filter(|(case, _)| cases.is_empty() || cases.iter().any(|c| c == case)) {
         let boot = |iterations: u64, kvm_tsc_hz| -> Result<Boot, String> {
-            let kernel = kind.user_elf(iterations).map_err(|e| e.to_string())?;
-            let kernel_path = folder.join(format!("{case}.elf"));
-            std::fs::write(&kernel_path, &kernel).map_err(|e| e.to_string())?;
-            Ok(Boot { kernel, kernel_path, initrd: None, cmdline: String::new(), memory_bytes: 64 << 20, kvm_tsc_hz })
+            Boot::of_loop(kind.user_elf(iterations).map_err(|e| e.to_string())?, &scratch, kvm_tsc_hz)
         };
         let counted = between_marks(&boot(ITERATIONS, None)?, "start\n", "done\n")?.instructions as f64;
         let instructions = counted * KVM_TIMES as f64;
@@ -112,7 +105,7 @@ pub fn run_on_kvm(report: &Report, cases: &[String]) -> Result<(), String> {
         let measured = Measurement::of("engine", &format!("kvm-{case}"), "instructions_per_second", "1/s", &ours);
         report.add(measured.map(|m| m.beside("qemu_kvm", &qemu)));
     }
-    std::fs::remove_dir_all(&folder).map_err(|e| e.to_string())
+    Ok(())
 }
 
 fn linux_boot(report: &Report, guest: &Path) -> Result<(), String> {
@@ -148,15 +141,19 @@ struct Timed {
 }
 
 fn between_marks(boot: &Boot, from: &str, to: &str) -> Result<Timed, String> {
+    let (engine, model, tsc_hz) = match boot.kvm_tsc_hz {
+        Some(tsc_hz) => ("kvm", CpuModel::X86V1, tsc_hz),
+        None => ("soft", CpuModel::SoftV1, 1_000_000_000),
+    };
     let config = MachineConfig {
         vcpus: 1,
         memory_bytes: boot.memory_bytes,
-        cpu_model: if boot.kvm_tsc_hz.is_some() { CpuModel::X86V1.name().into() } else { "soft-v1".into() },
-        engine: if boot.kvm_tsc_hz.is_some() { "kvm" } else { "soft" }.into(),
+        cpu_model: model.name().into(),
+        engine: engine.into(),
         boot: Some(proto::v1::BootSource { cmdline: boot.cmdline.clone(), ..Default::default() }),
         seed: vec![7; 32],
         epoch_ns: 1_700_000_000_000_000_000,
-        tsc_hz: boot.kvm_tsc_hz.unwrap_or(1_000_000_000),
+        tsc_hz,
         tsc_per_instruction: 4,
         ..Default::default()
     };

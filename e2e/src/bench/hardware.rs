@@ -15,6 +15,7 @@ use vmcb_engine::machine::{Machine, Outcome, Parts};
 use vmcb_engine::memory::GuestMemory;
 
 use super::migrate::{cpu_seconds, overhead_mib, phases, warm, watch};
+use super::qemu::QEMU;
 use super::qemu_pair::Pair;
 use super::{GUEST_PATIENCE, Measurement, Report, has_program};
 use crate::cluster::{Cluster, Ticks, wait};
@@ -115,7 +116,7 @@ pub fn migrate(report: &Report, cases: &[String], memory_gib: u64, runs: usize) 
             return Ok(());
         }
     };
-    let beside = has_program("qemu-system-x86_64");
+    let beside = has_program(QEMU);
     if !beside {
         report.skip("beside: there is no QEMU");
     }

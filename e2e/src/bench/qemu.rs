@@ -1,13 +1,24 @@
-//! A guest of ours under QEMU's TCG with instruction counting, for figures beside those of the software engine.
+//! A guest of ours under QEMU, for figures beside ours: under TCG with instruction counting, or on KVM.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use super::has_program;
+use rustix::process::Signal;
 
-const QEMU: &str = "qemu-system-x86_64";
+use super::has_program;
+use crate::cluster;
+use crate::leftovers::{self, Claim, Leftover};
+
+/// The program.
+pub const QEMU: &str = "qemu-system-x86_64";
+/// A machine on KVM. No clock interrupts of a firmware: guests have no use for them, and count on nothing of the processor.
+pub const ON_KVM: [&str; 6] =
+    ["-M", "microvm,pit=off,pic=off,rtc=on", "-accel", "kvm", "-cpu", "qemu64,-pni,+tsc-deadline"];
+/// No devices but those that are named, and no window.
+pub const BARE: [&str; 5] = ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"];
 
 /// What runs, and how it is counted.
 pub struct Counted<'a> {
@@ -35,13 +46,13 @@ pub fn version() -> Option<String> {
     String::from_utf8_lossy(&output.stdout).lines().next().map(str::to_owned)
 }
 
-/// Ends the process with the value.
-struct Ended(Child);
+/// Ends the process with the value, or with the program.
+struct Ended(Child, #[expect(dead_code, reason = "held for its end")] Claim);
 
 impl Drop for Ended {
     fn drop(&mut self) {
-        // `timeout` passes it on to the program that it watches.
-        let _ = rustix::process::kill_process(rustix::process::Pid::from_child(&self.0), rustix::process::Signal::TERM);
+        // It may have ended by itself.
+        let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
@@ -58,7 +69,18 @@ impl Counted<'_> {
         }
         let begun = Instant::now();
         let child = self.command().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
-        let mut child = Ended(child.map_err(|e| format!("{QEMU}: {e}"))?);
+        let child = child.map_err(|e| format!("{QEMU}: {e}"))?;
+        let claim = leftovers::claim(Leftover::Process(child.id() as i32));
+        let pid = child.id() as i32;
+        let mut child = Ended(child, claim);
+        // QEMU may stall under -icount; the reader sees the end of its output when it is ended.
+        let (_over, watched) = channel::<()>();
+        let patience = Duration::from_secs(self.patience_s.into());
+        std::thread::spawn(move || {
+            if watched.recv_timeout(patience) == Err(RecvTimeoutError::Timeout) {
+                cluster::signal(pid, Signal::KILL);
+            }
+        });
         let stdout = child.0.stdout.take().expect("stdout is piped");
         // Open as long as it runs: the end of its input is an input.
         let mut stdin = child.0.stdin.take().expect("stdin is piped");
@@ -83,12 +105,10 @@ impl Counted<'_> {
     }
 
     fn command(&self) -> Command {
-        // QEMU may stall under -icount; the reader sees the end of its output when it is ended.
-        let mut command = Command::new("timeout");
+        let mut command = Command::new(QEMU);
         command
-            .args([&self.patience_s.to_string(), QEMU])
-            .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"])
-            .args(["-m", &(self.memory_bytes >> 20).to_string()])
+            .args(BARE)
+            .args(["-serial", "stdio", "-m", &(self.memory_bytes >> 20).to_string()])
             .arg("-kernel")
             .arg(self.kernel)
             .args(["-append", self.cmdline])
@@ -98,9 +118,7 @@ impl Counted<'_> {
             Some(icount) => {
                 command.args(["-M", "microvm,acpi=on,rtc=on", "-accel", "tcg", "-cpu", "qemu64", "-icount", icount])
             }
-            None => {
-                command.args(["-M", "microvm,pit=off,pic=off", "-accel", "kvm", "-cpu", "qemu64,-pni,+tsc-deadline"])
-            }
+            None => command.args(ON_KVM),
         };
         if let Some(initrd) = self.initrd {
             command.arg("-initrd").arg(initrd);

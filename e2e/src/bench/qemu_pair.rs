@@ -14,11 +14,9 @@ use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose
 use serde_json::{Value, json};
 
 use super::migrate::cpu_seconds_of_stat;
-use crate::leftovers::{self, Claim, Leftover};
+use super::qemu::{BARE, ON_KVM, QEMU};
+use crate::leftovers::{self, Claim, Leftover, Scratch};
 
-const QEMU: &str = "qemu-system-x86_64";
-/// No clock interrupts of a firmware: the guest has no use for them. The guest counts on nothing of the processor.
-const MACHINE: [&str; 4] = ["-M", "microvm,pit=off,pic=off,rtc=on", "-cpu", "qemu64,-pni,+tsc-deadline"];
 /// As many as ours has lanes.
 pub const CHANNELS: u32 = 4;
 const POLL: Duration = Duration::from_millis(5);
@@ -51,37 +49,20 @@ pub struct Pair {
     scratch: Scratch,
 }
 
-/// A folder that goes with the value.
-struct Scratch {
-    dir: PathBuf,
-    _claim: Claim,
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.dir);
-    }
-}
-
 impl Pair {
     /// Starts a guest, and a second QEMU that waits for it. `tls`: what is sent is encrypted, and both sides show certificates.
     ///
     /// # Errors
     /// QEMU does not start here.
     pub fn start(kernel: &Path, memory_bytes: u64, tls: bool) -> Result<Pair, String> {
-        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-        let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let dir = std::env::temp_dir().join(format!("godwit-qemu-{}-{number}", std::process::id()));
-        std::fs::create_dir_all(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
-        let claim = leftovers::claim(Leftover::Folder(dir.clone()));
-        let scratch = Scratch { dir: dir.clone(), _claim: claim };
+        let scratch = Scratch::new("qemu")?;
+        let dir = scratch.path();
         if tls {
-            certificates(&dir)?;
+            certificates(dir)?;
         }
         let of = |name: &str, endpoint: &str, incoming: bool| {
             let mut command = Command::new(QEMU);
-            command.args(MACHINE).args(["-accel", "kvm", "-m", &(memory_bytes >> 20).to_string()]);
-            command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+            command.args(ON_KVM).args(BARE).args(["-m", &(memory_bytes >> 20).to_string()]);
             command.arg("-kernel").arg(kernel);
             command.arg("-serial").arg(format!("file:{}", dir.join(name).display()));
             command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", dir.join(format!("{name}.qmp")).display()));
@@ -92,7 +73,7 @@ impl Pair {
             if incoming {
                 command.args(["-incoming", "defer"]);
             }
-            Monitor::start(&mut command, &dir, name)
+            Monitor::start(&mut command, dir, name)
         };
         let target = of("target", "server", true)?;
         let source = of("source", "client", false)?;
@@ -101,7 +82,7 @@ impl Pair {
 
     /// Files that the guest's console goes to, at the source and at the target.
     pub fn consoles(&self) -> [PathBuf; 2] {
-        ["source", "target"].map(|name| self.scratch.dir.join(name))
+        ["source", "target"].map(|name| self.scratch.path().join(name))
     }
 
     /// Moves it. None: it does not converge in [`PATIENCE`].

@@ -7,6 +7,7 @@ use super::SUITE;
 use crate::bench::qemu::{self, Counted};
 use crate::bench::recorded::{CMDLINE, COUNT, DISK_BYTES, DONE, MEMORY_BYTES, READ_AND_WRITE, UP};
 use crate::bench::{Measurement, Report};
+use crate::leftovers::Scratch;
 
 const PATIENCE_S: u32 = 90;
 const RUNS: usize = 3;
@@ -20,12 +21,13 @@ const PINGS: u32 = 5_000;
 struct Files {
     log: PathBuf,
     disk: PathBuf,
+    _scratch: Scratch,
 }
 
 impl Files {
     fn new() -> Result<Files, String> {
-        let named = |what: &str| std::env::temp_dir().join(format!("godwit-bench-{what}-{}", std::process::id()));
-        let files = Files { log: named("rr"), disk: named("rr-disk") };
+        let scratch = Scratch::new("rr")?;
+        let files = Files { log: scratch.path().join("log"), disk: scratch.path().join("disk"), _scratch: scratch };
         let disk = std::fs::File::create(&files.disk).and_then(|disk| disk.set_len(DISK_BYTES));
         disk.map_err(|e| format!("{}: {e}", files.disk.display()))?;
         Ok(files)
@@ -56,14 +58,6 @@ impl Files {
             ],
         };
         options.iter().map(|option| (*option).to_owned()).collect()
-    }
-}
-
-impl Drop for Files {
-    fn drop(&mut self) {
-        for file in [&self.log, &self.disk] {
-            let _absent = std::fs::remove_file(file);
-        }
     }
 }
 
