@@ -7,14 +7,14 @@
 //! by: a mount point whose disk is not there has none, and nothing is written there.
 
 use std::fs::{self, File};
-use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::Bytes;
 
-use super::{BucketError, OBJECT_BYTES_MAX, Object, PutNew};
+use super::{BucketError, OBJECT_BYTES_MAX, Object, PutNew, uncached};
 use crate::ledger::saved::to_hex;
 
 const UNFINISHED: &str = ".tmp";
@@ -95,13 +95,13 @@ impl FileBucket {
         joined.unwrap_or_else(|_| Err(self.failed(key, io::Error::other("the worker ended"))))
     }
 
-    pub(super) fn put(&self, key: &str, bytes: &[u8]) -> Result<(), BucketError> {
+    pub(super) fn put(&self, key: &str, bytes: &Bytes) -> Result<(), BucketError> {
         self.spend(key)?;
         self.write(key, bytes, |unfinished, path| fs::rename(unfinished, path))?;
         self.spend(key)
     }
 
-    pub(super) fn put_new(&self, key: &str, bytes: &[u8]) -> Result<PutNew, BucketError> {
+    pub(super) fn put_new(&self, key: &str, bytes: &Bytes) -> Result<PutNew, BucketError> {
         self.spend(key)?;
         let mut outcome = PutNew::Created;
         self.write(key, bytes, |unfinished, path| {
@@ -118,7 +118,7 @@ impl FileBucket {
     fn write(
         &self,
         key: &str,
-        bytes: &[u8],
+        bytes: &Bytes,
         name: impl FnOnce(&Path, &Path) -> io::Result<()>,
     ) -> Result<(), BucketError> {
         let unfinished = self.root.join(UNFINISHED).join(to_hex(&crate::entropy::bytes::<16>()));
@@ -141,12 +141,10 @@ impl FileBucket {
         &self,
         key: &str,
         unfinished: &Path,
-        bytes: &[u8],
+        bytes: &Bytes,
         name: impl FnOnce(&Path, &Path) -> io::Result<()>,
     ) -> io::Result<()> {
-        let mut file = File::create_new(unfinished)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
+        uncached::write_new(unfinished, bytes)?;
         let path = self.root.join(key);
         let folder = path.parent().unwrap_or(&self.root);
         fs::create_dir_all(folder)?;

@@ -8,6 +8,7 @@
 pub(crate) mod file;
 mod s3;
 pub mod settings;
+pub(crate) mod uncached;
 
 use std::time::{Duration, Instant};
 

@@ -24,6 +24,7 @@ pub mod packs;
 pub mod read;
 pub mod receive;
 pub mod relay;
+pub mod room;
 pub mod supply;
 #[cfg(test)]
 pub(crate) mod tests;

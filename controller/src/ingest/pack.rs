@@ -13,11 +13,10 @@ use proto::ids::PackId;
 use proto::seal::{Opener, SealError, Sealer};
 use proto::v1::{PackEntry, PackIndex};
 
+use super::room::Room;
+
 /// Most bytes of a pack.
 pub const PACK_MAX: usize = 16 << 20;
-/// What is set aside for a pack. glibc gives pieces of more than 32 MiB a mapping of their own, of which only what is
-/// written is memory and all of which goes back at once; smaller ones would leave holes in its heaps.
-const ROOM: usize = (32 << 20) + (64 << 10);
 /// Most bytes of a pack that an earlier release wrote.
 pub const PACK_MAX_EVER: usize = 64 << 20;
 /// Bytes after the index frame.
@@ -30,7 +29,8 @@ const SEAL_MAX: usize = 256;
 
 /// A pack that is being filled.
 pub struct PackWriter {
-    bytes: Vec<u8>,
+    /// None while nothing is in it.
+    room: Option<Room>,
     index: PackIndex,
     index_bytes_max: usize,
 }
@@ -48,11 +48,7 @@ impl PackWriter {
     /// An empty pack of this checkpoint.
     pub fn new(checkpoint: &str) -> PackWriter {
         let index = PackIndex { checkpoint: checkpoint.into(), entries: Vec::new() };
-        PackWriter {
-            bytes: Vec::new(),
-            index,
-            index_bytes_max: HEADER_BYTES + FOOTER_BYTES + SEAL_MAX + checkpoint.len(),
-        }
+        PackWriter { room: None, index, index_bytes_max: HEADER_BYTES + FOOTER_BYTES + SEAL_MAX + checkpoint.len() }
     }
 
     /// Whether nothing is in it.
@@ -62,32 +58,34 @@ impl PackWriter {
 
     /// Whether a frame has room. One frame always has.
     pub fn fits(&self, frame_bytes: usize, section: &str) -> bool {
-        let after = self.bytes.len() + frame_bytes + self.index_bytes_max + ENTRY_MAX + section.len();
+        let after = self.bytes() + frame_bytes + self.index_bytes_max + ENTRY_MAX + section.len();
         self.is_empty() || after <= PACK_MAX
     }
 
     /// Appends a frame and returns its offset; `entry` says what it is.
     pub fn push(&mut self, frame: &[u8], entry: PackEntry) -> u64 {
-        if self.bytes.is_empty() {
-            self.bytes.reserve_exact(ROOM);
-        }
-        let offset = self.bytes.len() as u64;
+        let offset = self.bytes() as u64;
         self.index_bytes_max += ENTRY_MAX + entry.section.len();
         self.index.entries.push(PackEntry { offset, frame_bytes: frame.len() as u32, ..entry });
-        self.bytes.extend_from_slice(frame);
+        self.room.get_or_insert_with(Room::take).push(frame);
         offset
+    }
+
+    fn bytes(&self) -> usize {
+        self.room.as_ref().map_or(0, |room| room.bytes().len())
     }
 
     /// Appends index and footer, and names the pack.
     pub fn seal(self, sealer: &Sealer) -> Pack {
-        let PackWriter { mut bytes, index, .. } = self;
-        let offset = bytes.len() as u64;
-        let frame = sealer.seal(&frame::encode_message(Kind::PackIndex, &index));
-        bytes.extend_from_slice(&frame);
-        bytes.extend_from_slice(MAGIC);
-        bytes.extend_from_slice(&offset.to_le_bytes());
-        bytes.extend_from_slice(&(frame.len() as u64).to_le_bytes());
-        Pack { id: PackId(*blake3::hash(&bytes).as_bytes()), bytes: bytes.into() }
+        let offset = self.bytes() as u64;
+        let mut room = self.room.unwrap_or_else(Room::take);
+        let frame = sealer.seal(&frame::encode_message(Kind::PackIndex, &self.index));
+        room.push(&frame);
+        room.push(MAGIC);
+        room.push(&offset.to_le_bytes());
+        room.push(&(frame.len() as u64).to_le_bytes());
+        let id = PackId(*blake3::hash(room.bytes()).as_bytes());
+        Pack { id, bytes: Bytes::from_owner(room) }
     }
 }
 
@@ -221,5 +219,6 @@ mod tests {
         }
         let pack = writer.seal(&sealer());
         assert!(pack.bytes.len() <= PACK_MAX && pack.bytes.len() > PACK_MAX - (2 << 20), "{}", pack.bytes.len());
+        assert_eq!(pack.bytes.as_ptr().align_offset(4096), 0, "a disk takes it as it lies");
     }
 }
