@@ -8,6 +8,7 @@
 //! - [`capability`]: what a guest needs and a host has, how the two compare, and their names.
 //! - [`digest`]: what two sides of a transfer compare.
 //! - [`heap`], with the feature `rpc`: what a process that carries them does with freed buffers.
+//! - [`lane`], with it: calls that carry frames and do not copy them.
 //! - [`ids`]: identifiers that cannot be confused with each other.
 //! - [`status`]: what can go wrong, as a code that travels.
 //!
@@ -19,6 +20,8 @@ pub mod frame;
 #[cfg(feature = "rpc")]
 pub mod heap;
 pub mod ids;
+#[cfg(feature = "rpc")]
+pub mod lane;
 pub mod leaf;
 #[cfg(feature = "seal")]
 pub mod seal;

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use proto::status::Code;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, BufReader, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
@@ -34,6 +34,8 @@ pub const CONNECTION_WINDOW: u32 = 64 << 20;
 pub const HTTP_FRAME: u32 = 1 << 20;
 /// Largest gRPC message: a chunk of the largest section, or a manifest.
 pub const MESSAGE_MAX: usize = 260 << 20;
+/// The TLS library reads 4 KiB at a time; reading so many bytes ahead for it saves most of the system calls.
+const READ_AHEAD: usize = 64 << 10;
 /// Handshakes at the same time.
 const HANDSHAKES_MAX: usize = 256;
 
@@ -56,7 +58,7 @@ pub fn channel(tls: &Arc<Tls>, address: &str, peer: &Identity) -> Result<Channel
     })))
 }
 
-async fn connect(tls: &Tls, uri: &Uri, peer: &Identity) -> io::Result<client::TlsStream<TcpStream>> {
+async fn connect(tls: &Tls, uri: &Uri, peer: &Identity) -> io::Result<client::TlsStream<BufReader<TcpStream>>> {
     let (host, port) = (uri.host().unwrap_or_default(), uri.port_u16().unwrap_or(443));
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let config = tls.client(peer).map_err(io::Error::other)?;
@@ -64,12 +66,12 @@ async fn connect(tls: &Tls, uri: &Uri, peer: &Identity) -> io::Result<client::Tl
     tcp.set_nodelay(true)?;
     // The verifier looks at the SPIFFE identity; the name is only what the handshake must carry.
     let name = rustls::pki_types::ServerName::try_from("godwit").map_err(io::Error::other)?;
-    TlsConnector::from(config).connect(name, tcp).await
+    TlsConnector::from(config).connect(name, BufReader::with_capacity(READ_AHEAD, tcp)).await
 }
 
 /// An accepted connection whose peer is known.
 pub struct Accepted {
-    stream: server::TlsStream<TcpStream>,
+    stream: server::TlsStream<BufReader<TcpStream>>,
     identity: Identity,
 }
 
@@ -144,7 +146,7 @@ pub async fn accept(listener: TcpListener, tls: Arc<Tls>, accepted: mpsc::Sender
 
 async fn shake(tls: &Tls, tcp: TcpStream) -> io::Result<Accepted> {
     tcp.set_nodelay(true)?;
-    let stream = TlsAcceptor::from(tls.server()).accept(tcp).await?;
+    let stream = TlsAcceptor::from(tls.server()).accept(BufReader::with_capacity(READ_AHEAD, tcp)).await?;
     let leaf = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
     let identity = leaf.map(identity_of).transpose().map_err(io::Error::other)?;
     let identity = identity.ok_or_else(|| io::Error::other("no certificate"))?;

@@ -1,5 +1,6 @@
 //! Lanes of hosts. The answer's headers go out at once; the ticket decides afterwards where the lane goes.
 
+use proto::lane::Inbound;
 use proto::v1::Chunk;
 use proto::v1::lanes_server::Lanes;
 use tokio::sync::mpsc;
@@ -14,10 +15,12 @@ use crate::tls::Role;
 impl Lanes for Api {
     type LaneStream = ReceiverStream<Result<Chunk, Status>>;
 
-    async fn lane(&self, request: Request<Streaming<Chunk>>) -> Result<Response<Self::LaneStream>, Status> {
+    async fn lane(&self, mut request: Request<Streaming<Chunk>>) -> Result<Response<Self::LaneStream>, Status> {
         let identity = require(&request, Role::Host)?;
         let (outgoing, back) = mpsc::channel(LANE_DEPTH);
-        let (routes, incoming) = (self.routes.clone(), request.into_inner());
+        let incoming = Inbound::take(request.extensions_mut());
+        let incoming = incoming.ok_or_else(|| Status::internal("a lane without a body"))?;
+        let routes = self.routes.clone();
         tokio::spawn(async move { routes.serve(identity, incoming, outgoing).await });
         Ok(Response::new(ReceiverStream::new(back)))
     }

@@ -23,6 +23,7 @@ mod visits;
 
 use std::sync::Arc;
 
+use proto::lane::Aside;
 use proto::status::Code;
 use proto::v1::control_server::ControlServer;
 use proto::v1::fleet_server::FleetServer;
@@ -75,7 +76,7 @@ impl Api {
         services
             .add_service(ControlServer::new(self.clone()).max_decoding_message_size(link::MESSAGE_MAX))
             .add_service(FleetServer::new(self.clone()).max_decoding_message_size(APPEND_BYTES_MAX))
-            .add_service(LanesServer::new(self.clone()).max_decoding_message_size(link::MESSAGE_MAX));
+            .add_service(Aside::new(LanesServer::new(self.clone()), link::MESSAGE_MAX));
         services.routes()
     }
 }

@@ -14,9 +14,12 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::Bytes;
 
+use super::room::Room;
 use super::{BucketError, OBJECT_BYTES_MAX, Object, PutNew, uncached};
 use crate::ledger::saved::to_hex;
 
+/// Larger objects are packs: read into the memory that is set aside for them.
+const PACK_LEAST: u64 = 4 << 20;
 const UNFINISHED: &str = ".tmp";
 /// How old a file is that nobody writes any more.
 const ABANDONED: Duration = Duration::from_secs(3600);
@@ -156,11 +159,21 @@ impl FileBucket {
     pub(super) fn get(&self, key: &str) -> Result<Bytes, BucketError> {
         let io = |source| self.failed(key, source);
         let path = self.root.join(key);
-        let bytes = fs::metadata(&path).map_err(io)?.len();
+        let file = File::open(path).map_err(io)?;
+        let bytes = file.metadata().map_err(io)?.len();
         if bytes > OBJECT_BYTES_MAX {
             return Err(BucketError::Large { key: key.into(), bytes });
         }
-        fs::read(&path).map(Bytes::from).map_err(io)
+        // No more than that, should somebody write there.
+        let mut file = file.take(bytes);
+        if bytes >= PACK_LEAST {
+            let mut room = Room::take();
+            room.read(file).map_err(io)?;
+            return Ok(Bytes::from_owner(room));
+        }
+        let mut object = Vec::with_capacity(bytes as usize);
+        file.read_to_end(&mut object).map_err(io)?;
+        Ok(object.into())
     }
 
     pub(super) fn get_range(&self, key: &str, offset: u64, bytes: usize) -> Result<Bytes, BucketError> {

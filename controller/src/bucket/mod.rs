@@ -6,9 +6,10 @@
 //! named is in [`settings`]. This room does not know what the objects mean and checks no hash of theirs; who reads does.
 
 pub(crate) mod file;
+pub(crate) mod room;
 mod s3;
 pub mod settings;
-pub(crate) mod uncached;
+mod uncached;
 
 use std::time::{Duration, Instant};
 

@@ -24,7 +24,6 @@ pub mod packs;
 pub mod read;
 pub mod receive;
 pub mod relay;
-pub mod room;
 pub mod supply;
 #[cfg(test)]
 pub(crate) mod tests;

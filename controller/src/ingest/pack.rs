@@ -13,7 +13,7 @@ use proto::ids::PackId;
 use proto::seal::{Opener, SealError, Sealer};
 use proto::v1::{PackEntry, PackIndex};
 
-use super::room::Room;
+use crate::bucket::room::Room;
 
 /// Most bytes of a pack.
 pub const PACK_MAX: usize = 16 << 20;

@@ -164,4 +164,4 @@ fn differing_parts(ours: &v1::MachineDigest, theirs: &v1::MachineDigest) -> Vec<
     parts
 }
 
-pub use link::{Aside, Inbound, Phase, Receiver, Replies, read_hello, refusal, send, tune_endpoint, tune_server};
+pub use link::{Phase, Receiver, Replies, read_hello, refusal, send, tune_endpoint, tune_server};

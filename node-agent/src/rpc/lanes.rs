@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use proto::lane::Inbound;
 use proto::status::Code;
 use proto::v1::lanes_server::Lanes;
 use proto::v1::{Chunk, Hello};
@@ -14,7 +15,7 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::caller;
-use crate::migration::{Failure, Inbound, Receiver, Replies, read_hello, refusal};
+use crate::migration::{Failure, Receiver, Replies, read_hello, refusal};
 use crate::tls::Identity;
 use crate::vm::{Message, Vms};
 

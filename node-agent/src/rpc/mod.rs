@@ -16,6 +16,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use proto::lane::Aside;
 use proto::status::Code;
 use proto::v1::agent_server::AgentServer;
 use proto::v1::lanes_server::LanesServer;
@@ -26,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::{Request, Status};
 
-use crate::migration::{Aside, Failure, MESSAGE_BYTES_MAX, tune_server};
+use crate::migration::{Failure, MESSAGE_BYTES_MAX, tune_server};
 use crate::tls::{Identity, Peer, PeerStream, Tls};
 use crate::vm::Vms;
 
@@ -74,7 +75,7 @@ pub async fn serve(
     let lanes = LanesServer::new(lanes::LanesService::new(vms))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    let lanes = Aside(lanes);
+    let lanes = Aside::new(lanes, MESSAGE_BYTES_MAX);
     let (greeted, incoming) = mpsc::channel(HANDSHAKES_MAX);
     let accepting = tokio::spawn(accept(listener, tls, greeted, shutdown.clone()));
     let served = tune_server(Server::builder())

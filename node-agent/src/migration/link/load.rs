@@ -5,14 +5,13 @@
 //! lanes and rounds.
 
 use proto::frame::{self, Encoding, HEADER_BYTES, PAGES_PREFIX_BYTES, PageRun};
+use proto::lane;
 use proto::leaf::Leaf;
 use proto::seal::Sealer;
 use vmcb_engine::memory::PAGE_BYTES;
 use vmcb_engine::memory::digest::{PageDigests, ZERO_LEAF};
 use vmcb_engine::memory::shared::Run;
 use vmcb_engine::transfer::runs::Sealed;
-
-use super::envelope;
 
 /// Frames in their envelopes, one after the other.
 #[derive(Debug, PartialEq, Eq)]
@@ -80,7 +79,7 @@ impl Load {
     }
 
     fn append(&mut self, sealed: &[u8], run: &PageRun) {
-        envelope::begin(sealed.len(), &mut self.bytes);
+        lane::begin(sealed.len(), &mut self.bytes);
         self.bytes.extend_from_slice(sealed);
         self.frames += 1;
         self.frame_bytes += sealed.len() as u64;
@@ -123,7 +122,7 @@ mod tests {
     fn batch(fill: &[u8]) -> Sealed {
         let bank = Bank::new(fill.len() as u64);
         (0..).zip(fill).for_each(|(page, fill)| bank.write(page, &[*fill; 4096], 1));
-        let mut batch = Batch::new(Vec::new(), envelope::begin);
+        let mut batch = Batch::new(Vec::new(), lane::begin);
         batch.push(0, &bank.shared(), Run { first: 0, pages: bank.pages }, None, |_| false).unwrap();
         batch.seal()
     }

@@ -3,7 +3,6 @@
 //! - [`send`]: the source's driver, one task; [`workers`]: threads that read, hash and queue pages, one a lane.
 //! - [`Receiver`]: the target's driver; one thread a lane checks and writes pages, in the order of the lane.
 //! - [`load`]: what goes out in one go; for a checkpoint without what the target has, and sealed.
-//! - [`envelope`]: what the call puts around a frame, so that frames leave without being copied; [`inbound`]: how it comes off.
 //! - [`pace`]: how long a thread must wait so that all lanes together keep to a bandwidth.
 //!
 //! ```text
@@ -12,8 +11,6 @@
 //! A page is copied into its frame once and never again on our side; a queue holds a few batches of frames, so that memory
 //! stays bounded and a slow lane only slows itself. It refuses to decide anything that the machines can decide.
 
-mod envelope;
-mod inbound;
 mod load;
 mod pace;
 mod receive;
@@ -24,6 +21,7 @@ mod workers;
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use proto::status::Code;
 use proto::v1::{Chunk, Hello};
 use tokio_stream::{Stream, StreamExt};
@@ -32,7 +30,6 @@ use tonic::transport::{Endpoint, Server};
 
 use super::Failure;
 use super::message::Message;
-pub use inbound::{Aside, Inbound};
 pub use receive::{Phase, Receiver, Replies};
 pub use send::send;
 
@@ -48,6 +45,11 @@ const FRAME_BYTES: u32 = 512 << 10;
 /// keep a guest standing.
 const SILENCE: Duration = Duration::from_secs(3);
 const ANSWER: Duration = Duration::from_secs(10);
+
+/// A message in its frame in its envelope.
+fn say(message: Message) -> Bytes {
+    proto::lane::enclose(&message.encode())
+}
 
 /// Settings of a channel that carries a lane.
 pub fn tune_endpoint(endpoint: Endpoint) -> Endpoint {

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use proto::lane::{Posting, enclose};
 use proto::seal::{DataKey, Sealer};
 use proto::status::Code;
 use proto::v1::lanes_client::LanesClient;
@@ -13,16 +14,16 @@ use proto::v1::transfer_event::Event;
 use proto::v1::{self, BaseLeaves, Hello, Section, SendRequest, StateEnd, TransferEvent, TransferProgress};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use vmcb_engine::memory::PAGE_BYTES;
 use vmcb_engine::memory::digest::PageDigests;
 use vmcb_engine::snapshot::{machine_digest, state_digest};
 
-use super::envelope::{Posting, enclose, enclose_frame};
 use super::pace::Pace;
-use super::words;
 use super::workers::{Outgoing, Round, blocking};
+use super::{say, words};
 use crate::migration::message::Message;
 use crate::migration::source::{Effect, HandedOver, Input, Plan, Source, Step};
 use crate::migration::{Base, Failure, MESSAGE_BYTES_MAX, PROTOCOL, Sent, SourceVm, Spaces, THROTTLE_REPEAT};
@@ -189,8 +190,8 @@ impl<V: SourceVm> Driver<V> {
                 base: request.base.clone(),
                 wants_leaves: !request.base.is_empty() && base.is_none(),
             };
-            queue.try_send(enclose(Message::Hello(hello))).expect("the queue is new and has room");
-            let outbound = Posting::new(channel, waiting);
+            queue.try_send(say(Message::Hello(hello))).expect("the queue is new and has room");
+            let outbound = Posting::new(channel, ReceiverStream::new(waiting));
             let (inputs, outgoing) = (self.to_inputs.clone(), Arc::clone(&self.outgoing));
             self.lanes.push(queue);
             self.listeners.push(tokio::spawn(async move {
@@ -280,7 +281,7 @@ impl<V: SourceVm> Driver<V> {
             Effect::AbortTarget(failure) => {
                 self.outgoing.over.store(true, Ordering::Relaxed);
                 if let Some(lane) = self.lanes.first() {
-                    let farewell = enclose(Message::Abort(failure.into()));
+                    let farewell = say(Message::Abort(failure.into()));
                     let _ = tokio::time::timeout(FAREWELL, lane.send(farewell)).await;
                 }
                 None
@@ -350,11 +351,11 @@ impl<V: SourceVm> Driver<V> {
         let frame = |section| {
             let frame = Message::Section(section).encode();
             match &self.outgoing.sealer {
-                Some(sealer) => enclose_frame(&sealer.seal(&frame)),
-                None => enclose_frame(&frame),
+                Some(sealer) => enclose(&sealer.seal(&frame)),
+                None => enclose(&frame),
             }
         };
-        let frames = sections.into_iter().map(frame).chain([enclose(Message::StateEnd(end))]);
+        let frames = sections.into_iter().map(frame).chain([say(Message::StateEnd(end))]);
         for frame in frames {
             if self.lanes[0].send(frame).await.is_err() {
                 give_way().await;
@@ -441,7 +442,12 @@ fn cancelled() -> Input {
 }
 
 /// Opens a lane and turns what comes back into inputs, until it ends; returns how.
-async fn listen(lane: u32, outbound: Posting, outgoing: &Outgoing, inputs: &mpsc::UnboundedSender<Input>) -> Failure {
+async fn listen(
+    lane: u32,
+    outbound: Posting<ReceiverStream<Bytes>>,
+    outgoing: &Outgoing,
+    inputs: &mpsc::UnboundedSender<Input>,
+) -> Failure {
     let lost = |what: &str, status: &tonic::Status| {
         let text = format!("lane {lane} {what}: {}", words(status));
         let code = if status.code() == tonic::Code::PermissionDenied { Code::Denied } else { Code::Unreachable };

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use proto::lane::{self, Buffers};
 use proto::seal::Sealer;
 use proto::status::Code;
 use proto::v1::{BaseLeaves, RoundEnd};
@@ -18,10 +19,9 @@ use vmcb_engine::memory::digest::{PageDigests, ZERO_LEAF};
 use vmcb_engine::memory::shared::{PagesError, Run};
 use vmcb_engine::transfer::runs::{self, Batch, PIECE_PAGES};
 
-use super::envelope::{self, Buffers};
 use super::load::{Load, with_holes};
 use super::pace::Pace;
-use super::words;
+use super::{say, words};
 use crate::migration::message::Message;
 use crate::migration::source::RoundTotals;
 use crate::migration::{Failure, Spaces};
@@ -166,7 +166,7 @@ impl Outgoing {
         }
         totals.zero_pages = totals.pages - data_pages;
         let end = RoundEnd { round: round.number, frames, last: round.last };
-        lane.blocking_send(envelope::enclose(Message::RoundEnd(end))).map_err(lost)?;
+        lane.blocking_send(say(Message::RoundEnd(end))).map_err(lost)?;
         Ok(totals)
     }
 
@@ -182,7 +182,7 @@ impl Outgoing {
             };
             pieces.iter().map(of).collect()
         };
-        let mut batch = Batch::new(self.buffers.take(), envelope::begin);
+        let mut batch = Batch::new(self.buffers.take(), lane::begin);
         for ((space, run), zero_there) in pieces.iter().zip(&zero_there) {
             let is_zero_there = |page: u64| zero_there[(page - run.first) as usize];
             let pages = &self.spaces[usize::from(*space)];

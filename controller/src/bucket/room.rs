@@ -1,13 +1,14 @@
-//! The memory of packs: pieces as large as a pack that are used again and again while packs are made, and go back to the
-//! host when none is.
+//! The memory of packs: pieces as large as a pack that are used again and again while packs are made or read, and go back
+//! to the host when none is.
 //!
 //! A piece that the host gives anew costs a page fault for every page that is written, an eighth of what taking in a
 //! checkpoint costs. glibc keeps no piece of this size without holes in its heaps, so a few are kept here. Each begins where
 //! a disk's block does ([`uncached`]), so that packs are written as they lie. Nothing of what was in a piece is seen again.
 
+use std::io::{self, Read};
 use std::sync::{Mutex, PoisonError};
 
-use crate::bucket::uncached;
+use super::uncached;
 
 /// glibc gives pieces of more than 32 MiB a mapping of their own, of which only what is written is memory, and all of which
 /// goes back at once.
@@ -48,6 +49,14 @@ impl Room {
         &self.buffer[self.begin..]
     }
 
+    /// Appends all that comes.
+    ///
+    /// # Errors
+    /// Those of the reader.
+    pub fn read(&mut self, mut from: impl Read) -> io::Result<usize> {
+        from.read_to_end(&mut self.buffer)
+    }
+
     /// Appends.
     pub fn push(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
@@ -85,8 +94,8 @@ mod tests {
         for byte in 1..10 {
             let mut room = Room::take();
             assert!(room.bytes().is_empty());
-            room.push(&[byte; 5000]);
-            room.push(&[byte; 12 << 20]);
+            room.read(&[byte; 5000][..]).unwrap();
+            room.push(&vec![byte; 12 << 20]);
             assert!(room.bytes().len() == 5000 + (12 << 20) && room.bytes().iter().all(|it| *it == byte));
             assert_eq!(room.bytes().as_ptr().align_offset(4096), 0);
         }

@@ -12,19 +12,18 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf, Bytes};
 use http_body::Body as _;
 use prost::Message as _;
-use proto::v1::Chunk;
-use tokio_stream::Stream;
+use prost::bytes::{Buf, Bytes};
 use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::Service;
 use tonic::codegen::http::{Extensions, Request, Response};
+use tonic::codegen::tokio_stream::Stream;
 use tonic::server::NamedService;
 
 use super::envelope::{Buffers, TAG};
-use crate::migration::MESSAGE_BYTES_MAX;
+use crate::v1::Chunk;
 
 /// Bytes of gRPC's flag and length.
 const PREFIX_BYTES: usize = 5;
@@ -33,10 +32,23 @@ const LARGE_BYTES: usize = 64 << 10;
 
 /// A service whose calls find their body in the extensions of the request ([`Inbound::take`]).
 #[derive(Clone, Debug)]
-pub struct Aside<S>(pub S);
+pub struct Aside<S> {
+    service: S,
+    bytes_max: usize,
+}
 
 #[derive(Clone)]
-struct Laid(Arc<Mutex<Option<Body>>>);
+struct Laid {
+    body: Arc<Mutex<Option<Body>>>,
+    bytes_max: usize,
+}
+
+impl<S> Aside<S> {
+    /// Messages are to have at most so many bytes.
+    pub fn new(service: S, bytes_max: usize) -> Self {
+        Self { service, bytes_max }
+    }
+}
 
 impl<S> Service<Request<Body>> for Aside<S>
 where
@@ -47,13 +59,14 @@ where
     type Future = S::Future;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.0.poll_ready(context)
+        self.service.poll_ready(context)
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let (mut parts, body) = request.into_parts();
-        parts.extensions.insert(Laid(Arc::new(Mutex::new(Some(body)))));
-        self.0.call(Request::from_parts(parts, Body::empty()))
+        let laid = Laid { body: Arc::new(Mutex::new(Some(body))), bytes_max: self.bytes_max };
+        parts.extensions.insert(laid);
+        self.service.call(Request::from_parts(parts, Body::empty()))
     }
 }
 
@@ -64,6 +77,7 @@ impl<S: NamedService> NamedService for Aside<S> {
 /// The messages of one call, in order.
 pub struct Inbound {
     body: Body,
+    bytes_max: usize,
     piece: Bytes,
     prefix: Vec<u8>,
     /// The message that is being gathered, and how long it will be.
@@ -76,13 +90,13 @@ impl Inbound {
     /// What the caller sends; `None` if the service is not [`Aside`], or it was taken before.
     pub fn take(extensions: &mut Extensions) -> Option<Inbound> {
         let laid = extensions.remove::<Laid>()?;
-        let body = laid.0.lock().unwrap_or_else(PoisonError::into_inner).take()?;
-        Some(Self::of(body))
+        let body = laid.body.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        Some(Self::of(body, laid.bytes_max))
     }
 
-    fn of(body: Body) -> Inbound {
+    fn of(body: Body, bytes_max: usize) -> Inbound {
         let prefix = Vec::with_capacity(PREFIX_BYTES);
-        Inbound { body, piece: Bytes::new(), prefix, message: None, buffers: Arc::default(), over: false }
+        Inbound { body, bytes_max, piece: Bytes::new(), prefix, message: None, buffers: Arc::default(), over: false }
     }
 
     /// Takes in as much of the piece as belongs to one message; returns the message if that completes it, and otherwise leaves
@@ -96,8 +110,8 @@ impl Inbound {
             if flag != 0 {
                 return Err(Status::unimplemented("messages of lanes are not compressed"));
             }
-            if bytes > MESSAGE_BYTES_MAX {
-                let text = format!("a message of {bytes} bytes; {MESSAGE_BYTES_MAX} are the most");
+            if bytes > self.bytes_max {
+                let text = format!("a message of {bytes} bytes; {} are the most", self.bytes_max);
                 return Err(Status::out_of_range(text));
             }
             self.prefix.clear();
@@ -163,10 +177,12 @@ impl Stream for Inbound {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use tokio_stream::StreamExt;
+    use tonic::codegen::tokio_stream::StreamExt;
 
     use super::*;
-    use crate::migration::link::envelope::enclose_frame;
+    use crate::lane::enclose;
+
+    const BYTES_MAX: usize = 10 << 20;
 
     struct Pieces(std::vec::IntoIter<Bytes>);
 
@@ -190,7 +206,7 @@ mod tests {
             .into_iter()
             .map(|end| Bytes::copy_from_slice(&bytes[std::mem::replace(&mut from, end)..end]))
             .collect();
-        let mut inbound = Inbound::of(Body::new(Pieces(pieces.into_iter())));
+        let mut inbound = Inbound::of(Body::new(Pieces(pieces.into_iter())), BYTES_MAX);
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(async {
             let mut frames = Vec::new();
@@ -215,14 +231,14 @@ mod tests {
             missing in 0..30usize,
         ) {
             let sent: Vec<Vec<u8>> = sizes.iter().enumerate().map(|(at, size)| vec![at as u8 + 1; *size]).collect();
-            let whole: Vec<u8> = sent.iter().flat_map(|frame| enclose_frame(frame)).collect();
+            let whole: Vec<u8> = sent.iter().flat_map(|frame| enclose(frame)).collect();
             let (frames, failed) = read(&whole, &cuts);
             prop_assert!(failed.is_none(), "{failed:?}");
             prop_assert_eq!(&frames, &sent);
             let cut = &whole[..whole.len().saturating_sub(missing)];
             let (frames, failed) = read(cut, &cuts);
             prop_assert!(sent.starts_with(&frames.iter().map(|f| f.to_vec()).collect::<Vec<_>>()));
-            let complete: usize = frames.iter().map(|frame| enclose_frame(frame).len()).sum();
+            let complete: usize = frames.iter().map(|frame| enclose(frame).len()).sum();
             prop_assert_eq!(failed.is_some(), complete < cut.len());
         }
 
@@ -247,7 +263,7 @@ mod tests {
 
     /// Where the frame of each message lies, one after the other, each dropped before the next is asked for.
     fn addresses(pieces: Vec<Bytes>) -> Vec<*const u8> {
-        let mut inbound = Inbound::of(Body::new(Pieces(pieces.into_iter())));
+        let mut inbound = Inbound::of(Body::new(Pieces(pieces.into_iter())), BYTES_MAX);
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(async {
             let mut addresses = Vec::new();
@@ -260,7 +276,7 @@ mod tests {
 
     #[test]
     fn buffers_of_large_messages_are_used_again() {
-        let whole = enclose_frame(&vec![3; LARGE_BYTES]);
+        let whole = enclose(&vec![3; LARGE_BYTES]);
         let halves = || [whole.slice(..LARGE_BYTES / 2), whole.slice(LARGE_BYTES / 2..)];
         let found = addresses([halves(), halves()].concat());
         assert!(found.len() == 2 && found[0] == found[1], "{found:?}");
@@ -268,7 +284,7 @@ mod tests {
 
     #[test]
     fn what_came_in_one_piece_is_passed_on_as_it_lies() {
-        let whole = Bytes::from([enclose_frame(&vec![3; LARGE_BYTES]), enclose_frame(&[4])].concat());
+        let whole = Bytes::from([enclose(&vec![3; LARGE_BYTES]), enclose(&[4])].concat());
         let range = whole.as_ptr_range();
         let found = addresses(vec![whole.clone()]);
         assert!(found.len() == 2 && found.iter().all(|address| range.contains(address)), "{found:?}");

@@ -12,23 +12,21 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 
-use bytes::Bytes;
 use http_body::Frame;
-use tokio::sync::mpsc;
+use prost::bytes::Bytes;
 use tonic::body::Body;
 use tonic::codegen::Service;
 use tonic::codegen::http::{Request, Response};
+use tonic::codegen::tokio_stream::Stream;
 use tonic::transport::Channel;
-use vmcb_engine::memory::PAGE_BYTES;
-use vmcb_engine::transfer::runs::PIECE_PAGES;
 
-use crate::migration::message::Message;
+use crate::frame::PAGE_BYTES;
 
 /// Tag of `Chunk.frame`: field 1, length-delimited.
-pub const TAG: u8 = 1 << 3 | 2;
+pub(super) const TAG: u8 = 1 << 3 | 2;
 
-/// Room for the pages of a batch, and for a header and an envelope for each of them.
-const BUFFER_BYTES: usize = PIECE_PAGES as usize * (PAGE_BYTES as usize + 80);
+/// What a new buffer has room for: a batch of 64 pages, and a header and an envelope for each of them.
+const BUFFER_BYTES: usize = 64 * (PAGE_BYTES + 80);
 
 /// Appends what precedes a frame of so many bytes.
 pub fn begin(frame_bytes: usize, into: &mut Vec<u8>) {
@@ -51,33 +49,28 @@ pub fn begin(frame_bytes: usize, into: &mut Vec<u8>) {
     into.extend_from_slice(&length[..used]);
 }
 
-/// A message in its frame in its envelope.
-pub fn enclose(message: Message) -> Bytes {
-    enclose_frame(&message.encode())
-}
-
 /// A frame in its envelope.
-pub fn enclose_frame(frame: &[u8]) -> Bytes {
+pub fn enclose(frame: &[u8]) -> Bytes {
     let mut bytes = Vec::with_capacity(frame.len() + 16);
     begin(frame.len(), &mut bytes);
     bytes.extend_from_slice(frame);
     bytes.into()
 }
 
-/// A channel whose one call has the body that the queue brings. It ends when all senders of the queue are gone.
-pub struct Posting {
+/// A channel whose one call has the body that a stream of finished envelopes brings, and ends where that ends.
+pub struct Posting<S> {
     channel: Channel,
-    body: Option<Queue>,
+    body: Option<Letters<S>>,
 }
 
-impl Posting {
-    /// The call goes over this channel and takes its body, finished envelopes, from this queue.
-    pub fn new(channel: Channel, queue: mpsc::Receiver<Bytes>) -> Self {
-        Self { channel, body: Some(Queue(queue)) }
+impl<S> Posting<S> {
+    /// The call goes over this channel and takes its body from here.
+    pub fn new(channel: Channel, envelopes: S) -> Self {
+        Self { channel, body: Some(Letters(envelopes)) }
     }
 }
 
-impl Service<Request<Body>> for Posting {
+impl<S: Stream<Item = Bytes> + Send + Unpin + 'static> Service<Request<Body>> for Posting<S> {
     type Response = Response<Body>;
     type Error = <Channel as Service<Request<Body>>>::Error;
     type Future = <Channel as Service<Request<Body>>>::Future;
@@ -92,9 +85,9 @@ impl Service<Request<Body>> for Posting {
     }
 }
 
-struct Queue(mpsc::Receiver<Bytes>);
+struct Letters<S>(S);
 
-impl http_body::Body for Queue {
+impl<S: Stream<Item = Bytes> + Unpin> http_body::Body for Letters<S> {
     type Data = Bytes;
     type Error = Infallible;
 
@@ -102,7 +95,7 @@ impl http_body::Body for Queue {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        self.0.poll_recv(context).map(|bytes| bytes.map(|bytes| Ok(Frame::data(bytes))))
+        Pin::new(&mut self.0).poll_next(context).map(|bytes| bytes.map(|bytes| Ok(Frame::data(bytes))))
     }
 }
 
@@ -142,9 +135,10 @@ impl Drop for Lent {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use prost::Message as _;
-    use proto::v1::{Chunk, RoundAck};
+
+    use super::*;
+    use crate::v1::Chunk;
 
     #[test]
     fn an_envelope_is_what_an_encoder_would_write() {
@@ -157,9 +151,8 @@ mod tests {
             assert_eq!(enclosed[..5], [&[0], &(message.len() as u32).to_be_bytes()[..]].concat());
             assert!(enclosed[5..] == message, "{bytes}");
         }
-        let ack = Message::RoundAck(RoundAck { round: 3 });
-        let chunk = Chunk::decode(&enclose(ack.clone())[5..]).unwrap();
-        assert_eq!(Message::decode(&chunk.frame), Ok(ack));
+        let frame = [1, 2, 3];
+        assert_eq!(Chunk::decode(&enclose(&frame)[5..]).unwrap().frame, &frame[..]);
     }
 
     #[test]
