@@ -177,7 +177,6 @@ impl Stream for Inbound {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use tonic::codegen::tokio_stream::StreamExt;
 
     use super::*;
     use crate::lane::enclose;
@@ -207,20 +206,26 @@ mod tests {
             .map(|end| Bytes::copy_from_slice(&bytes[std::mem::replace(&mut from, end)..end]))
             .collect();
         let mut inbound = Inbound::of(Body::new(Pieces(pieces.into_iter())), BYTES_MAX);
-        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        runtime.block_on(async {
-            let mut frames = Vec::new();
-            while let Some(next) = inbound.next().await {
-                match next {
-                    Ok(chunk) => frames.push(chunk.frame),
-                    Err(status) => {
-                        assert!(inbound.next().await.is_none(), "an error is the last word");
-                        return (frames, Some(status));
-                    }
+        let mut frames = Vec::new();
+        while let Some(next) = next(&mut inbound) {
+            match next {
+                Ok(chunk) => frames.push(chunk.frame),
+                Err(status) => {
+                    assert!(self::next(&mut inbound).is_none(), "an error is the last word");
+                    return (frames, Some(status));
                 }
             }
-            (frames, None)
-        })
+        }
+        (frames, None)
+    }
+
+    /// The next message; all pieces are there already.
+    fn next(inbound: &mut Inbound) -> Option<Result<Chunk, Status>> {
+        let mut context = Context::from_waker(std::task::Waker::noop());
+        match Pin::new(inbound).poll_next(&mut context) {
+            Poll::Ready(next) => next,
+            Poll::Pending => panic!("it waits for nothing"),
+        }
     }
 
     proptest! {
@@ -264,14 +269,11 @@ mod tests {
     /// Where the frame of each message lies, one after the other, each dropped before the next is asked for.
     fn addresses(pieces: Vec<Bytes>) -> Vec<*const u8> {
         let mut inbound = Inbound::of(Body::new(Pieces(pieces.into_iter())), BYTES_MAX);
-        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        runtime.block_on(async {
-            let mut addresses = Vec::new();
-            while let Some(chunk) = inbound.next().await {
-                addresses.push(chunk.unwrap().frame.as_ptr());
-            }
-            addresses
-        })
+        let mut addresses = Vec::new();
+        while let Some(chunk) = next(&mut inbound) {
+            addresses.push(chunk.unwrap().frame.as_ptr());
+        }
+        addresses
     }
 
     #[test]
