@@ -390,13 +390,21 @@ impl Ticks {
 ///
 /// # Panics
 /// It does not come in [`PATIENCE`].
-pub fn wait<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+pub fn wait<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
+    wait_for(PATIENCE, what, condition)
+}
+
+/// Waits for a condition that may take so long.
+///
+/// # Panics
+/// It does not come.
+pub fn wait_for<T>(patience: Duration, what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + patience;
     loop {
         if let Some(value) = condition() {
             return value;
         }
-        assert!(Instant::now() < deadline, "waited {PATIENCE:?} for {what}");
+        assert!(Instant::now() < deadline, "waited {patience:?} for {what}");
         std::thread::sleep(POLL);
     }
 }

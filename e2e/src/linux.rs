@@ -4,8 +4,12 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::Duration;
 
-use crate::cluster::{Cluster, wait};
+use crate::cluster::{Cluster, wait_for};
+
+/// How long the guest may take for something, on an emulated host too.
+const PATIENCE: Duration = Duration::from_secs(240);
 
 /// The files of `deploy/guest`.
 #[derive(Clone, Debug)]
@@ -77,7 +81,7 @@ pub fn count(cluster: &Cluster, vm: &str) -> Option<u64> {
 /// It does not, or something is wrong with it.
 pub fn goes_on(cluster: &Cluster, vm: &str) -> u64 {
     let before = count(cluster, vm).unwrap_or(0);
-    let now = wait("Linux to go on counting", || count(cluster, vm).filter(|now| *now >= before + 3));
+    let now = wait_for(PATIENCE, "Linux to go on counting", || count(cluster, vm).filter(|now| *now >= before + 3));
     let console = cluster.console(vm);
     for trouble in ["DAMAGED", "BUG:", "Oops", "panic", "I/O error", "Call Trace"] {
         assert!(!console.contains(trouble), "{trouble} in:\n{console}");
@@ -95,7 +99,7 @@ pub fn asked<T>(cluster: &Cluster, vm: &str, line: &str, answered: impl Fn(&str)
     let mut console = console.expect("ctl can be run");
     let mut keys = console.stdin.take().expect("stdin is piped");
     keys.write_all(format!("{line}\n").as_bytes()).expect("ctl reads its input");
-    let answer = wait(&format!("{vm} to answer {line:?}"), || answered(&cluster.console(vm)));
+    let answer = wait_for(PATIENCE, &format!("{vm} to answer {line:?}"), || answered(&cluster.console(vm)));
     console.kill().expect("ctl is running");
     console.wait().expect("ctl ends");
     answer

@@ -23,4 +23,4 @@ mod tests;
 pub use atom::{Atom, CpuidRegister, Place, Rule};
 pub use compare::{Difference, Line, Unknown, Withheld};
 pub use failing::Failing;
-pub use set::{BadSet, CapabilitySet, Facts};
+pub use set::{BadSet, CapabilitySet, Facts, same_rate};

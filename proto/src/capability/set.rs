@@ -18,7 +18,7 @@ pub struct Facts {
     pub phys_bits: u32,
     /// Linear address bits, compared likewise.
     pub linear_bits: u32,
-    /// TSC rate; equal unless the host scales.
+    /// TSC rate; equal, as [`same_rate`] has it, unless the host scales.
     pub tsc_khz: u64,
     /// The host can run guests at another rate.
     pub tsc_scaling: bool,
@@ -26,6 +26,15 @@ pub struct Facts {
     pub engines: BTreeSet<String>,
     /// MSRs that a restore sets, or that the host can set.
     pub msrs: BTreeSet<u32>,
+}
+
+/// Two rates that differ by no more are one: hosts measure their own TSC when they boot, and no two measure the same. KVM takes
+/// so much for equal, too (`tsc_tolerance_ppm`, KVM API 4.55).
+const TSC_TOLERANCE_PPM: u64 = 250;
+
+/// Whether a guest whose TSC runs at one rate is well served by a TSC that runs at the other.
+pub fn same_rate(guest_khz: u64, host_khz: u64) -> bool {
+    u128::from(guest_khz.abs_diff(host_khz)) * 1_000_000 <= u128::from(host_khz) * u128::from(TSC_TOLERANCE_PPM)
 }
 
 /// What a guest needs or a host has.
@@ -138,7 +147,7 @@ impl CapabilitySet {
         for (which, guest, host) in widths.into_iter().filter(|(_, guest, host)| guest > host) {
             failing.push(Failing::AddressBits { which, guest, host });
         }
-        if guest.tsc_khz != host.tsc_khz && !host.tsc_scaling {
+        if !same_rate(guest.tsc_khz, host.tsc_khz) && !host.tsc_scaling {
             failing.push(Failing::TscRate { guest: guest.tsc_khz, host: host.tsc_khz });
         }
         if guest.engines.is_disjoint(&host.engines) {

@@ -158,3 +158,18 @@ fn a_set_in_words_names_every_bit() {
     let word = set(3, &[]).atoms.iter().find(|atom| (atom.leaf, atom.register) == (7, Ebx)).unwrap().value;
     assert_eq!(line("CPUID 0000_0007.0 EBX").len(), word.count_ones() as usize);
 }
+
+#[test]
+fn rates_that_hosts_measured_of_one_crystal_are_one() {
+    let tsc = |khz| {
+        let mut host = set(1, &[]);
+        host.facts.tsc_khz = khz;
+        host
+    };
+    let guest = tsc(2_600_000);
+    assert_eq!(guest.failing_on(&tsc(2_600_000 + 649)), []);
+    assert_eq!(guest.failing_on(&tsc(2_600_000 - 649)), []);
+    let slower = guest.failing_on(&tsc(2_600_000 - 651));
+    assert!(matches!(slower[..], [Failing::TscRate { guest: 2_600_000, host: 2_599_349 }]), "{slower:?}");
+    assert!(!same_rate(1, 0) && same_rate(0, 0) && !same_rate(u64::MAX, 1) && same_rate(u64::MAX, u64::MAX));
+}

@@ -16,7 +16,9 @@ pub mod x86_64;
 #[cfg(test)]
 mod tests;
 
-pub use proto::capability::{Atom, BadSet, CapabilitySet, CpuidRegister, Facts, Failing, Place, Rule, names};
+pub use proto::capability::{
+    Atom, BadSet, CapabilitySet, CpuidRegister, Facts, Failing, Place, Rule, names, same_rate,
+};
 
 use self::x86_64::Level;
 use crate::cpu::CpuState;

@@ -22,7 +22,7 @@ use super::time::Time;
 use super::vm::Vm;
 use super::xsave::Layout;
 use super::{Refusal, events, lapic, no_memory, refused, registers};
-use crate::capability::{CpuModel, Topology};
+use crate::capability::{CpuModel, Topology, same_rate};
 use crate::cpu::{CpuState, RunState};
 use crate::engine::{LoadError, StoreError};
 use crate::vmcb::check::refusal;
@@ -204,7 +204,7 @@ fn run_state(state: kvm_mp_state) -> RunState {
     }
 }
 
-/// Gives the guest its TSC rate: the host's own, or a scaled one.
+/// Gives the guest its TSC rate: the host's own, one that KVM takes for equal, or a scaled one.
 fn set_rate(fd: &VcpuFd, tsc_hz: u64, scales: bool) -> Result<(), KvmError> {
     let guest_khz = tsc_hz / 1000;
     let host_khz = u64::from(fd.get_tsc_khz().map_err(refused("KVM_GET_TSC_KHZ"))?);
@@ -214,7 +214,7 @@ fn set_rate(fd: &VcpuFd, tsc_hz: u64, scales: bool) -> Result<(), KvmError> {
     let refusal = KvmError::TscRate { guest_khz, host_khz };
     // Without scaling the kernel takes faster rates too, and makes the TSC jump at each entry: that is no clock.
     match u32::try_from(guest_khz) {
-        Ok(khz) if scales && fd.set_tsc_khz(khz).is_ok() => Ok(()),
+        Ok(khz) if (scales || same_rate(guest_khz, host_khz)) && fd.set_tsc_khz(khz).is_ok() => Ok(()),
         _ => Err(refusal),
     }
 }
