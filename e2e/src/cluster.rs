@@ -400,12 +400,14 @@ pub fn wait<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
 /// It does not come.
 pub fn wait_for<T>(patience: Duration, what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + patience;
+    // Who is given more time is slow, and each look costs it some.
+    let poll = if patience > PATIENCE { POLL * 16 } else { POLL };
     loop {
         if let Some(value) = condition() {
             return value;
         }
         assert!(Instant::now() < deadline, "waited {patience:?} for {what}");
-        std::thread::sleep(POLL);
+        std::thread::sleep(poll);
     }
 }
 

@@ -9,6 +9,7 @@
 //! It refuses to know a firmware, PCI, or any device but the 8250 and the local APIC.
 
 mod printing;
+pub mod registers;
 pub mod spread;
 pub mod user;
 

@@ -2,8 +2,8 @@
 //! program. Controller, `ctl` and agents of the software engine run outside, on the machine itself; so hardware guests are tried
 //! on any machine, at an emulator's pace, and whoever pulls the plug of a host kills one process.
 //!
-//! A host is an initramfs: the agent, the runner, their shared libraries, and the Linux guest of `deploy/guest`, whose kernel is
-//! also the host's. It needs no rights: its card is on QEMU's user network, where a port of the machine leads to its agent. Agents
+//! A host is an initramfs: the agent, the runner, their shared libraries, a guest that checks its registers, and the Linux guest of
+//! `deploy/guest`, whose kernel is also the host's. It needs no rights: its card is on QEMU's user network, where a port of the machine leads to its agent. Agents
 //! are told addresses at `localhost`. That is the machine for whoever is outside, and a host's `/etc/hosts` names the machine so,
 //! too: one address means one agent wherever one stands.
 //!
@@ -15,6 +15,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use crate::cluster::{Cluster, binaries, wait_for};
+use crate::guest::registers::Registers;
 use crate::leftovers::{self, Claim, Leftover, Scratch};
 use crate::linux::Linux;
 
@@ -57,7 +58,6 @@ export PATH=/bin:/godwit HOME=/
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
-mount -t tmpfs -o size=80% tmp /tmp
 for module in $MODULES; do insmod /modules/$module.ko; done
 ip link set lo up
 ip link set eth0 up
@@ -101,6 +101,12 @@ impl Lab {
             return None;
         };
         let scratch = Scratch::new("lab").expect("a directory for the hosts");
+        for avx in [false, true] {
+            // Rates are near enough to each other for a guest that only wants to sleep for some milliseconds.
+            let guest = Registers { avx, tsc_hz: 2_500_000_000 };
+            let elf = guest.elf().expect("the guest assembles");
+            std::fs::write(registers(scratch.path(), avx), elf).expect("the guest's file");
+        }
         let initramfs = common(scratch.path(), &linux, &modules);
         Some(Lab { linux, initramfs, scratch })
     }
@@ -134,7 +140,7 @@ impl Lab {
         // A host does not outlive the test, however that ends.
         let mut qemu = Command::new("setpriv");
         qemu.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
-        qemu.args(["-accel", "tcg,thread=multi", "-cpu", cpu, "-smp", "2", "-m", &MEMORY_MIB.to_string()]);
+        qemu.args(["-accel", "tcg,thread=multi", "-cpu", cpu, "-smp", "1", "-m", &MEMORY_MIB.to_string()]);
         qemu.args(["-nodefaults", "-no-reboot", "-display", "none", "-append", "console=ttyS0 quiet panic=-1"]);
         qemu.arg("-serial").arg(format!("file:{}", serial.display()));
         qemu.arg("-netdev").arg(format!("user,id=net,ipv6=off,hostfwd=tcp:{port}-:{AGENT_PORT}"));
@@ -168,17 +174,33 @@ impl Lab {
         out
     }
 
-    /// Creates a VM of the Linux guest on an emulated host: with a disk, and a card on the host's [`TAP`].
+    /// Creates a VM of the Linux guest on an emulated host: with a disk, and a card on this tap; `""`: unplugged.
     ///
     /// # Panics
     /// It cannot be created.
-    pub fn create(&self, cluster: &Cluster, vm: &str, host: &str, more: &[&str]) {
-        let (cmdline, net) = (self.linux.cmdline(), format!("tap={TAP}"));
+    pub fn create(&self, cluster: &Cluster, vm: &str, host: &str, tap: &str, more: &[&str]) {
+        let (cmdline, net) = (self.linux.cmdline(), format!("tap={tap}"));
         let [kernel, initrd, disk] = ["vmlinuz", "initramfs.cpio", "disk.img"].map(|name| self.linux.file(name));
         let files = ["--kernel", &kernel, "--initrd", &initrd, "--disk", &disk];
         let args = ["vm", "create", vm, "--host", host, "--engine", "kvm", "--cmdline", &cmdline, "--net", &net];
         cluster.ok(args.into_iter().chain(files).chain(more.iter().copied()));
     }
+
+    /// Creates a VM of the guest that checks its registers on an emulated host; with `--cpu x86-64-v3`, those of AVX, too.
+    ///
+    /// # Panics
+    /// It cannot be created.
+    pub fn create_registers(&self, cluster: &Cluster, vm: &str, host: &str, cpu: &str) {
+        let kernel = registers(self.scratch.path(), cpu == "x86-64-v3");
+        let (kernel, memory) = (kernel.to_str().expect("paths are text"), Registers::MEMORY_BYTES.to_string());
+        let args = ["vm", "create", vm, "--host", host, "--engine", "kvm", "--kernel", kernel, "--memory", &memory];
+        cluster.ok(args.into_iter().chain(["--cpu", cpu]));
+    }
+}
+
+/// The guest that checks its registers, outside and on each host.
+fn registers(dir: &Path, avx: bool) -> PathBuf {
+    dir.join(if avx { "registers-avx.elf" } else { "registers.elf" })
 }
 
 /// An emulated host. Its power is cut when this is dropped.
@@ -260,6 +282,11 @@ fn common(dir: &Path, linux: &Linux, modules: &[PathBuf]) -> PathBuf {
     std::fs::create_dir_all(&guest).expect("a folder of the host");
     for file in ["vmlinuz", "initramfs.cpio"] {
         run(Command::new("cp").arg(linux.file(file)).arg(&guest));
+    }
+    let outside = tree.join(dir.strip_prefix("/").expect("temporary paths are absolute"));
+    std::fs::create_dir_all(&outside).expect("a folder of the host");
+    for avx in [false, true] {
+        std::fs::copy(registers(dir, avx), registers(&outside, avx)).expect("the guest's file");
     }
     // Most of the disk is zeros, and what is loaded into a host takes time.
     sh(&format!("gzip -1 <{} >{}", linux.file("disk.img"), guest.join("disk.img.gz").display()));

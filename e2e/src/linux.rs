@@ -99,7 +99,11 @@ pub fn asked<T>(cluster: &Cluster, vm: &str, line: &str, answered: impl Fn(&str)
     let mut console = console.expect("ctl can be run");
     let mut keys = console.stdin.take().expect("stdin is piped");
     keys.write_all(format!("{line}\n").as_bytes()).expect("ctl reads its input");
-    let answer = wait_for(PATIENCE, &format!("{vm} to answer {line:?}"), || answered(&cluster.console(vm)));
+    let answer = wait_for(PATIENCE, &format!("{vm} to answer {line:?}"), || {
+        // A slow host may not answer at once.
+        let console = cluster.ctl(["vm", "console", vm, "--log"]);
+        answered(&console.stdout).filter(|_| console.code == Some(0))
+    });
     console.kill().expect("ctl is running");
     console.wait().expect("ctl ends");
     answer

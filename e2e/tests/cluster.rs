@@ -1,6 +1,7 @@
 //! Whole clusters of real binaries with the in-tree guest: what an operator does, and that it holds.
 
 use e2e::cluster::{Cluster, Ticks, alive, wait};
+use e2e::guest::registers::Registers;
 use e2e::guest::{Program, REGION};
 use proto::status::Code;
 
@@ -12,6 +13,23 @@ fn digests_agree(migration: &serde_json::Value) {
     let digest = |side: &str| migration[side].as_str().unwrap_or_default().to_owned();
     assert_eq!(digest("source_digest"), digest("target_digest"), "{migration:#}");
     assert_eq!(digest("source_digest").len(), 64, "{migration:#}");
+}
+
+#[test]
+fn every_register_and_timer_goes_with_a_guest() {
+    let cluster = Cluster::up(2);
+    let kernel = cluster.dir().join("registers.elf");
+    std::fs::write(&kernel, Registers { avx: false, tsc_hz: 1_000_000_000 }.elf().unwrap()).unwrap();
+    let (kernel, memory) = (kernel.to_str().unwrap(), Registers::MEMORY_BYTES.to_string());
+    cluster.ok(["vm", "create", "vm1", "--host", "hostA", "--kernel", kernel, "--memory", &memory]);
+    cluster.goes_on("vm1", 5);
+    for host in ["hostB", "hostA"] {
+        digests_agree(&cluster.json(["migrate", "vm1", "--to", host]));
+        cluster.goes_on("vm1", 5);
+    }
+    cluster.ok(["checkpoint", "create", "vm1"]);
+    cluster.ok(["restore", "vm1", "--to", "hostB"]);
+    cluster.goes_on("vm1", 5);
 }
 
 #[test]

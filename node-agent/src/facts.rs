@@ -138,13 +138,14 @@ pub fn model(name: &str) -> Result<CpuModel, Failure> {
 }
 
 /// KVM, if this host has its device. Models at the host's own TSC rate; the one that is meant where none is named comes first:
-/// the richest that the host keeps.
+/// the richest that the host keeps of those that the software engine keeps, too.
 fn kvm_facts(measured: &Result<CapabilitySet, KvmError>) -> Option<EngineFacts> {
     let engine = "kvm".to_owned();
     match measured {
         Ok(set) => {
-            let models = [CpuModel::X86V2, CpuModel::X86V1, CpuModel::SoftV1];
-            let mut contracts = models.map(|model| model.contract(set.facts.tsc_khz));
+            let richer = CpuModel::ALL.into_iter().filter(|model| matches!(model, CpuModel::Hardware(_)));
+            let models = [CpuModel::X86V2, CpuModel::X86V1, CpuModel::SoftV1].into_iter().chain(richer);
+            let mut contracts: Vec<_> = models.map(|model| model.contract(set.facts.tsc_khz)).collect();
             contracts.sort_by_key(|contract| !contract.failing_on(set).is_empty());
             let models = contracts.iter().map(CapabilitySet::encode).collect();
             let capabilities = Some(set.encode());
@@ -227,7 +228,7 @@ mod tests {
         assert_eq!(refusal.reason, "this host lacks CPUID 0000_0001.0 ECX[23] popcnt, MSR C001_1029 DE_CFG");
         let reported = CapabilitySet::decode(facts.engines[0].capabilities.clone().unwrap()).unwrap();
         assert_eq!(facts.withheld, ["popcnt", "MSR C001_1029", "avx2"]);
-        assert_eq!(facts.engines[0].models.len(), 3, "models are known although they are not kept");
+        assert_eq!(facts.engines[0].models.len(), CpuModel::ALL.len(), "models are known although they are not kept");
         assert_eq!(reported.differences(&soft_host()).len(), 2);
     }
 

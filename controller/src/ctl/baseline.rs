@@ -20,6 +20,8 @@ const NAMED_MAX: usize = 4;
 pub struct Baseline {
     hosts: Vec<String>,
     models: Vec<Model>,
+    /// By engine, the model that asks for most of those that every host keeps.
+    best: BTreeMap<String, String>,
 }
 
 /// A model on an engine.
@@ -41,26 +43,52 @@ pub fn of(hosts: &[v1::HostRecord]) -> Baseline {
     };
     let all: BTreeSet<(String, String)> =
         hosts.iter().flat_map(|info| info.engine_facts.iter().flat_map(known)).collect();
-    let models = all.into_iter().map(|(engine, model)| {
-        let missing = hosts.iter().map(|info| (info.name.clone(), lacks(info, &engine, &model)));
+    let mut best: BTreeMap<String, (usize, String)> = BTreeMap::new();
+    let mut models = Vec::new();
+    for (engine, model) in all {
+        // A guest of any of the hosts, at its TSC's rate.
+        let guests: Vec<CapabilitySet> = hosts.iter().filter_map(|info| contract(info, &engine, &model)).collect();
+        let missing = hosts.iter().map(|info| (info.name.clone(), lacks(info, &engine, &model, &guests)));
         let lacks: BTreeMap<String, Vec<String>> = missing.filter(|(_, lacks)| !lacks.is_empty()).collect();
-        Model { engine, model, everywhere: lacks.is_empty(), lacks }
-    });
-    Baseline { models: models.collect(), hosts: hosts.into_iter().map(|info| info.name).collect() }
+        let demands = guests.first().map_or(0, CapabilitySet::demands);
+        if lacks.is_empty() && best.get(&engine).is_none_or(|(most, _)| demands > *most) {
+            best.insert(engine.clone(), (demands, model.clone()));
+        }
+        models.push(Model { engine, model, everywhere: lacks.is_empty(), lacks });
+    }
+    let best = best.into_iter().map(|(engine, (_, model))| (engine, model)).collect();
+    Baseline { models, best, hosts: hosts.into_iter().map(|info| info.name).collect() }
 }
 
-/// What a host lacks for a model on an engine, in words.
-fn lacks(info: &v1::HostInfo, engine: &str, model: &str) -> Vec<String> {
+fn decode(set: Option<&v1::CapabilitySet>) -> Option<CapabilitySet> {
+    set.cloned().and_then(|set| CapabilitySet::decode(set).ok())
+}
+
+/// What a guest of a model needs that is made on an engine of this host.
+fn contract(info: &v1::HostInfo, engine: &str, model: &str) -> Option<CapabilitySet> {
+    let facts = info.engine_facts.iter().find(|facts| facts.engine == engine)?;
+    decode(facts.models.iter().find(|known| known.model == model))
+}
+
+/// What a host lacks for any of the guests, all of a model, on an engine, in words.
+fn lacks(info: &v1::HostInfo, engine: &str, model: &str, guests: &[CapabilitySet]) -> Vec<String> {
     let Some(facts) = info.engine_facts.iter().find(|facts| facts.engine == engine) else {
         return vec!["the engine".to_owned()];
     };
     if !facts.offered {
         return vec![facts.reason.clone()];
     }
-    let contract = facts.models.iter().find(|known| known.model == model);
-    let decode = |set: Option<&v1::CapabilitySet>| set.cloned().and_then(|set| CapabilitySet::decode(set).ok());
-    match (decode(contract), decode(facts.capabilities.as_ref())) {
-        (Some(contract), Some(host)) => contract.failing_on(&host).iter().map(ToString::to_string).collect(),
+    match (contract(info, engine, model), decode(facts.capabilities.as_ref())) {
+        (Some(_), Some(host)) => {
+            let mut words: Vec<String> = Vec::new();
+            for failing in guests.iter().flat_map(|guest| guest.failing_on(&host)) {
+                let word = failing.to_string();
+                if !words.contains(&word) {
+                    words.push(word);
+                }
+            }
+            words
+        }
         (None, _) => vec!["the model is not known there".to_owned()],
         (_, None) => vec!["it does not say what it can".to_owned()],
     }
@@ -78,8 +106,10 @@ impl Report for Baseline {
             let verdict = if model.everywhere { "yes" } else { "no" };
             vec![model.engine.clone(), model.model.clone(), verdict.to_owned(), dash(&lacks.join("; "))]
         };
+        let mut fields = vec![("hosts".to_owned(), self.hosts.join(", "))];
+        fields.extend(self.best.iter().map(|(engine, model)| (format!("best on {engine}"), model.clone())));
         Text::Parts(vec![
-            Text::fields([("hosts", self.hosts.join(", "))]),
+            Text::Fields(fields),
             Text::Rows {
                 columns: vec!["engine", "model", "everywhere", "lacking"],
                 rows: self.models.iter().map(row).collect(),
@@ -95,11 +125,12 @@ mod tests {
     use super::*;
     use vmcb_engine::capability::CpuModel;
 
-    /// A host that knows every model.
+    /// A host that knows some models.
     fn host(name: &str, withheld: &[&str]) -> v1::HostRecord {
         let mut host = tests::host(name, withheld);
         let info = host.info.as_mut().unwrap();
-        info.engine_facts[0].models = CpuModel::ALL.map(|model| model.contract(1_000_000).encode()).to_vec();
+        let models = [CpuModel::SoftV1, CpuModel::X86V1, CpuModel::X86V2];
+        info.engine_facts[0].models = models.map(|model| model.contract(1_000_000).encode()).to_vec();
         host
     }
 
@@ -109,8 +140,20 @@ mod tests {
         let everywhere: Vec<(&str, bool)> = found.models.iter().map(|m| (m.model.as_str(), m.everywhere)).collect();
         assert_eq!(everywhere, [("soft-v1", false), ("x86-64-v1", true), ("x86-64-v2", false)]);
         assert_eq!(found.models[2].lacks["hostC"], ["CPUID 0000_0001.0 ECX[23] popcnt"]);
+        assert_eq!(found.best, [("soft".to_owned(), "x86-64-v1".to_owned())].into());
+        assert_eq!(of(&[host("hostA", &[]), host("hostB", &["fsgsbase"])]).best["soft"], "x86-64-v2");
         let text = found.text().render();
+        assert!(text.contains("best on soft  x86-64-v1"), "{text}");
         assert!(text.contains("hostB: CPUID 0000_0007.0 EBX[0] fsgsbase; hostC:"), "{text}");
+        // Guests of the one keep the rate of its TSC, which the other neither has nor makes.
+        let mut faster = host("hostE", &[]);
+        faster.info.as_mut().unwrap().engine_facts[0].models.iter_mut().for_each(|model| model.tsc_khz = 2_000_000);
+        let mut fixed = host("hostF", &[]);
+        let set = fixed.info.as_mut().unwrap().engine_facts[0].capabilities.as_mut().unwrap();
+        (set.tsc_scaling, set.tsc_khz) = (false, 1_000_000);
+        let rates = of(&[faster, fixed]);
+        let lacks = &rates.models.iter().find(|model| model.model == "x86-64-v2").unwrap().lacks;
+        assert_eq!(lacks["hostF"], ["a TSC of 2000000 kHz (the host's runs at 1000000 kHz and cannot be scaled)"]);
         let mut without = host("hostD", &[]);
         without.info.as_mut().unwrap().engine_facts.clear();
         assert_eq!(of(&[host("hostA", &[]), without]).models[1].lacks["hostD"], ["the engine"]);

@@ -4,11 +4,13 @@
 //! |---|---|
 //! | `soft_v1` | the frozen CPU model `soft-v1`: CPUID, power-up state, writable control bits |
 //! | `x86_64` | the frozen CPU models `x86-64-v1` and `x86-64-v2`: the same with less, for any AMD host |
+//! | `hardware` | the frozen CPU models `x86-64-v3`, `zen2`, `zen3` and `zen4`, which only hardware keeps |
 //! | `msr` | their MSRs: reset values, legal writes, and which part holds them |
 //!
 //! A contract is made once, when the guest is created, and travels with it. How contracts and hosts compare, and what the
 //! bits are called, is `proto::capability`, which is passed on here. This room refuses to execute CPUID.
 
+pub mod hardware;
 pub mod msr;
 pub mod soft_v1;
 pub mod x86_64;
@@ -44,11 +46,21 @@ pub enum CpuModel {
     X86V1,
     /// [`x86_64`], level 2.
     X86V2,
+    /// One of [`hardware`].
+    Hardware(hardware::Model),
 }
 
 impl CpuModel {
     /// Every model.
-    pub const ALL: [CpuModel; 3] = [CpuModel::SoftV1, CpuModel::X86V1, CpuModel::X86V2];
+    pub const ALL: [CpuModel; 7] = [
+        CpuModel::SoftV1,
+        CpuModel::X86V1,
+        CpuModel::X86V2,
+        CpuModel::Hardware(hardware::Model::X86V3),
+        CpuModel::Hardware(hardware::Model::Zen2),
+        CpuModel::Hardware(hardware::Model::Zen3),
+        CpuModel::Hardware(hardware::Model::Zen4),
+    ];
 
     /// By the name that `MachineConfig.cpu_model` carries.
     pub fn by_name(name: &str) -> Option<CpuModel> {
@@ -61,6 +73,7 @@ impl CpuModel {
             CpuModel::SoftV1 => "soft-v1",
             CpuModel::X86V1 => "x86-64-v1",
             CpuModel::X86V2 => "x86-64-v2",
+            CpuModel::Hardware(model) => model.name(),
         }
     }
 
@@ -70,6 +83,7 @@ impl CpuModel {
             CpuModel::SoftV1 => soft_v1::cpuid(leaf, subleaf, topology),
             CpuModel::X86V1 => x86_64::cpuid(Level::V1, leaf, subleaf, topology),
             CpuModel::X86V2 => x86_64::cpuid(Level::V2, leaf, subleaf, topology),
+            CpuModel::Hardware(model) => model.cpuid(leaf, subleaf, topology),
         }
     }
 
@@ -78,6 +92,7 @@ impl CpuModel {
         match self {
             CpuModel::SoftV1 => soft_v1::power_up(topology),
             CpuModel::X86V1 | CpuModel::X86V2 => x86_64::power_up(topology),
+            CpuModel::Hardware(model) => model.power_up(topology),
         }
     }
 
@@ -86,12 +101,25 @@ impl CpuModel {
         match self {
             CpuModel::SoftV1 => msr::find(index),
             CpuModel::X86V1 | CpuModel::X86V2 => x86_64::find(index),
+            CpuModel::Hardware(model) => model.msr(index),
         }
     }
 
     /// Index and reset value of every MSR that `CpuState::msrs` holds.
     pub fn saved_msrs(self) -> impl Iterator<Item = (u32, u64)> {
-        msr::saved().filter(move |(index, _)| self.msr(*index).is_some())
+        let rows: Vec<(u32, u64)> = match self {
+            CpuModel::Hardware(model) => model.saved_msrs().collect(),
+            _ => msr::saved().filter(|(index, _)| self.msr(*index).is_some()).collect(),
+        };
+        rows.into_iter()
+    }
+
+    /// Engines that keep it.
+    pub const fn engines(self) -> &'static [&'static str] {
+        match self {
+            CpuModel::Hardware(_) => &["kvm"],
+            _ => &["kvm", "soft"],
+        }
     }
 
     /// What VMRUN's consistency checks take as existing bits.
@@ -99,6 +127,7 @@ impl CpuModel {
         match self {
             CpuModel::SoftV1 => soft_v1::LIMITS,
             CpuModel::X86V1 | CpuModel::X86V2 => x86_64::LIMITS,
+            CpuModel::Hardware(model) => model.limits(),
         }
     }
 
@@ -110,14 +139,14 @@ impl CpuModel {
             linear_bits: soft_v1::LINEAR_BITS,
             tsc_khz,
             tsc_scaling: false,
-            engines: ["kvm", "soft"].map(str::to_owned).into(),
+            engines: self.engines().iter().copied().map(str::to_owned).collect(),
             msrs: self.saved_msrs().map(|(index, _)| index).collect(),
         };
         CapabilitySet::from_cpuid(self.name(), &mut |leaf, subleaf| self.cpuid(leaf, subleaf, &topology), facts)
     }
 }
 
-/// What the software engine offers on any host: the table of its newest model, at any TSC rate.
+/// What the software engine offers on any host: the table of its richest model, at any TSC rate.
 pub fn soft_host() -> CapabilitySet {
     let mut set = CpuModel::SoftV1.contract(0);
     set.model.clear();

@@ -19,6 +19,8 @@ pub enum Home {
     Lapic,
     /// Nowhere: it always reads as its reset value.
     Constant,
+    /// Nowhere: writing it has the processor do something, RDMSR raises #GP(0).
+    Command,
 }
 
 /// What WRMSR accepts; anything else raises #GP(0).

@@ -33,6 +33,114 @@ fn models_are_frozen() {
     assert_eq!(digest(CpuModel::SoftV1), FROZEN);
     assert_eq!(digest(CpuModel::X86V1), FROZEN_V1);
     assert_eq!(digest(CpuModel::X86V2), FROZEN_V2);
+    let hardware = CpuModel::ALL.into_iter().filter(|model| matches!(model, CpuModel::Hardware(_)));
+    let hardware: Vec<(&str, String)> = hardware.map(|model| (model.name(), digest_with_xsave(model))).collect();
+    let hardware: Vec<(&str, &str)> = hardware.iter().map(|(name, digest)| (*name, digest.as_str())).collect();
+    assert_eq!(hardware, FROZEN_HARDWARE);
+}
+
+/// The same with all of leaf D, and the MSRs that a model has of its own.
+fn digest_with_xsave(model: CpuModel) -> String {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(digest(model).as_bytes());
+    for subleaf in 0..64 {
+        model.cpuid(0xd, subleaf, &ONE).into_iter().for_each(|word| drop(hasher.update(&word.to_le_bytes())));
+    }
+    for msr in [0x48, 0x49] {
+        hasher.update(format!("{:?}", model.msr(msr)).as_bytes());
+    }
+    hasher.update(format!("{:?}", model.limits()).as_bytes());
+    hasher.finalize().to_hex().to_string()
+}
+
+const FROZEN_HARDWARE: [(&str, &str); 4] = [
+    ("x86-64-v3", "a37800f56d384066b103f9f882feb2acbf993c32a7ddee26463cd705b3d645dc"),
+    ("zen2", "bb37beebebf04588b3123830568dbc4fb24711e763f174bc2922725af0979812"),
+    ("zen3", "d40e25533c2352c75b184e12d372e2e5f6d94de495971a124768c48c8e603449"),
+    ("zen4", "0c6e89d8424b5642e6918348325fd941e21b3af474950d80a3f1da4e46d3ab3d"),
+];
+
+fn named(name: &str) -> CpuModel {
+    CpuModel::by_name(name).unwrap()
+}
+
+#[test]
+fn models_of_hardware_have_what_their_names_promise() {
+    let has = |name: &str, leaf, register: CpuidRegister, bits: &[u32]| {
+        let word = named(name).cpuid(leaf, 0, &ONE)[register as usize];
+        bits.iter().all(|bit| word & (1 << bit) != 0)
+    };
+    for name in ["x86-64-v3", "zen2", "zen3", "zen4"] {
+        // System V ABI, level 3: AVX, AVX2, BMI1, BMI2, F16C, FMA, LZCNT, MOVBE, OSXSAVE.
+        assert!(has(name, 1, Ecx, &[12, 22, 26, 28, 29]) && has(name, 7, Ebx, &[3, 5, 8]), "{name}");
+        assert!(has(name, 0x8000_0001, Ecx, &[0, 5]), "{name}");
+        assert!(!has(name, 1, Ecx, &[27]), "{name}: OSXSAVE is the guest's to set");
+        assert!(named(name).limits().cr4 & cr4::OSXSAVE != 0);
+        let below = CpuModel::X86V2.contract(1000);
+        assert!(below.failing_on(&named(name).contract(1000)).is_empty(), "{name} is less than x86-64-v2");
+    }
+    // System V ABI, level 4: AVX512 F, DQ, CD, BW, VL.
+    assert!(has("zen4", 7, Ebx, &[16, 17, 28, 30, 31]) && !has("zen3", 7, Ebx, &[16]));
+    for pair in ["x86-64-v3", "zen2", "zen3", "zen4"].windows(2) {
+        let [less, more] = [pair[0], pair[1]].map(|name| named(name).contract(1000));
+        assert_eq!(less.failing_on(&more), [], "{} on {}", pair[0], pair[1]);
+        assert_ne!(more.failing_on(&less), [], "{} on {}", pair[1], pair[0]);
+    }
+}
+
+#[test]
+fn xsave_leaves_say_where_amd_puts_components() {
+    let leaf = |name: &str, subleaf| named(name).cpuid(0xd, subleaf, &ONE);
+    assert_eq!(leaf("x86-64-v3", 0), [7, 576, 832, 0]);
+    assert_eq!((leaf("x86-64-v3", 1), leaf("x86-64-v3", 2)), ([0; 4], [256, 0x240, 0, 0]));
+    assert_eq!((leaf("zen2", 0), leaf("zen2", 9)), ([7, 576, 832, 0], [0; 4]));
+    // An EPYC 7003 and an EPYC 9004: PKRU lies behind AVX512 on both.
+    assert_eq!((leaf("zen3", 0), leaf("zen3", 9)), ([0x207, 576, 0x988, 0], [8, 0x980, 0, 0]));
+    assert_eq!((leaf("zen4", 0), leaf("zen4", 5)), ([0x2e7, 576, 0x988, 0], [64, 0x340, 0, 0]));
+    assert_eq!((leaf("zen4", 6), leaf("zen4", 7)), ([512, 0x380, 0, 0], [1024, 0x580, 0, 0]));
+    assert_eq!(leaf("zen4", 10), [0; 4]);
+}
+
+#[test]
+fn the_software_engine_refuses_models_of_hardware_by_what_it_lacks() {
+    let refused = named("x86-64-v3").contract(1000).failing_on(&soft_host());
+    let text: Vec<String> = refused.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        text,
+        [
+            "CPUID 0000_0001.0 ECX[12] fma",
+            "CPUID 0000_0001.0 ECX[22] movbe",
+            "CPUID 0000_0001.0 ECX[26] xsave",
+            "CPUID 0000_0001.0 ECX[28] avx",
+            "CPUID 0000_0001.0 ECX[29] f16c",
+            "CPUID 0000_0007.0 EBX[3] bmi1",
+            "CPUID 0000_0007.0 EBX[5] avx2",
+            "CPUID 0000_0007.0 EBX[8] bmi2",
+            "CPUID 0000_000D.0 EAX[0] xcr0_x87",
+            "CPUID 0000_000D.0 EAX[1] xcr0_sse",
+            "CPUID 0000_000D.0 EAX[2] xcr0_avx",
+            "CPUID 0000_000D.2 EAX (size of XSAVE component 2) = 0000_0100 (the host has 0000_0000)",
+            "CPUID 0000_000D.2 EBX (offset of XSAVE component 2) = 0000_0240 (the host has 0000_0000)",
+            "one of the engines kvm (the host has soft)",
+        ]
+    );
+    for name in ["zen2", "zen3", "zen4"] {
+        let refused = named(name).contract(1000).failing_on(&soft_host());
+        assert!(refused.contains(&Failing::Msr(0x48)), "{name}: {refused:?}");
+    }
+}
+
+#[test]
+fn speculation_control_is_there_where_it_is_promised() {
+    for (name, there) in [("x86-64-v3", false), ("zen2", true), ("zen4", true)] {
+        let model = named(name);
+        assert_eq!((model.msr(0x48).is_some(), model.msr(0x49).is_some()), (there, there), "{name}");
+        assert_eq!(model.saved_msrs().any(|(msr, _)| msr == 0x48), there, "{name}");
+        assert!(model.saved_msrs().all(|(msr, _)| msr != 0x49), "{name}: a command is no state");
+        let state = model.power_up(&ONE);
+        assert!(state.msrs.keys().all(|msr| model.msr(*msr).is_some()), "{name}");
+    }
+    assert!(named("zen2").msr(0x48).unwrap().accepts(0, 4) && !named("zen2").msr(0x48).unwrap().accepts(0, 1));
 }
 
 #[test]
@@ -237,8 +345,8 @@ fn xsave_components_must_lie_at_the_same_place() {
 
 #[test]
 fn every_bit_that_the_model_sets_has_a_name() {
-    for atom in CpuModel::SoftV1.contract(0).atoms.iter().filter(|atom| atom.rule == Rule::Subset) {
-        for bit in (0..32).filter(|bit| atom.value & (1 << bit) != 0) {
+    for atom in CpuModel::ALL.iter().flat_map(|model| model.contract(0).atoms) {
+        for bit in (0..32).filter(|bit| atom.rule == Rule::Subset && atom.value & (1 << bit) != 0) {
             assert!(names::name(atom.place(bit)).is_some(), "{atom:x?} bit {bit}");
         }
     }

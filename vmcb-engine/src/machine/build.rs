@@ -128,10 +128,14 @@ fn check(config: &MachineConfig, parts: &Parts) -> Result<CpuModel, MachineError
         must(read_only == image.read_only(), "disks.read_only", read_only, "as the image was opened")?;
     }
     config.nets.iter().try_for_each(|net| mac(&net.mac).map(drop))?;
-    CpuModel::by_name(&config.cpu_model).ok_or_else(|| {
+    let model = CpuModel::by_name(&config.cpu_model).ok_or_else(|| {
         let known: Vec<&str> = CpuModel::ALL.iter().map(|model| model.name()).collect();
         wrong("cpu_model", &config.cpu_model, format!("this release knows {}", known.join(", ")))
-    })
+    })?;
+    let engine = if config.engine == "kvm" { "kvm" } else { "soft" };
+    let engines = model.engines();
+    must(engines.contains(&engine), "cpu_model", model.name(), &format!("engine {engine} does not keep it"))?;
+    Ok(model)
 }
 
 fn seed(bytes: &[u8]) -> Result<[u8; 32], MachineError> {

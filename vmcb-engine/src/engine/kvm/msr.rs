@@ -14,12 +14,13 @@ use crate::capability::CpuModel;
 use crate::capability::msr::Home;
 use crate::engine::{LoadError, Platform};
 
-/// First index and count of those that the guest reaches without leaving the kernel: TSC, APIC_BASE, TSC_ADJUST, SYSENTER_CS, PAT,
-/// TSC_DEADLINE, EFER and SYSCALL, FS and GS bases, and TSC_AUX. Of these, those that the model has.
-const DIRECT: [(u32, u32); 9] = [
+/// First index and count of those that the guest reaches without leaving the kernel: TSC, APIC_BASE, TSC_ADJUST, SPEC_CTRL and PRED_CMD,
+/// SYSENTER_CS, PAT, TSC_DEADLINE, EFER and SYSCALL, FS and GS bases, and TSC_AUX. Of these, those that the model has.
+const DIRECT: [(u32, u32); 10] = [
     (0x10, 1),
     (0x1b, 1),
     (0x3b, 1),
+    (0x48, 2),
     (0x174, 1),
     (0x277, 1),
     (0x6e0, 1),
@@ -112,7 +113,7 @@ impl ModelMsrs {
         match row.home {
             Home::Constant => Some(row.reset),
             Home::Saved => self.kept.get(&msr).copied(),
-            Home::Field | Home::Lapic => None,
+            Home::Field | Home::Lapic | Home::Command => None,
         }
     }
 

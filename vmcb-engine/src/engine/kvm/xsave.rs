@@ -35,7 +35,8 @@ impl Layout {
         Ok(Layout(places.filter(|(_, (offset, bytes))| offset + bytes <= AREA_BYTES).collect()))
     }
 
-    /// x87, SSE and those later components that are in use and that `xcr0` allows.
+    /// x87, SSE and those later components that are not as after reset and that `xcr0` allows. Whether the processor calls one in
+    /// use that holds zeros is its own affair (APM2 11.5.4), and none of the guest's state.
     pub(super) fn store(&self, fd: &VcpuFd, xcr0: u64) -> Result<FxState, Refusal> {
         let area = fd.get_xsave().map_err(refused("KVM_GET_XSAVE"))?;
         Ok(self.take_apart(&to_bytes(&area), xcr0))
@@ -47,8 +48,9 @@ impl Layout {
         let header = area[HEADER..].first_chunk().expect("the header follows the image");
         let used = u64::from_le_bytes(*header) & xcr0;
         for (id, (offset, bytes)) in &self.0 {
-            if used >> id & 1 == 1 {
-                state.later.insert(*id, area[*offset..offset + bytes].to_vec());
+            let data = &area[*offset..offset + bytes];
+            if used >> id & 1 == 1 && data.iter().any(|byte| *byte != 0) {
+                state.later.insert(*id, data.to_vec());
             }
         }
         state
@@ -109,6 +111,9 @@ mod tests {
         assert_eq!(intel.take_apart(&area, u64::MAX), state);
         assert!(intel.take_apart(&area, 3).later.is_empty(), "what the guest cannot use is not its state");
         assert_eq!(amd.take_apart(&amd.put_together(&state).unwrap(), u64::MAX), state);
+        let mut reset = state.clone();
+        reset.later.insert(2, vec![0; 256]);
+        assert_eq!(amd.take_apart(&amd.put_together(&reset).unwrap(), u64::MAX), state, "zeros are as after reset");
         state.later.insert(2, vec![0; 256]);
         let error = intel.put_together(&state).unwrap_err().to_string();
         assert!(error.contains("256 bytes of component 2") && error.contains("none"), "{error}");
