@@ -68,6 +68,8 @@ tunctl -t $TAP >/dev/null
 ip link set $TAP address 02:00:00:00:00:01 up
 ip addr add $TAP_ADDRESS/24 dev $TAP
 gunzip $GUEST/disk.img.gz
+echo 7 >/proc/sys/kernel/printk
+(while sleep 1; do cat /state/vms/*/runner.log >/tmp/now 2>/dev/null; cmp -s /tmp/now /tmp/said || cat /tmp/now; mv /tmp/now /tmp/said; done) &
 while true; do node-agent --config /host/agent.toml 2>&1 | cat; echo 'LAB: the agent has ended'; sleep 1; done
 ";
 

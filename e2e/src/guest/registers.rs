@@ -59,6 +59,8 @@ const MXCSR: u64 = MSR + MSRS.len() as u64;
 const FCW: u64 = MXCSR + 1;
 const WORDS: u64 = FCW + 1;
 
+const _: () = assert!(8 * WORDS <= HAVE - WANT && 8 * WORDS <= ROUND - HAVE);
+
 fn want(word: u64) -> AsmMemoryOperand {
     qword_ptr(WANT + 8 * word)
 }
@@ -312,6 +314,5 @@ mod tests {
             let (main, handler) = guest.main().unwrap();
             assert!(MAIN + main.len() as u64 <= TABLES && (MAIN..TABLES).contains(&handler));
         }
-        assert!(8 * WORDS <= HAVE - WANT && 8 * WORDS <= ROUND - HAVE);
     }
 }

@@ -44,7 +44,9 @@ fn digest_with_xsave(model: CpuModel) -> String {
     let mut hasher = blake3::Hasher::new();
     hasher.update(digest(model).as_bytes());
     for subleaf in 0..64 {
-        model.cpuid(0xd, subleaf, &ONE).into_iter().for_each(|word| drop(hasher.update(&word.to_le_bytes())));
+        for word in model.cpuid(0xd, subleaf, &ONE) {
+            hasher.update(&word.to_le_bytes());
+        }
     }
     for msr in [0x48, 0x49] {
         hasher.update(format!("{:?}", model.msr(msr)).as_bytes());
