@@ -13,6 +13,21 @@ const MAPPED_BYTES: i32 = 4 << 20;
 #[cfg(target_env = "gnu")]
 const KEPT_BYTES: i32 = 32 << 20;
 
+/// As large as a thread's heap of glibc can be: its free end is never so large.
+#[cfg(target_env = "gnu")]
+const HEAP_BYTES: i32 = 64 << 20;
+
+/// Has heaps of threads never shrink. glibc, before it shrinks one for the first time, opens a file below `/proc`
+/// (`vm/overcommit_memory`); a process that may open nothing dies of that. Large buffers have mappings of their own, which go back
+/// all the same.
+pub fn never_shrink() {
+    #[cfg(target_env = "gnu")]
+    {
+        // SAFETY: as below.
+        let _unknown = unsafe { libc::mallopt(libc::M_TRIM_THRESHOLD, HEAP_BYTES) };
+    }
+}
+
 /// Lets the allocator keep freed buffers for the next ones. For the beginning of `main`; without it everything works, slower.
 pub fn keep_freed() {
     #[cfg(target_env = "gnu")]

@@ -162,11 +162,12 @@ pub fn filter(hardware: Hardware) -> Result<BpfProgram, SandboxError> {
     Ok(filter.try_into()?)
 }
 
-/// Installs the filter on every thread of the process.
+/// Installs the filter on every thread of the process, and keeps its allocator from calls that the filter does not know.
 ///
 /// # Errors
 /// [`SandboxError::Filter`].
 pub fn seal(hardware: Hardware) -> Result<(), SandboxError> {
+    proto::heap::never_shrink();
     Ok(seccompiler::apply_filter_all_threads(&filter(hardware)?)?)
 }
 
@@ -184,12 +185,26 @@ mod tests {
         let Ok(deed) = std::env::var("GODWIT_SANDBOX_CHILD") else { return };
         let memory = GuestMemory::create(16 << 20).unwrap();
         let missing = Missing::watch(memory.mappings());
+        let (sealed, told) = std::sync::mpsc::channel();
+        let (started, running) = std::sync::mpsc::channel();
+        let frees = std::thread::spawn(move || {
+            started.send(()).unwrap();
+            let _sealed = told.recv();
+            // Too small for mappings of their own: the thread's heap grows by them, and its end is free again afterwards.
+            drop(std::hint::black_box([(); 300].map(|()| vec![1u8; 100 << 10])));
+        });
+        // As in a runner: what a thread does once it does before the filter.
+        running.recv().unwrap();
         seal(if deed.starts_with("kvm") { Hardware::Kvm } else { Hardware::None }).unwrap();
         match deed.as_str() {
             // Where the host permits no userfaultfd there is nothing to give up.
             "give-up" => missing.iter().for_each(|missing| missing.give_up().unwrap()),
             "ioctl" | "kvm-ioctl" => drop(rustix::termios::tcgetwinsize(rustix::stdio::stdin())),
             "allowed" => drop(vec![1u8; 8 << 20]),
+            "free" => {
+                sealed.send(()).unwrap();
+                frees.join().unwrap();
+            }
             "socket" => drop(std::net::UdpSocket::bind("127.0.0.1:0")),
             "open" => drop(std::fs::File::open("/etc/passwd")),
             "exec" => drop(Command::new("/bin/true").status()),
@@ -218,7 +233,7 @@ mod tests {
 
     #[test]
     fn ordinary_work_goes_on() {
-        for deed in ["allowed", "give-up"] {
+        for deed in ["allowed", "give-up", "free"] {
             assert_eq!(run(deed), (None, true), "{deed}");
         }
     }
