@@ -75,6 +75,8 @@ impl From<Failure> for v1::Abort {
 pub trait SourceVm: Send + 'static {
     /// Closes the running epoch and returns the new one (`RunnerAdvanceEpoch`).
     fn advance_epoch(&mut self) -> impl Future<Output = Result<u32, Failure>> + Send;
+    /// Stamps what the guest has written so far, while the epoch goes on (`RunnerLook`).
+    fn look(&mut self) -> impl Future<Output = Result<(), Failure>> + Send;
     /// Holds the guest back by so much percent of its time; 0 lifts it. It lapses by itself unless it is repeated every
     /// [`THROTTLE_REPEAT`].
     fn throttle(&mut self, percent: u32) -> impl Future<Output = Result<(), Failure>> + Send;

@@ -30,7 +30,7 @@ use super::target::{self, Target};
 const RAM_PAGES: u64 = 40;
 const DISK_PAGES: u64 = 8;
 const CONTROLLER_PATIENCE_US: u64 = 400_000;
-const TICK_US: u64 = 200_000;
+const TICK_US: u64 = 20_000;
 
 /// A generator of its own, so that a seed means the same for ever (splitmix64).
 struct Chance(u64);
@@ -179,6 +179,7 @@ struct Lane {
 
 struct Worker {
     round: u32,
+    until: Option<u32>,
     last: bool,
     instant: Option<u32>,
     pieces: VecDeque<(u16, Run)>,
@@ -482,7 +483,10 @@ impl<'a> World<'a> {
                 self.guest.epoch += 1;
                 self.soon(Event::SourceAnswer(source::Input::Epoch(self.guest.epoch)));
             }
-            Effect::SendRound { round, since, last, instant } => self.begin_round(round, since, last, instant),
+            Effect::SendRound { round, since, until, last, instant } => {
+                self.begin_round(round, since, last, instant);
+                self.worker.iter_mut().for_each(|worker| worker.until = until);
+            }
             Effect::Freeze { since } => {
                 self.guest.epoch += 1;
                 for bank in [&self.guest.ram, &self.guest.disk] {
@@ -497,8 +501,13 @@ impl<'a> World<'a> {
                 assert!(self.guest.ram.keeper.thaw() && self.guest.disk.keeper.thaw(), "it was lost");
             }
             Effect::MeasureLeft { since } => {
-                let pages: u64 = self.guest.spaces.iter().map(|space| space.count_since(since).unwrap()).sum();
-                self.soon(Event::SourceAnswer(source::Input::Left { bytes: pages * 4096 }));
+                self.guest.epoch += 1;
+                let (bytes, epoch) = (self.left_bytes(since), self.guest.epoch);
+                self.soon(Event::SourceAnswer(source::Input::Left { bytes, epoch }));
+            }
+            Effect::Look { since } => {
+                let bytes = self.left_bytes(since);
+                self.soon(Event::SourceAnswer(source::Input::Looked { since, bytes }));
             }
             Effect::Stop => {
                 self.guest.running = false;
@@ -539,6 +548,10 @@ impl<'a> World<'a> {
         }
     }
 
+    fn left_bytes(&self, since: u32) -> u64 {
+        self.guest.spaces.iter().map(|space| space.count_since(since).unwrap() * 4096).sum()
+    }
+
     fn begin_round(&mut self, round: u32, since: u32, last: bool, instant: Option<u32>) {
         let mut pieces = VecDeque::new();
         for (number, space) in (0..).zip(&self.guest.spaces) {
@@ -550,7 +563,7 @@ impl<'a> World<'a> {
             pieces.extend(runs.into_iter().flat_map(|run| run.pieces(5)).map(|run| (number, run)));
         }
         self.lanes.iter_mut().for_each(|lane| lane.frames = 0);
-        self.worker = Some(Worker { round, last, instant, pieces, totals: RoundTotals::default() });
+        self.worker = Some(Worker { round, until: None, last, instant, pieces, totals: RoundTotals::default() });
         self.soon(Event::NextPiece);
     }
 
@@ -568,10 +581,15 @@ impl<'a> World<'a> {
         let digests = &mut self.source_digests[at];
         let pages = &self.guest.spaces[at];
         let mut batch = runs::Batch::new(Vec::new(), |_, _: &mut Vec<u8>| ());
-        batch.push(space, pages, run, worker.instant, |page| digests.get(page) == ZERO_LEAF).unwrap();
+        let due = worker.until.map_or(vec![run], |until| pages.before(run, until).unwrap());
+        for run in &due {
+            batch.push(space, pages, *run, worker.instant, |page| digests.get(page) == ZERO_LEAF).unwrap();
+        }
         let made = batch.seal();
         made.digests().for_each(|(_, page, leaf)| digests.set(page, leaf));
-        worker.totals.pages += run.pages;
+        let sent: u64 = due.iter().map(|run| run.pages).sum();
+        worker.totals.pages += sent;
+        worker.totals.left_out_pages += run.pages - sent;
         for frame in made.frame_bytes() {
             worker.totals.bytes += frame.len() as u64;
             let lane = self.chance.below(self.lanes.len() as u64) as u32;

@@ -116,7 +116,7 @@ pub enum Effect {
         /// Which round.
         round: u32,
     },
-    /// There is time to bring the page digests up to date.
+    /// It is time to bring the page digests up to date.
     Settle,
     /// Apply the sections, capture them again, and take the roots of all pages.
     Apply {
@@ -431,7 +431,11 @@ impl Receiving {
     }
 
     fn next_round(mut self, last: bool) -> Step {
-        let effects = vec![Effect::Ack { round: self.round }, Effect::Settle];
+        // While the guest runs at the source there is time for it at once; when it stands the source has other things to do meanwhile.
+        let effects = match last {
+            false => vec![Effect::Settle, Effect::Ack { round: self.round }],
+            true => vec![Effect::Ack { round: self.round }, Effect::Settle],
+        };
         if last {
             let state =
                 Target::Sections(Sections { sections: Vec::new(), bytes: 0, blocks: Vec::new(), block_bytes: 0 });

@@ -625,6 +625,7 @@ impl<G: Guest, C: Clock, O: Outbox> Driver<G, C, O> {
                 let epoch = self.guest.advance_epoch().map_err(|text| failure(Code::Internal, &text))?;
                 return Ok(Reply::Epoch(RunnerEpoch { epoch }));
             }
+            Request::Look(_) => self.guest.look_at_writes().map_err(|text| failure(Code::Internal, &text))?,
             Request::Capture(_) => return self.capture(),
             Request::Apply(apply) => {
                 self.must_be_fresh()?;

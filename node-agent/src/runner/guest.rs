@@ -90,6 +90,13 @@ pub trait Guest: Debugged {
     /// # Errors
     /// What the guest wrote is not known, in words.
     fn advance_epoch(&mut self) -> Result<u32, String>;
+    /// Stamps what the guest has written so far with the running epoch.
+    ///
+    /// # Errors
+    /// What the guest wrote is not known, in words.
+    fn look_at_writes(&mut self) -> Result<(), String> {
+        Ok(())
+    }
     /// Closes the running epoch, and keeps what pages and blocks stamped since `mark` hold now; returns the new epoch.
     ///
     /// # Errors

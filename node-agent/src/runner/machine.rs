@@ -241,6 +241,10 @@ impl Guest for Door {
         self.machine_mut().advance_epoch().map_err(|error| text(&error))
     }
 
+    fn look_at_writes(&mut self) -> Result<(), String> {
+        self.machine_mut().look_at_writes().map_err(|error| text(&error))
+    }
+
     fn freeze(&mut self, mark: u32) -> Result<u32, String> {
         self.machine_mut().freeze(mark).map_err(|error| text(&error))
     }

@@ -22,9 +22,9 @@ use proto::v1::runner_reply::Reply;
 use proto::v1::runner_request::Request;
 use proto::v1::{
     MachineConfig, RunnerAdvanceEpoch, RunnerApply, RunnerAttach, RunnerCapture, RunnerConsoleOutput, RunnerDebug,
-    RunnerFreeze, RunnerFrozen, RunnerLease, RunnerMapping, RunnerPause, RunnerReplay, RunnerReply, RunnerRequest,
-    RunnerResume, RunnerSections, RunnerShutdown, RunnerState, RunnerStatus, RunnerStayFrozen, RunnerThaw,
-    RunnerThrottle, VmState,
+    RunnerFreeze, RunnerFrozen, RunnerLease, RunnerLook, RunnerMapping, RunnerPause, RunnerReplay, RunnerReply,
+    RunnerRequest, RunnerResume, RunnerSections, RunnerShutdown, RunnerState, RunnerStatus, RunnerStayFrozen,
+    RunnerThaw, RunnerThrottle, VmState,
 };
 use rustix::process::{Pid, Signal};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
@@ -555,6 +555,14 @@ impl SourceVm for Leaving {
         match self.runner.call(Request::AdvanceEpoch(RunnerAdvanceEpoch {})).await? {
             Reply::Epoch(epoch) => Ok(epoch.epoch),
             _ => Err(Failure::new(Code::Protocol, "the runner answered something else")),
+        }
+    }
+
+    async fn look(&mut self) -> Result<(), Failure> {
+        match self.runner.call(Request::Look(RunnerLook {})).await {
+            // A runner of an earlier release knows no looks: its stamps are as old as the epoch, and that does no harm.
+            Err(failure) if failure.code == Code::Protocol => Ok(()),
+            looked => looked.map(drop),
         }
     }
 

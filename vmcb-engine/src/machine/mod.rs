@@ -405,6 +405,14 @@ impl Machine {
         Ok(epoch)
     }
 
+    /// Stamps what the guest has written so far with the running epoch, which goes on.
+    ///
+    /// # Errors
+    /// The engine does not say what the guest wrote.
+    pub fn look_at_writes(&mut self) -> Result<(), MachineError> {
+        self.engine.look_at_writes().map_err(MachineError::Stamps)
+    }
+
     /// Names an instant: pages and blocks stamped since `mark` are kept as they are now while the guest goes on, until
     /// [`Machine::thaw`]. Returns the epoch that begins: what is stamped with it came later.
     ///

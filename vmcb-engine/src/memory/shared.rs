@@ -180,6 +180,17 @@ impl SharedPages {
         Ok(runs)
     }
 
+    /// Pages of `run` that were not written in epoch `epoch` or later, as runs in order.
+    ///
+    /// # Errors
+    /// Pages that do not exist, or the host.
+    pub fn before(&self, run: Run, epoch: u32) -> Result<Vec<Run>, PagesError> {
+        self.check(run.first, run.pages)?;
+        let mut runs = Vec::new();
+        (run.first..).zip(self.stamps(run)?).for_each(|(page, stamp)| push_page(&mut runs, page, stamp < epoch));
+        Ok(runs)
+    }
+
     /// Pages of a frozen instant that were written in epoch `mark` or later, as runs in order: without those that were first
     /// written after it. Mark 0 is every page that may hold anything but zeros.
     ///

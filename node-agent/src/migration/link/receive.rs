@@ -200,13 +200,7 @@ impl Shared {
         let mut target = lock(&self.target);
         let effects = self.advance(&mut target, input);
         let receiving = matches!(*target, Some(Target::Receiving(_)));
-        let settle = self.perform(effects);
-        drop(target);
-        if settle {
-            for digests in lock(&self.digests).iter_mut() {
-                digests.root();
-            }
-        }
+        self.perform(effects);
         receiving
     }
 
@@ -228,14 +222,17 @@ impl Shared {
         effects
     }
 
-    /// Does effects other than those of a hello; returns whether there is time to settle.
-    fn perform(&self, effects: Vec<Effect>) -> bool {
-        let mut settle = false;
+    /// Does effects other than those of a hello.
+    fn perform(&self, effects: Vec<Effect>) {
         for effect in effects {
             match effect {
                 Effect::Ack { round } => self.reply(Message::RoundAck(RoundAck { round })),
                 Effect::SayReady(digest) => self.reply(Message::Ready(v1::Ready { digest: Some(digest) })),
-                Effect::Settle => settle = true,
+                Effect::Settle => {
+                    for digests in lock(&self.digests).iter_mut() {
+                        digests.root();
+                    }
+                }
                 Effect::Apply { sections, verify_full, ram, replay } => {
                     let _ = self.apply.send(Apply { sections, verify_full, ram, replay });
                 }
@@ -248,7 +245,6 @@ impl Shared {
                 Effect::Accept { .. } | Effect::Refuse(_) => unreachable!("only a hello is accepted or refused"),
             }
         }
-        settle
     }
 
     /// On lane 0. A lane that has gone is noticed by its reader.

@@ -30,6 +30,8 @@ use crate::migration::{Base, Failure, MESSAGE_BYTES_MAX, PROTOCOL, Sent, SourceV
 
 /// Batches of frames that wait in the queue of a lane.
 const QUEUE_BATCHES: usize = 3;
+/// How often time passes for the machine.
+const TICK_EVERY: Duration = Duration::from_millis(50);
 /// How often progress is told.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 /// How long an `Abort` may take to leave before the lanes are cut.
@@ -207,8 +209,8 @@ impl<V: SourceVm> Driver<V> {
 
     async fn run(&mut self, mut source: Source, cancel: &CancellationToken) -> Source {
         let mut answers = VecDeque::new();
-        let mut progress = tokio::time::interval(PROGRESS_EVERY);
-        progress.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut ticks = tokio::time::interval(TICK_EVERY);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while !source.is_over() {
             let input = match answers.pop_front() {
                 Some(_) if cancel.is_cancelled() => cancelled(),
@@ -217,7 +219,7 @@ impl<V: SourceVm> Driver<V> {
                     biased;
                     () = cancel.cancelled() => cancelled(),
                     Some(input) = self.inputs.recv() => input,
-                    _ = progress.tick() => self.tick().await,
+                    _ = ticks.tick() => self.tick().await,
                 },
             };
             let Step { state, effects } = source.step(input, self.now_us());
@@ -248,20 +250,26 @@ impl<V: SourceVm> Driver<V> {
                 self.frozen = None;
                 self.vm.thaw().await.err().map(Input::Lost)
             }
-            Effect::SendRound { round, since, last, instant } => {
-                self.send_round(Round { number: round, since, last, instant });
+            Effect::SendRound { round, since, until, last, instant } => {
+                self.send_round(Round { number: round, since, until, last, instant });
                 None
             }
             Effect::MeasureLeft { since } => {
-                // Hardware's writes are stamped when an epoch ends, and not before.
-                if let Err(failure) = self.vm.advance_epoch().await {
-                    return Some(Input::Lost(failure));
-                }
-                let (measured, settled) = (Arc::clone(&self.outgoing), Arc::clone(&self.outgoing));
                 // The guest runs: time to bring the digests up to date, so that little is left to do when it stands.
-                drop(tokio::task::spawn_blocking(move || settled.roots()));
-                let left = blocking(move || measured.left_bytes(since)).await.and_then(|left| left);
-                Some(left.map_or_else(Input::Lost, |bytes| Input::Left { bytes }))
+                let settled = Arc::clone(&self.outgoing);
+                let settled = blocking(move || drop(settled.roots())).await;
+                let measured = match settled {
+                    Ok(()) => self.measure(since).await,
+                    Err(failure) => Err(failure),
+                };
+                Some(measured.unwrap_or_else(Input::Lost))
+            }
+            Effect::Look { since } => {
+                let looked = match self.vm.look().await {
+                    Ok(()) => self.left_bytes(since).await,
+                    Err(failure) => Err(failure),
+                };
+                Some(looked.map_or_else(Input::Lost, |bytes| Input::Looked { since, bytes }))
             }
             Effect::Digest { sections, verify_full } => {
                 Some(self.digest(sections, verify_full).await.map_or_else(Input::Lost, Input::Digested))
@@ -298,8 +306,21 @@ impl<V: SourceVm> Driver<V> {
         }
     }
 
+    /// Hardware's writes are stamped when an epoch ends, and not before.
+    async fn measure(&mut self, since: u32) -> Result<Input, Failure> {
+        let epoch = self.vm.advance_epoch().await?;
+        Ok(Input::Left { bytes: self.left_bytes(since).await?, epoch })
+    }
+
+    async fn left_bytes(&self, since: u32) -> Result<u64, Failure> {
+        let outgoing = Arc::clone(&self.outgoing);
+        blocking(move || outgoing.left_bytes(since)).await?
+    }
+
     async fn tick(&mut self) -> Input {
-        self.tell_progress();
+        if self.told.0.elapsed() >= PROGRESS_EVERY {
+            self.tell_progress();
+        }
         if self.frozen.is_some_and(|said| said.elapsed() >= THROTTLE_REPEAT) {
             self.frozen = Some(Instant::now());
             if let Err(failure) = self.vm.stay_frozen().await {

@@ -114,6 +114,10 @@ impl SourceVm for Guest {
         Ok(())
     }
 
+    async fn look(&mut self) -> Result<(), Failure> {
+        Ok(())
+    }
+
     async fn advance_epoch(&mut self) -> Result<u32, Failure> {
         let _cpu = self.cpu.lock().unwrap();
         let epoch = self.epoch.load(Ordering::SeqCst).to_le_bytes();
@@ -441,6 +445,9 @@ async fn a_full_comparison_passes_and_sees_a_write_without_a_stamp() {
     impl SourceVm for Liar {
         async fn throttle(&mut self, percent: u32) -> Result<(), Failure> {
             self.0.throttle(percent).await
+        }
+        async fn look(&mut self) -> Result<(), Failure> {
+            self.0.look().await
         }
         async fn advance_epoch(&mut self) -> Result<u32, Failure> {
             self.0.advance_epoch().await

@@ -4,6 +4,7 @@
 //! [`PIECE_PAGES`] pages together, when its queue has room, so a slow lane takes fewer. When the list is empty each thread
 //! queues the `RoundEnd` of its lane.
 
+use std::borrow::Cow;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -52,6 +53,8 @@ pub struct Outgoing {
 pub struct Round {
     pub number: u32,
     pub since: u32,
+    /// Pages with this stamp or a later one are left to the next round.
+    pub until: Option<u32>,
     pub last: bool,
     /// Pages as they were at this frozen instant.
     pub instant: Option<u32>,
@@ -106,6 +109,7 @@ impl Outgoing {
             totals.pages += part.pages;
             totals.zero_pages += part.zero_pages;
             totals.bytes += part.bytes;
+            totals.left_out_pages += part.left_out_pages;
         }
         // Pages in holes of the files were not even read.
         let read: u64 = pieces.iter().map(|(_, run)| run.pages).sum();
@@ -146,7 +150,8 @@ impl Outgoing {
         let lost = |_| Failure::new(Code::Unreachable, "a lane was lost");
         let mut totals = RoundTotals::default();
         let (mut frames, mut data_pages) = (0, 0);
-        while let Some(pieces) = take(pieces, next) {
+        while let Some(taken) = take(pieces, next) {
+            let pieces = &self.still_due(taken, round.until)?;
             let batch = self.batch(pieces, round.instant)?;
             let bytes = batch.frame_bytes;
             if !round.last {
@@ -161,13 +166,26 @@ impl Outgoing {
             }
             self.bytes_sent.fetch_add(bytes, Ordering::Relaxed);
             let pages: u64 = pieces.iter().map(|(_, run)| run.pages).sum();
+            let due: u64 = taken.iter().map(|(_, run)| run.pages).sum();
             totals.pages += pages;
-            self.bytes_left.fetch_sub(pages * PAGE_BYTES, Ordering::Relaxed);
+            totals.left_out_pages += due - pages;
+            self.bytes_left.fetch_sub(due * PAGE_BYTES, Ordering::Relaxed);
         }
         totals.zero_pages = totals.pages - data_pages;
         let end = RoundEnd { round: round.number, frames, last: round.last };
         lane.blocking_send(say(Message::RoundEnd(end))).map_err(lost)?;
         Ok(totals)
+    }
+
+    /// Without the pages that are dirty again: whatever is sent of them now, the next round sends them.
+    fn still_due<'a>(&self, pieces: &'a [(u16, Run)], until: Option<u32>) -> Result<Cow<'a, [(u16, Run)]>, Failure> {
+        let Some(until) = until else { return Ok(pieces.into()) };
+        let mut due = Vec::with_capacity(pieces.len());
+        for (space, run) in pieces {
+            let runs = self.spaces[usize::from(*space)].before(*run, until).map_err(|e| cannot_read(&e))?;
+            due.extend(runs.into_iter().map(|run| (*space, run)));
+        }
+        Ok(due.into())
     }
 
     fn batch(&self, pieces: &[(u16, Run)], instant: Option<u32>) -> Result<Load, Failure> {

@@ -81,7 +81,7 @@ impl Frozen {
             (Input::Frozen { epoch, sections, stopped_us }, FrozenStep::Freezing) => {
                 let stop = PhaseReport { phase: "stop".to_owned(), ms: ms(stopped_us) };
                 let instant = Some(epoch.saturating_sub(1));
-                let round = Effect::SendRound { round: 1, since: plan.mark, last: true, instant };
+                let round = Effect::SendRound { round: 1, since: plan.mark, until: None, last: true, instant };
                 let quiet = Quiet::from(now_us);
                 let reading = Reading { sections, mark: epoch, stopped_us, quiet, flight: Flight::default() };
                 let state = Self { plan, began_us: now_us, step: FrozenStep::Reading(reading) };

@@ -17,6 +17,7 @@ use std::ops::ControlFlow;
 
 use proto::status::Code;
 use proto::v1::{MachineDigest, PhaseReport, RoundReport, Section, TransferPolicy};
+use vmcb_engine::memory::PAGE_BYTES;
 use vmcb_engine::transfer::rounds::{Decision, RoundFacts, Rounds, StopReason};
 
 use super::{Failure, PROTOCOL, differing_parts};
@@ -97,7 +98,17 @@ pub struct Precopy {
     mark: u32,
     began_us: u64,
     dirty: Dirty,
+    looks: Looks,
     step: PrecopyStep,
+}
+
+/// Looks at the guest while a round is being sent.
+#[derive(Debug, Default)]
+struct Looks {
+    /// Bytes that were dirty again at an instant of this round, if the guest has been as free since as it is now.
+    before: Option<(u64, u64)>,
+    /// The answer to a look is on its way.
+    waiting: bool,
 }
 
 #[derive(Debug)]
@@ -246,6 +257,8 @@ impl Source {
     pub fn step(self, input: Input, now_us: u64) -> Step {
         match (self, input) {
             (state, Input::Tick { bytes_sent }) => state.tick(bytes_sent, now_us),
+            (Self::Precopy(state), Input::Looked { since, bytes }) => state.looked(since, bytes, now_us),
+            (state, Input::Looked { .. }) => Step { state, effects: vec![] },
             (state, input) => state.hear(input, now_us),
         }
     }
@@ -253,6 +266,10 @@ impl Source {
     /// Time passes: a guest that stands still must not do so for ever.
     fn tick(mut self, bytes_sent: u64, now_us: u64) -> Step {
         let looked = match &mut self {
+            Self::Precopy(state) => {
+                let effects = state.look();
+                return Step { state: self, effects };
+            }
             Self::LastPages(LastPages { quiet, pause, plan, .. })
             | Self::Comparing(Comparing { quiet, pause, plan, .. })
                 if pause.lasts() =>
@@ -264,7 +281,6 @@ impl Source {
             // What stops and captures it is on this host and has deadlines of its own; after the hand-over only the
             // controller's word counts.
             Self::Connecting(_)
-            | Self::Precopy(_)
             | Self::Stopping(_)
             | Self::LastPages(_)
             | Self::Comparing(_)
@@ -396,6 +412,7 @@ impl Connecting {
             | Input::RoundSent(_)
             | Input::Acked { .. }
             | Input::Left { .. }
+            | Input::Looked { .. }
             | Input::Stopped
             | Input::Captured(_)
             | Input::Frozen { .. }
@@ -425,6 +442,7 @@ impl Connecting {
             mark: self.plan.mark,
             began_us: now_us,
             dirty: Dirty::default(),
+            looks: Looks::default(),
             step: PrecopyStep::Advancing,
             plan: self.plan,
         };
@@ -447,13 +465,8 @@ impl Precopy {
             ControlFlow::Continue(input) => input,
             ControlFlow::Break(step) => return step,
         };
-        match (input, self.step) {
-            (Input::Epoch(epoch), PrecopyStep::Advancing) => {
-                let effects =
-                    vec![Effect::SendRound { round: self.round, since: self.mark, last: false, instant: None }];
-                self.step = PrecopyStep::Sending { epoch, began_us: now_us, flight: Flight::default() };
-                Step { state: Source::Precopy(self), effects }
-            }
+        match (input, std::mem::replace(&mut self.step, PrecopyStep::Advancing)) {
+            (Input::Epoch(epoch), PrecopyStep::Advancing) => self.send(epoch, Vec::new(), now_us),
             (Input::RoundSent(totals), PrecopyStep::Sending { epoch, began_us, mut flight })
                 if flight.sent.is_none() =>
             {
@@ -468,11 +481,10 @@ impl Precopy {
                 self.step = PrecopyStep::Sending { epoch, began_us, flight };
                 self.after_flight(landed, now_us)
             }
-            (Input::Left { bytes }, PrecopyStep::Measuring { epoch, began_us, took_us, totals }) => {
+            (Input::Left { bytes, epoch: next }, PrecopyStep::Measuring { epoch, began_us, took_us, totals }) => {
                 self.mark = epoch;
                 self.dirty.look(bytes, now_us.saturating_sub(began_us));
-                self.step = PrecopyStep::Advancing;
-                self.decide(RoundFacts { sent_bytes: totals.bytes, took_us, left_bytes: bytes }, totals, now_us)
+                self.decide(next, took_us, bytes, totals, now_us)
             }
             (other, PrecopyStep::Advancing | PrecopyStep::Sending { .. } | PrecopyStep::Measuring { .. }) => {
                 fail(other.misplaced("sending rounds"), false, true)
@@ -493,18 +505,55 @@ impl Precopy {
         Step { state: Source::Precopy(self), effects }
     }
 
-    fn decide(mut self, facts: RoundFacts, totals: RoundTotals, now_us: u64) -> Step {
+    /// Begins a round with the epoch that has just begun: what is stamped with it is the next round's.
+    fn send(mut self, epoch: u32, mut effects: Vec<Effect>, now_us: u64) -> Step {
+        let (round, since) = (self.round, self.mark);
+        effects.push(Effect::SendRound { round, since, until: Some(epoch), last: false, instant: None });
+        self.looks = Looks { before: Some((0, now_us)), waiting: false };
+        self.step = PrecopyStep::Sending { epoch, began_us: now_us, flight: Flight::default() };
+        Step { state: Source::Precopy(self), effects }
+    }
+
+    /// Time to see how fast the guest dirties, while pages of the round are being sent.
+    fn look(&mut self) -> Vec<Effect> {
+        match &self.step {
+            PrecopyStep::Sending { epoch, flight, .. } if flight.sent.is_none() && !self.looks.waiting => {
+                self.looks.waiting = true;
+                vec![Effect::Look { since: *epoch }]
+            }
+            PrecopyStep::Advancing | PrecopyStep::Sending { .. } | PrecopyStep::Measuring { .. } => vec![],
+        }
+    }
+
+    /// What was seen. What comes late says nothing of this round.
+    fn looked(mut self, since: u32, bytes: u64, now_us: u64) -> Step {
+        let mut effects = Vec::new();
+        if matches!(&self.step, PrecopyStep::Sending { epoch, .. } if *epoch == since) {
+            self.looks.waiting = false;
+            let more =
+                self.looks.before.map(|(seen, at_us)| (bytes.saturating_sub(seen), now_us.saturating_sub(at_us)));
+            self.looks.before = Some((bytes, now_us));
+            if more.is_some_and(|(bytes, us)| self.rounds.look(bytes, us)) {
+                effects.push(Effect::Throttle { percent: self.rounds.throttle_percent() });
+                // The next look begins when that holds.
+                self.looks.before = None;
+            }
+        }
+        Step { state: Source::Precopy(self), effects }
+    }
+
+    fn decide(mut self, epoch: u32, took_us: u64, left_bytes: u64, totals: RoundTotals, now_us: u64) -> Step {
         let before = self.rounds.throttle_percent();
-        let mut effects = vec![report(self.round, totals, facts.took_us, self.dirty, before)];
+        let mut effects = vec![report(self.round, totals, took_us, self.dirty, before)];
         self.round += 1;
-        match self.rounds.decide(facts) {
+        let left_out_bytes = totals.left_out_pages * PAGE_BYTES;
+        match self.rounds.decide(RoundFacts { sent_bytes: totals.bytes, left_out_bytes, took_us, left_bytes }) {
             Decision::Again => {
                 let percent = self.rounds.throttle_percent();
                 if percent != before {
                     effects.push(Effect::Throttle { percent });
                 }
-                effects.push(Effect::AdvanceEpoch);
-                Step { state: Source::Precopy(self), effects }
+                self.send(epoch, effects, now_us)
             }
             Decision::Stop(reason) => {
                 effects.extend([phase("precopy", self.began_us, now_us), Effect::Stop]);
@@ -556,8 +605,13 @@ impl Stopping {
                 Step { state: Source::Stopping(self), effects }
             }
             (Input::Epoch(epoch), StoppingStep::Advancing { sections }) => {
-                let effects =
-                    vec![Effect::SendRound { round: self.round, since: self.mark, last: true, instant: None }];
+                let effects = vec![Effect::SendRound {
+                    round: self.round,
+                    since: self.mark,
+                    until: None,
+                    last: true,
+                    instant: None,
+                }];
                 let state = LastPages {
                     plan: self.plan,
                     round: self.round,
@@ -601,6 +655,7 @@ impl LastPages {
             | Input::RoundSent(_)
             | Input::Acked { .. }
             | Input::Left { .. }
+            | Input::Looked { .. }
             | Input::Stopped
             | Input::Captured(_)
             | Input::Frozen { .. }

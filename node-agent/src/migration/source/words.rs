@@ -17,6 +17,8 @@ pub struct RoundTotals {
     pub zero_pages: u64,
     /// Bytes of frames.
     pub bytes: u64,
+    /// Pages that were dirty again before their turn came: the next round has them.
+    pub left_out_pages: u64,
 }
 
 /// What happened.
@@ -40,9 +42,18 @@ pub enum Input {
         /// Which round.
         round: u32,
     },
-    /// Answer to [`Effect::MeasureLeft`]: bytes in pages that are dirty now.
+    /// Answer to [`Effect::MeasureLeft`].
     Left {
-        /// Bytes.
+        /// Bytes in pages that became dirty before `epoch` began.
+        bytes: u64,
+        /// The epoch that began with the measurement.
+        epoch: u32,
+    },
+    /// Answer to [`Effect::Look`]. Never out of place.
+    Looked {
+        /// As asked for.
+        since: u32,
+        /// Bytes in pages with this stamp or a later one.
         bytes: u64,
     },
     /// Answer to [`Effect::Stop`].
@@ -86,14 +97,21 @@ pub enum Effect {
         round: u32,
         /// Mark.
         since: u32,
+        /// Pages with this stamp or a later one may be left to the next round.
+        until: Option<u32>,
         /// The guest is stopped, or an instant is frozen.
         last: bool,
         /// Pages as they were at this frozen instant.
         instant: Option<u32>,
     },
-    /// Count pages with stamp `since` or later.
+    /// Close the running epoch and count pages with stamp `since` or later.
     MeasureLeft {
         /// Mark.
+        since: u32,
+    },
+    /// Count pages that have stamp `since` or a later one already, while the epoch goes on.
+    Look {
+        /// Epoch.
         since: u32,
     },
     /// Pause the guest.
@@ -149,6 +167,7 @@ impl Input {
             Self::RoundSent(_) => "the end of a round",
             Self::Acked { .. } => "RoundAck",
             Self::Left { .. } => "a measurement",
+            Self::Looked { .. } => "a look",
             Self::Stopped => "a stop",
             Self::Captured(_) => "sections",
             Self::Frozen { .. } => "a frozen instant",

@@ -203,6 +203,10 @@ impl Engine for KvmEngine {
         Ok(self.vm.settle_stamps(&self.memory)?)
     }
 
+    fn look_at_writes(&mut self) -> Result<(), StoreError> {
+        Ok(self.vm.look_at_writes(&self.memory)?)
+    }
+
     fn watch_writes(&mut self) -> Result<(), StoreError> {
         Ok(self.vm.watch_writes()?)
     }

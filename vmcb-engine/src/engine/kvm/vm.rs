@@ -103,16 +103,27 @@ impl Vm {
             return stamp_all(memory);
         }
         for slot in &self.slots {
-            let bytes = slot.region.memory_size as usize;
-            let mut bitmap = self.fd.get_dirty_log(slot.region.slot, bytes).map_err(refused("KVM_GET_DIRTY_LOG"))?;
-            for (word, bits) in (0..).zip(&mut bitmap).filter(|(_, bits)| **bits != 0) {
-                let first = word * PAGES_OF_WORD;
-                let pages = (0..PAGES_OF_WORD).filter(|page| *bits >> page & 1 == 1);
-                pages.for_each(|page| memory.stamps().mark(slot.first_page + first + page));
-            }
+            let mut bitmap = self.stamp(slot, memory)?;
             clear(&self.fd, slot, &mut bitmap)?;
         }
         Ok(())
+    }
+
+    /// Stamps what the guest has written since, without watching anew: its next writes to these pages cost it nothing.
+    pub(super) fn look_at_writes(&self, memory: &GuestMemory) -> Result<(), Refusal> {
+        self.slots.iter().filter(|_| self.logging).try_for_each(|slot| self.stamp(slot, memory).map(drop))
+    }
+
+    /// Stamps what the log of a slot holds, and returns that.
+    fn stamp(&self, slot: &Slot, memory: &GuestMemory) -> Result<Vec<u64>, Refusal> {
+        let bytes = slot.region.memory_size as usize;
+        let bitmap = self.fd.get_dirty_log(slot.region.slot, bytes).map_err(refused("KVM_GET_DIRTY_LOG"))?;
+        for (word, bits) in (0..).zip(&bitmap).filter(|(_, bits)| **bits != 0) {
+            let first = word * PAGES_OF_WORD;
+            let pages = (0..PAGES_OF_WORD).filter(|page| *bits >> page & 1 == 1);
+            pages.for_each(|page| memory.stamps().mark(slot.first_page + first + page));
+        }
+        Ok(bitmap)
     }
 
     /// Brings a message to the local APICs it is for.
