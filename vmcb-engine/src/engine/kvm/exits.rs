@@ -25,7 +25,8 @@ pub(super) enum Left {
     ReadMsr(u32),
     /// WRMSR.
     WriteMsr(u32, u64),
-    /// A level-triggered interrupt of this vector ended.
+    /// A level-triggered interrupt of this vector ended. It may be told before the guest's handler has come to its data, which then
+    /// brings an interrupt without a cause: that is what drivers expect of lines. None is lost, because the line is looked at now.
     EndOfInterrupt(u8),
     /// Triple fault.
     Shutdown,
@@ -35,8 +36,17 @@ pub(super) enum Left {
     Failed(String),
 }
 
-/// Lets a vCPU run until it leaves the kernel.
+/// Lets a vCPU run until it leaves the kernel. Where it may stand from then on, the count of its timer is known.
 pub(super) fn enter(vcpu: &mut Vcpu) -> Left {
+    vcpu.forget_timer();
+    let left = enter_once(vcpu);
+    if left == Left::Interrupted {
+        vcpu.note_timer();
+    }
+    left
+}
+
+fn enter_once(vcpu: &mut Vcpu) -> Left {
     match vcpu.fd.run() {
         Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => Left::Port,
         Ok(VcpuExit::MmioRead(gpa, bytes)) => Left::Load(gpa, bytes.len()),

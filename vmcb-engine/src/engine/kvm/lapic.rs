@@ -165,6 +165,31 @@ pub(super) fn set_timer(page: &mut kvm_lapic_state, timer: LapicTimerV1, now: u6
     set_register(page, at::TIMER_CURRENT, current);
 }
 
+/// The counting timer of a vCPU that has just left the kernel. What expires from then on the kernel either keeps to itself until
+/// the vCPU enters again, so that no state shows it, or it requests the interrupt at once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct LeftTimer {
+    count: u32,
+    requested: bool,
+}
+
+impl LeftTimer {
+    /// As the page shows it.
+    pub(super) fn of(page: &kvm_lapic_state) -> Self {
+        let vector = register(page, at::LVT) as usize & 0xff;
+        let requested = register(page, at::IRR + 16 * (vector / 32)) >> (vector % 32) & 1 == 1;
+        Self { count: register(page, at::TIMER_CURRENT), requested }
+    }
+
+    /// Makes the page's timer this one again, unless the page has its interrupt.
+    pub(super) fn put_back(self, page: &mut kvm_lapic_state) {
+        let delivered = Self::of(page).requested && !self.requested;
+        if !delivered {
+            set_register(page, at::TIMER_CURRENT, self.count);
+        }
+    }
+}
+
 /// The timer of a saved form, if it counts.
 pub(super) fn counting_timer(saved: &LapicV1) -> Option<LapicTimerV1> {
     let counts = saved.lvt.first().is_none_or(|entry| entry & MODE != MODE_DEADLINE);
@@ -196,6 +221,25 @@ mod tests {
     fn beside(saved: &LapicV1, now: u64) -> Beside {
         let (base, dormant) = (saved.apic_base, saved.dormant);
         Beside { base, dormant, deadline: deadline(saved), now, tsc_hz: TSC_HZ }
+    }
+
+    #[test]
+    fn what_expires_beside_a_vcpu_that_stands_has_not_expired_unless_it_was_requested() {
+        let page = |count: u32, requested: bool| {
+            let mut page = kvm_lapic_state::default();
+            set_register(&mut page, at::LVT, 0x61);
+            set_register(&mut page, at::TIMER_CURRENT, count);
+            set_register(&mut page, at::IRR + 16 * 3, u32::from(requested) << 1);
+            page
+        };
+        let found = |left: kvm_lapic_state, mut then: kvm_lapic_state| {
+            LeftTimer::of(&left).put_back(&mut then);
+            register(&then, at::TIMER_CURRENT)
+        };
+        assert_eq!(found(page(500, false), page(0, false)), 500, "the kernel keeps it to itself");
+        assert_eq!(found(page(500, false), page(0, true)), 0, "it was delivered");
+        assert_eq!(found(page(500, true), page(400, true)), 500, "an earlier one still waits");
+        assert_eq!(found(page(0, true), page(0, true)), 0, "it does not count");
     }
 
     fn busy(mode: u32) -> LapicV1 {

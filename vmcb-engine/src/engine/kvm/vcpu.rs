@@ -45,6 +45,8 @@ pub(super) struct Vcpu {
     pub(super) ss_dpl: Option<u8>,
     /// Its APIC's counting timer as of the instant at which it stands, if somebody knows: KVM's counts on.
     resting_timer: Option<LapicTimerV1>,
+    /// That timer when the vCPU left the kernel: what expires later has not expired yet.
+    left_timer: Option<lapic::LeftTimer>,
     layout: Layout,
 }
 
@@ -71,6 +73,7 @@ impl Vcpu {
             tsc_skew: 0,
             ss_dpl: None,
             resting_timer: None,
+            left_timer: None,
             layout: layout.clone(),
         })
     }
@@ -145,7 +148,10 @@ impl Vcpu {
     /// The saved form of its local APIC.
     pub(super) fn store_lapic(&mut self, time: &Time) -> Result<LapicV1, StoreError> {
         let waits = run_state(self.fd.get_mp_state().map_err(refused("KVM_GET_MP_STATE"))?);
-        let page = self.fd.get_lapic().map_err(refused("KVM_GET_LAPIC"))?;
+        let mut page = self.fd.get_lapic().map_err(refused("KVM_GET_LAPIC"))?;
+        if let Some(left) = self.left_timer {
+            left.put_back(&mut page);
+        }
         let beside = Beside {
             base: self.fd.get_sregs().map_err(refused("KVM_GET_SREGS"))?.apic_base,
             dormant: matches!(waits, RunState::Uninitialised | RunState::InitReceived),
@@ -168,6 +174,7 @@ impl Vcpu {
         lapic::load(&mut page, self.topology.vcpu, saved, time.clock.tsc(), self.topology.tsc_hz);
         self.fd.set_lapic(&page).map_err(refused("KVM_SET_LAPIC"))?;
         self.resting_timer = lapic::counting_timer(saved);
+        self.left_timer = None;
         Ok(time.arm(&self.fd, lapic::deadline(saved))?)
     }
 
@@ -179,9 +186,17 @@ impl Vcpu {
         self.fd.set_lapic(&page).map_err(refused("KVM_SET_LAPIC"))
     }
 
+    /// It has left the kernel, which delivers what has expired by then; KVM's timer counts on, and whatever expires before
+    /// somebody asks for the state would be in nobody's hands.
+    pub(super) fn note_timer(&mut self) {
+        // Without an answer the timer is taken as it is found when it is asked for.
+        self.left_timer = self.fd.get_lapic().ok().map(|page| lapic::LeftTimer::of(&page));
+    }
+
     /// The machine's time has gone on by itself, and the timer with it.
     pub(super) fn forget_timer(&mut self) {
         self.resting_timer = None;
+        self.left_timer = None;
     }
 }
 
