@@ -114,7 +114,9 @@ fn searches(report: &Report, timeline: &mut Timeline) -> Result<(), String> {
         let measured = Measurement::of(SUITE, "reverse-continue", metric, "s", seconds);
         report.add(measured.map(|m| m.beside("aim", &[SEARCH_AIM_S])));
     };
-    for (metric, searched) in [("breakpoint_long_ago", breakpoints), ("watchpoint_long_ago", watchpoints)] {
+    let loads = loaded_long_ago(timeline)?;
+    let all = [("breakpoint_long_ago", breakpoints), ("watchpoint_long_ago", watchpoints), ("load_long_ago", loads)];
+    for (metric, searched) in all {
         let found: Result<Vec<f64>, String> =
             searched.iter().take(SEARCHES).map(|stops| search(timeline, stops, true)).collect();
         let found = found?;
@@ -135,7 +137,15 @@ fn searches(report: &Report, timeline: &mut Timeline) -> Result<(), String> {
     timeline.seek(end, &mut || false).map_err(text)?;
     let stack = timeline.player().machine().peek_cpu(0).map_or(0, |cpu| cpu.gprs[4]);
     add("write_a_moment_ago", &[search(timeline, &watching(stack), true)?]);
+    // In the page that is loaded from most, something that is not.
+    let beside = watching_loads(stack & !0xfff | stack.wrapping_add(0x800) & 0xfc0);
+    add("load_in_a_busy_page", &[seconds_of(timeline, &beside)?.0]);
     Ok(())
+}
+
+fn watching_loads(address: u64) -> Stops {
+    let watchpoints = vec![Watchpoint { address, bytes: 8, kind: WatchKind::Read }];
+    Stops { breakpoints: Vec::new(), watchpoints }
 }
 
 fn watching(address: u64) -> Stops {
@@ -143,13 +153,18 @@ fn watching(address: u64) -> Stops {
     Stops { breakpoints: Vec::new(), watchpoints }
 }
 
-/// Seconds of one search from the end.
-fn search(timeline: &mut Timeline, stops: &Stops, met: bool) -> Result<f64, String> {
+/// Seconds of one search from the end, and where it ended.
+fn seconds_of(timeline: &mut Timeline, stops: &Stops) -> Result<(f64, Arrival), String> {
     let end = timeline.player().tape().end();
     timeline.seek(end, &mut || false).map_err(text)?;
     let begun = Instant::now();
     let arrival = timeline.reverse_continue(stops, &mut || false).map_err(text)?;
-    let seconds = begun.elapsed().as_secs_f64();
+    Ok((begun.elapsed().as_secs_f64(), arrival))
+}
+
+/// Seconds of one search from the end, of which it is known whether there is anything to find.
+fn search(timeline: &mut Timeline, stops: &Stops, met: bool) -> Result<f64, String> {
+    let (seconds, arrival) = seconds_of(timeline, stops)?;
     match arrival {
         Arrival::Hit(_) if met => Ok(seconds),
         Arrival::Start if !met => Ok(seconds),
@@ -181,6 +196,30 @@ fn used_long_ago(timeline: &mut Timeline) -> Result<[Vec<Stops>; 2], String> {
     let breakpoints = all.breakpoints.iter().map(|it| Stops { breakpoints: vec![*it], watchpoints: Vec::new() });
     let watchpoints = all.watchpoints.iter().map(|it| Stops { breakpoints: Vec::new(), watchpoints: vec![*it] });
     Ok([breakpoints.collect(), watchpoints.collect()])
+}
+
+/// Places that were loaded from in the first tenth of the recording and never after it: of pointers there, those that are met
+/// no more behind it.
+fn loaded_long_ago(timeline: &mut Timeline) -> Result<Vec<Stops>, String> {
+    let (start, end) = (timeline.start(), timeline.player().tape().end());
+    let tenth = (end.retired - start.retired) / 10;
+    let at = |retired| Position { retired, skipped_tsc: 0 };
+    let mut all = Stops::default();
+    for sample in 0..SAMPLES {
+        timeline.seek(at(start.retired + sample * tenth / 10 / SAMPLES), &mut || false).map_err(text)?;
+        let machine = timeline.player().machine();
+        let Some(cpu) = machine.peek_cpu(0) else { continue };
+        let pointers = cpu.gprs.iter().filter(|gpr| machine.translate(0, **gpr).is_some());
+        all.watchpoints.extend(pointers.flat_map(|gpr| watching_loads(*gpr & !7).watchpoints));
+    }
+    all.watchpoints.sort_unstable_by_key(|it| it.address);
+    all.watchpoints.dedup();
+    timeline.seek(start, &mut || false).map_err(text)?;
+    let hits = met(timeline, &mut all.clone(), at(start.retired + tenth), 1)?;
+    all.watchpoints.retain(|it| hits.iter().any(|hit| matches!(hit, Why::Watchpoint { watched, .. } if watched == it)));
+    timeline.seek(at(start.retired + tenth), &mut || false).map_err(text)?;
+    met(timeline, &mut all, end, 1)?;
+    Ok(all.watchpoints.iter().map(|it| Stops { breakpoints: Vec::new(), watchpoints: vec![*it] }).collect())
 }
 
 fn is_of(hit: &Why, breakpoint: u64) -> bool {

@@ -503,6 +503,27 @@ impl Core {
         })
     }
 
+    /// [`Core::load_hit`], and the same where loads are noted.
+    #[inline(always)]
+    pub fn load_known<T: Word>(&mut self, linear: u64) -> Option<T> {
+        self.load_hit(linear).or_else(|| {
+            let host = self.noted_source(linear, size_of::<T>()).cast::<T>();
+            // SAFETY: as in `load_hit`; where it is not null the whole access lies in one page, and it was noted.
+            (!host.is_null()).then(|| unsafe { host.read_unaligned() })
+        })
+    }
+
+    /// Host address for a load of so many bytes, all in one page, that needs no notice or has just been noted.
+    #[inline(always)]
+    pub fn host_for_load(&mut self, linear: u64, bytes: usize) -> Option<*const u8> {
+        let entry = Tlb::read_entry(self.tlb_base, linear);
+        if entry.hits::<u8>(linear) {
+            return Some(entry.host::<u8>(linear).cast_const());
+        }
+        let host = self.noted_source(linear, bytes);
+        (!host.is_null()).then_some(host)
+    }
+
     /// Stores to a linear address if the TLB has its page; `None` has changed nothing.
     #[inline(always)]
     pub fn store_hit<T: Word>(&mut self, linear: u64, value: T) -> Option<()> {

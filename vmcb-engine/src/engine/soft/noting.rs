@@ -1,9 +1,10 @@
 //! What one processor notes of what it uses, for [`Uses`]; nothing before somebody asks.
 //!
 //! Code: each block is looked for again when it runs first in a span (`Blocks::hide`), and then the addresses of its
-//! instructions are noted. Stores: entries of the write table carry a tag that no fast path knows (`Tlb::note_writes`), so
+//! instructions are noted. Stores: entries of the write table carry a tag that no fast path knows (`Tlb::note_accesses`), so
 //! each store comes by here; what is marked is words of pages of RAM, in a table as large as a 64th of RAM of which only
-//! what is used takes memory. Loads: pages that were looked for. Which spans there are is not known here.
+//! what is used takes memory. Loads: so do entries of the read table, and lines are marked, in a table as large as a 512th.
+//! Which spans there are is not known here.
 
 use std::collections::BTreeMap;
 
@@ -23,8 +24,32 @@ pub struct Noting {
     /// Instructions that began in a guest-physical page, a bit for each byte.
     starts: BTreeMap<u64, Box<[u64; 64]>>,
     words: Words,
+    lines: Lines,
     /// Words of devices: key and bits of `Marks`.
     devices: BTreeMap<u64, u64>,
+}
+
+/// Lines of RAM that were loaded from.
+#[derive(Default)]
+struct Lines {
+    /// A map for each page.
+    maps: Vec<u64>,
+    /// Pages whose maps are not zero.
+    touched: Vec<u64>,
+}
+
+impl Lines {
+    /// Marks bytes of a page.
+    #[inline(always)]
+    fn mark(&mut self, page: u64, address: u64, bytes: usize) {
+        let first = address >> 6 & 63;
+        let last = (((address & 0xfff) + bytes.max(1) as u64 - 1) >> 6).min(63);
+        let Some(map) = self.maps.get_mut(page as usize) else { return };
+        if *map == 0 {
+            self.touched.push(page);
+        }
+        *map |= u64::MAX << first & u64::MAX >> (63 - last);
+    }
 }
 
 /// Words of RAM that were stored to.
@@ -77,7 +102,8 @@ impl Noting {
     fn new(memory: &GuestMemory) -> Self {
         let maps = vec![0; memory.pages() as usize * WORD_MAPS];
         let words = Words { maps, touched: Vec::new() };
-        Self { uses: Uses::default(), starts: BTreeMap::new(), words, devices: BTreeMap::new() }
+        let lines = Lines { maps: vec![0; memory.pages() as usize], touched: Vec::new() };
+        Self { uses: Uses::default(), starts: BTreeMap::new(), words, lines, devices: BTreeMap::new() }
     }
 
     /// All of it; nothing is noted then.
@@ -91,10 +117,14 @@ impl Noting {
         for page in self.words.touched.drain(..) {
             let (first, from) = (memory.gpa_of(page) >> 9, page as usize * WORD_MAPS);
             for (key, map) in (first..).zip(&mut self.words.maps[from..from + WORD_MAPS]) {
-                uses.write.words.insert(key, std::mem::take(map));
+                uses.write.pieces.insert(key, std::mem::take(map));
             }
         }
-        std::mem::take(&mut self.devices).into_iter().for_each(|(key, bits)| uses.write.words.insert(key, bits));
+        self.lines.touched.sort_unstable();
+        for page in self.lines.touched.drain(..) {
+            uses.read.pieces.insert(memory.gpa_of(page) >> 12, std::mem::take(&mut self.lines.maps[page as usize]));
+        }
+        std::mem::take(&mut self.devices).into_iter().for_each(|(key, bits)| uses.write.pieces.insert(key, bits));
         uses
     }
 }
@@ -107,12 +137,14 @@ impl Core {
         let mut noting = self.noting.take().unwrap_or_else(|| Box::new(Noting::new(&self.memory)));
         let taken = noting.take(&self.memory);
         let begun = &mut noting.uses;
-        self.tlb.pages(Access::Read).for_each(|found| begun.read.insert(found.linear));
+        for found in self.tlb.pages(Access::Read) {
+            begun.read.insert_page(found.linear, self.memory.gpa_of(found.page));
+        }
         for found in self.tlb.pages(Access::Write) {
             begun.write.insert_page(found.linear, self.memory.gpa_of(found.page));
         }
         self.tlb.pages(Access::Execute).for_each(|found| begun.execute.insert_page(found.linear, found.gpa));
-        self.tlb.note_writes();
+        self.tlb.note_accesses();
         self.returns.forget();
         self.blocks.hide();
         self.noting = Some(noting);
@@ -137,12 +169,40 @@ impl Core {
         }
     }
 
-    /// A linear page was looked for to load from.
+    /// A linear page was looked for to load from, and is this page of RAM.
     #[inline]
-    pub(super) fn note_loads(&mut self, linear: u64) {
+    pub(super) fn note_loads(&mut self, linear: u64, page: u64) {
         if let Some(noting) = self.noting.as_deref_mut() {
-            noting.uses.read.insert(linear);
+            noting.uses.read.insert_page(linear, self.memory.gpa_of(page));
         }
+    }
+
+    /// A page of RAM is loaded from.
+    #[inline]
+    pub(super) fn note_lines(&mut self, page: u64, address: u64, bytes: usize) {
+        if let Some(noting) = self.noting.as_deref_mut() {
+            noting.lines.mark(page, address, bytes);
+        }
+    }
+
+    /// A device is loaded from.
+    #[inline]
+    pub(super) fn note_device_load(&mut self, linear: u64, gpa: u64, bytes: usize) {
+        if let Some(noting) = self.noting.as_deref_mut() {
+            noting.uses.read.insert_page(linear, gpa);
+            noting.uses.read.insert(gpa, gpa + bytes.max(1) as u64 - 1);
+        }
+    }
+
+    /// Where a load comes from that is to be noted and needs nothing besides; it is noted. Null if it needs more, or its page is
+    /// not cached.
+    #[cold]
+    #[inline(never)]
+    pub fn noted_source(&mut self, linear: u64, bytes: usize) -> *const u8 {
+        let Some(noting) = self.noting.as_deref_mut() else { return std::ptr::null() };
+        let Some((host, page)) = self.tlb.noted_load(linear, self.tlb_set, bytes) else { return std::ptr::null() };
+        noting.lines.mark(page, linear, bytes);
+        host
     }
 
     /// A linear page was looked for to store to, and is this page of RAM.

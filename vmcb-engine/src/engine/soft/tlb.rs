@@ -4,8 +4,8 @@
 //! linear, since blocks are found by that), so a hit costs one compare.
 //! What must be seen is kept out of the write table: pages not yet dirty in the guest's page tables, pages not stamped in
 //! this epoch (the tag is marked [`REARM`], the translation kept), pages with decoded code, and everything not RAM. Watched
-//! pages are marked in the same way, in the read table too. Where stores are noted, entries that would be fast are marked
-//! [`NOTED`] instead, which no fast path knows.
+//! pages are marked in the same way, in the read table too. Where loads and stores are noted, entries that would be fast are
+//! marked [`NOTED`] instead, which no fast path knows.
 //!
 //! Geometry and replacement are guest-visible through stale translations (a guest that changes a table and does not flush
 //! may see the old one as long as it is cached), so they belong to the engine's semantics. [`Tlb::halve`] makes tables that
@@ -22,7 +22,7 @@ pub const HALVINGS_MAX: u32 = 8;
 const EMPTY: u64 = u64::MAX;
 /// The translation is good but the page must be stamped before the next write.
 const REARM: u64 = 1;
-/// A store needs nothing but to be noted.
+/// An access needs nothing but to be noted.
 const NOTED: u64 = 2;
 const PAGE_MASK: u64 = !0xfff;
 
@@ -82,7 +82,7 @@ pub struct Tlb {
     execute_extra: [Extra; 2 * ENTRIES],
     /// Each table behaves as if it had so many times half the entries.
     halvings: u32,
-    /// Stores are noted: no entry of the write table is fast.
+    /// Loads and stores are noted: no entry of the read and the write table is fast.
     notes: bool,
 }
 
@@ -213,7 +213,7 @@ impl Tlb {
         };
         // Reads of watched pages are marked as writes are that wait to be stamped.
         let tag = match access {
-            Access::Read => entry.tag & !REARM,
+            Access::Read => entry.tag & !(REARM | NOTED),
             Access::Write => entry.tag & !NOTED,
             Access::Execute => entry.tag,
         };
@@ -231,7 +231,7 @@ impl Tlb {
         let page = linear & PAGE_MASK;
         let (host, gpa) = (found.host as u64, found.gpa & PAGE_MASK);
         let base = if access == Access::Execute { gpa } else { host };
-        let noted = if self.notes && access == Access::Write { NOTED } else { 0 };
+        let noted = if self.notes && access != Access::Execute { NOTED } else { 0 };
         let (entries, extras) = self.table(access);
         entries[at] = Entry { tag: page | noted, addend: base.wrapping_sub(page) };
         extras[at] = Extra { page: found.page, gpa, host, global: found.global };
@@ -260,8 +260,8 @@ impl Tlb {
 
     /// Loads from these pages go through the slow path, with their translations kept.
     pub fn arm_reads(&mut self, is_watched: impl Fn(u64) -> bool) {
-        let watched = self.read.iter_mut().filter(|entry| entry.tag != EMPTY && is_watched(entry.tag));
-        watched.for_each(|entry| entry.tag |= REARM);
+        let watched = self.read.iter_mut().filter(|entry| entry.tag != EMPTY && is_watched(entry.tag & PAGE_MASK));
+        watched.for_each(|entry| entry.tag = entry.tag & PAGE_MASK | REARM);
     }
 
     /// The pages of a table.
@@ -311,9 +311,11 @@ impl Tlb {
         self.rearm();
     }
 
-    /// All loads are fast again.
+    /// All loads are as fast again as they may be.
     pub fn disarm_reads(&mut self) {
-        self.read.iter_mut().filter(|entry| entry.tag != EMPTY).for_each(|entry| entry.tag &= !REARM);
+        let noted = if self.notes { NOTED } else { 0 };
+        let filled = self.read.iter_mut().filter(|entry| entry.tag != EMPTY);
+        filled.for_each(|entry| entry.tag = entry.tag & PAGE_MASK | noted);
     }
 
     /// Guest-physical address and number of the page of code at `linear`, in either set.
@@ -371,10 +373,21 @@ impl Tlb {
         }
     }
 
-    /// Each store is noted from now on, and that of each page anew.
-    pub fn note_writes(&mut self) {
+    /// Each load and each store is noted from now on, and the stores of each page anew.
+    pub fn note_accesses(&mut self) {
         self.notes = true;
         self.rearm();
+        let fast = self.read.iter_mut().filter(|entry| entry.tag & !PAGE_MASK == 0);
+        fast.for_each(|entry| entry.tag |= NOTED);
+    }
+
+    /// Host address and page of RAM of bytes that lie in one page, if loads there need nothing but to be noted.
+    #[inline(always)]
+    pub fn noted_load(&self, linear: u64, set: usize, bytes: usize) -> Option<(*const u8, u64)> {
+        let at = slot(linear, set);
+        let entry = self.read[at];
+        let last = linear.wrapping_add(bytes as u64 - 1) & PAGE_MASK;
+        (last | NOTED == entry.tag).then(|| (linear.wrapping_add(entry.addend) as *const u8, self.read_extra[at].page))
     }
 
     /// Host address and page of RAM of bytes that lie in one page, if stores there need nothing but to be noted.

@@ -81,6 +81,13 @@ impl Core {
     #[cold]
     #[inline(never)]
     pub fn load_slow<T: Word>(&mut self, linear: u64) -> Step<T> {
+        if self.noting.is_some() {
+            let host = self.noted_source(linear, size_of::<T>()).cast::<T>();
+            if !host.is_null() {
+                // SAFETY: as in `load_hit`; the whole access lies in one page, and it was noted.
+                return Ok(unsafe { host.read_unaligned() });
+            }
+        }
         let mut value = MaybeUninit::<T>::zeroed();
         // SAFETY: a `Word` is an integer: `size_of::<T>()` initialised bytes without padding.
         let bytes = unsafe { std::slice::from_raw_parts_mut(value.as_mut_ptr().cast::<u8>(), size_of::<T>()) };
@@ -214,13 +221,17 @@ impl Core {
     fn read_from(&mut self, target: Target, linear: u64, into: &mut [u8]) {
         match target {
             Target::Ram(found) => {
+                self.note_lines(found.page, linear, into.len());
                 // SAFETY: the caller split at the page's end, and `host` is the page's first byte of mapped RAM.
                 unsafe {
                     let from = found.host.add((linear & 0xfff) as usize);
                     std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len());
                 }
             }
-            Target::Device(gpa) => self.mmio.read(gpa, into),
+            Target::Device(gpa) => {
+                self.note_device_load(linear, gpa, into.len());
+                self.mmio.read(gpa, into);
+            }
         }
     }
 
@@ -319,9 +330,6 @@ impl Core {
 
     /// Walks, and caches what it finds. A write table entry begins re-armed: the store itself completes it.
     fn translate(&mut self, linear: u64, access: Access) -> Step<Target> {
-        if access == Access::Read {
-            self.note_loads(linear);
-        }
         if self.mode.long && !is_canonical(linear, 48) {
             // The address is kept: an operand on the stack makes it #SS (`Core::blame_stack`).
             self.fault = Fault { vector: 13, code: Some(0), address: linear };
@@ -342,8 +350,9 @@ impl Core {
         match access {
             // Of fetches it is noted where they are asked for: one that fails has been preceded by a stop, too.
             Access::Execute if self.stops.is_some() => self.suspect_page(linear, found.gpa, found.page),
+            Access::Read => self.note_loads(linear, found.page),
             Access::Write => self.note_stores(linear, found.page),
-            _ => {}
+            Access::Execute => {}
         }
         if !self.bypasses_tlb(Some(&mapping)) {
             match access {

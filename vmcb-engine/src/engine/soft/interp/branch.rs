@@ -133,7 +133,7 @@ fn call_noted<P: Place>(core: &mut Core, op: &Op) -> Step {
 /// Where a return leads, if that is known without a page walk and may be.
 #[inline(always)]
 fn return_target(core: &mut Core, _: &Op) -> Option<u64> {
-    core.load_hit::<u64>(core.gprs[RSP]).filter(|target| canonical(*target))
+    core.load_known::<u64>(core.gprs[RSP]).filter(|target| canonical(*target))
 }
 
 /// E8, E9, EB, C2, C3.

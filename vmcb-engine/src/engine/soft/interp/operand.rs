@@ -214,7 +214,7 @@ impl Addressed for Wide {
 impl<P: Addressed> Place for Quick<P> {
     #[inline(always)]
     fn load<W: Width>(core: &mut Core, op: &Op) -> Step<W> {
-        core.load_hit(P::linear(core, op)).ok_or(Stop::Again)
+        core.load_known(P::linear(core, op)).ok_or(Stop::Again)
     }
 
     #[inline(always)]

@@ -148,7 +148,7 @@ fn push_quick(core: &mut Core, op: &Op) -> Step {
 
 fn pop_quick(core: &mut Core, op: &Op) -> Step {
     let sp = core.gprs[RSP];
-    let value = core.load_hit::<u64>(sp).ok_or(Stop::Again)?;
+    let value = core.load_known::<u64>(sp).ok_or(Stop::Again)?;
     core.gprs[RSP] = sp.wrapping_add(8);
     u64::set(core, op.rm, value);
     Ok(())

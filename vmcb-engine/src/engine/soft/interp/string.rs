@@ -10,7 +10,6 @@ use super::pick::{Pick, by_size, straight};
 use crate::engine::soft::core::{Core, DS, ES, RAX, RCX, RDI, RSI, Step, Stop, rflags};
 use crate::engine::soft::decode::Insn;
 use crate::engine::soft::op::{NO_SEGMENT, Op, form};
-use crate::engine::soft::tlb::Tlb;
 
 fn address_mask(op: &Op) -> u64 {
     match op.address_size {
@@ -126,14 +125,12 @@ fn copy_whole<W: Width>(core: &mut Core, op: &Op, elements: u64) -> Step<bool> {
         return Ok(false);
     }
     let (from, to) = (source::<W>(core, op)?, target::<W>(core, op, true)?);
-    let (read, bytes) = (Tlb::read_entry(core.tlb_base, from), elements * W::BYTES);
-    if !read.hits::<u8>(from) || (from & 0xfff) + bytes > 0x1000 || (to & 0xfff) + bytes > 0x1000 {
+    let bytes = elements * W::BYTES;
+    if (from & 0xfff) + bytes > 0x1000 || (to & 0xfff) + bytes > 0x1000 {
         return Ok(false);
     }
-    let (from, to) = match core.host_for_store(to, bytes as usize) {
-        Some(to) => (read.host::<u8>(from), to),
-        None => return Ok(false),
-    };
+    let Some(from) = core.host_for_load(from, bytes as usize) else { return Ok(false) };
+    let Some(to) = core.host_for_store(to, bytes as usize) else { return Ok(false) };
     if (to as u64).wrapping_sub(from as u64).wrapping_sub(1) < bytes - 1 {
         return Ok(false);
     }

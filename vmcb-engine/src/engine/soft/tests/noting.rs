@@ -132,6 +132,32 @@ fn every_kind_of_instruction_that_stores_is_noted() {
     }
 }
 
+/// Once where both pages have been loaded from before, and once where they have not.
+#[test]
+fn every_kind_of_instruction_that_loads_is_noted_by_its_line() {
+    let loads = |a: &mut CodeAssembler| {
+        a.mov(al, byte_ptr(rbx + 0x800)).unwrap();
+        a.mov(al, byte_ptr(rsp - 0x800)).unwrap();
+    };
+    for (name, instruction, address, reads, writes) in CASES {
+        for warm in [false, true] {
+            let mut guest = case_behind(loads, *instruction);
+            guest.engine.take_uses();
+            guest.run(2);
+            if !warm {
+                guest.engine.take_uses();
+            }
+            guest.run(3);
+            let uses = guest.engine.take_uses().unwrap();
+            for kind in [WatchKind::Read, WatchKind::Access] {
+                let noted = |at| uses.may_meet(&watch(at, 1, kind));
+                assert_eq!(noted(*address), *reads || *writes, "{name}: {kind:?}, warm {warm}");
+                assert!(!noted(*address & !0xfff | 0xc00), "{name}: of the same page");
+            }
+        }
+    }
+}
+
 /// Stores of every size at every offset around a word, a page's end included, warm and cold: exactly their words.
 #[test]
 fn exactly_the_words_of_a_store_are_noted() {
