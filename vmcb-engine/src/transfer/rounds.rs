@@ -28,8 +28,8 @@ const STALLED_ROUNDS_MAX: u32 = 3;
 /// Rounds with fewer bytes, or shorter ones, say little about the speed of the wire.
 const TELLING_BYTES_MIN: u64 = 1 << 20;
 const TELLING_US_MIN: u64 = 10_000;
-/// Shorter looks say little about the speed of the guest.
-const LOOK_US_MIN: u64 = 30_000;
+/// Shorter looks say little about the speed of the guest: they are answered a few milliseconds sooner or later.
+pub const LOOK_US_MIN: u64 = 80_000;
 /// So little may as well be sent with the guest stopped.
 const LITTLE_BYTES: u64 = 256 << 10;
 /// Rounds that may follow although what is left fits.
@@ -255,14 +255,14 @@ mod tests {
         throttle_percent: u32,
     }
 
-    /// Rounds over [`WIRE`] that each take 2 ms more than their bytes; somebody looks every 50 ms, if at all.
+    /// Rounds over [`WIRE`] that each take 2 ms more than their bytes; somebody looks every 100 ms, if at all.
     fn run(mut rounds: Rounds, guest: Guest, looks: bool) -> Ended {
         let (mut due, mut sent) = (1024 * MIB, 0);
         for round in 1.. {
             let took_us = due * 1_000_000 / WIRE + 2000;
             let (mut at, mut dirtied) = (0, 0);
             while at < took_us {
-                let us = (took_us - at).min(50_000);
+                let us = (took_us - at).min(100_000);
                 let free = u64::from(100 - rounds.throttle_percent()).min(guest.share);
                 let more = (guest.dirty / 100 * free / 1000 * us / 1000).min(guest.set - dirtied);
                 (at, dirtied) = (at + us, dirtied + more);

@@ -18,7 +18,7 @@ use std::ops::ControlFlow;
 use proto::status::Code;
 use proto::v1::{MachineDigest, PhaseReport, RoundReport, Section, TransferPolicy};
 use vmcb_engine::memory::PAGE_BYTES;
-use vmcb_engine::transfer::rounds::{Decision, RoundFacts, Rounds, StopReason};
+use vmcb_engine::transfer::rounds::{Decision, LOOK_US_MIN, RoundFacts, Rounds, StopReason};
 
 use super::{Failure, PROTOCOL, differing_parts};
 
@@ -530,6 +530,9 @@ impl Precopy {
         let mut effects = Vec::new();
         if matches!(&self.step, PrecopyStep::Sending { epoch, .. } if *epoch == since) {
             self.looks.waiting = false;
+            if self.looks.before.is_some_and(|(_, at_us)| now_us.saturating_sub(at_us) < LOOK_US_MIN) {
+                return Step { state: Source::Precopy(self), effects };
+            }
             let more =
                 self.looks.before.map(|(seen, at_us)| (bytes.saturating_sub(seen), now_us.saturating_sub(at_us)));
             self.looks.before = Some((bytes, now_us));

@@ -251,15 +251,18 @@ fn a_look_holds_the_guest_back_while_the_round_goes_on() {
         (state, throttles(&effects))
     };
     let state = look(in_a_second_round(), 2_050_000);
-    // 100 MiB in 50 ms: twice as fast as the wire. What came of the last round says nothing of this one.
-    let (state, held) = looked(state, 100 << 20, 2_050_000);
+    let (state, held) = looked(state, 150 << 20, 2_050_000);
+    assert!(held.is_empty(), "that was a short look: {held:?}");
+    // 200 MiB in 100 ms: twice as fast as the wire. What came of the last round says nothing of this one.
+    let state = look(state, 2_100_000);
+    let (state, held) = looked(state, 200 << 20, 2_100_000);
     assert_eq!(held, [80]);
     // The first look after that is where the next begins.
-    let state = look(state, 2_100_000);
-    let (state, held) = looked(state, 500 << 20, 2_100_000);
-    assert!(held.is_empty(), "{held:?}");
     let state = look(state, 2_150_000);
-    let (state, held) = looked(state, 510 << 20, 2_150_000);
+    let (state, held) = looked(state, 500 << 20, 2_150_000);
+    assert!(held.is_empty(), "{held:?}");
+    let state = look(state, 2_250_000);
+    let (state, held) = looked(state, 510 << 20, 2_250_000);
     assert!(held.is_empty(), "{held:?}");
     let Step { state, effects } = state.step(Input::Looked { since: 2, bytes: u64::MAX }, 2_160_000);
     assert!(effects.is_empty() && matches!(state, Source::Precopy(_)));
