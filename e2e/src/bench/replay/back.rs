@@ -114,9 +114,7 @@ fn searches(report: &Report, timeline: &mut Timeline) -> Result<(), String> {
         let measured = Measurement::of(SUITE, "reverse-continue", metric, "s", seconds);
         report.add(measured.map(|m| m.beside("aim", &[SEARCH_AIM_S])));
     };
-    let loads = loaded_long_ago(timeline)?;
-    let all = [("breakpoint_long_ago", breakpoints), ("watchpoint_long_ago", watchpoints), ("load_long_ago", loads)];
-    for (metric, searched) in all {
+    for (metric, searched) in [("breakpoint_long_ago", breakpoints), ("watchpoint_long_ago", watchpoints)] {
         let found: Result<Vec<f64>, String> =
             searched.iter().take(SEARCHES).map(|stops| search(timeline, stops, true)).collect();
         let found = found?;
@@ -196,30 +194,6 @@ fn used_long_ago(timeline: &mut Timeline) -> Result<[Vec<Stops>; 2], String> {
     let breakpoints = all.breakpoints.iter().map(|it| Stops { breakpoints: vec![*it], watchpoints: Vec::new() });
     let watchpoints = all.watchpoints.iter().map(|it| Stops { breakpoints: Vec::new(), watchpoints: vec![*it] });
     Ok([breakpoints.collect(), watchpoints.collect()])
-}
-
-/// Places that were loaded from in the first tenth of the recording and never after it: of pointers there, those that are met
-/// no more behind it.
-fn loaded_long_ago(timeline: &mut Timeline) -> Result<Vec<Stops>, String> {
-    let (start, end) = (timeline.start(), timeline.player().tape().end());
-    let tenth = (end.retired - start.retired) / 10;
-    let at = |retired| Position { retired, skipped_tsc: 0 };
-    let mut all = Stops::default();
-    for sample in 0..SAMPLES {
-        timeline.seek(at(start.retired + sample * tenth / 10 / SAMPLES), &mut || false).map_err(text)?;
-        let machine = timeline.player().machine();
-        let Some(cpu) = machine.peek_cpu(0) else { continue };
-        let pointers = cpu.gprs.iter().filter(|gpr| machine.translate(0, **gpr).is_some());
-        all.watchpoints.extend(pointers.flat_map(|gpr| watching_loads(*gpr & !7).watchpoints));
-    }
-    all.watchpoints.sort_unstable_by_key(|it| it.address);
-    all.watchpoints.dedup();
-    timeline.seek(start, &mut || false).map_err(text)?;
-    let hits = met(timeline, &mut all.clone(), at(start.retired + tenth), 1)?;
-    all.watchpoints.retain(|it| hits.iter().any(|hit| matches!(hit, Why::Watchpoint { watched, .. } if watched == it)));
-    timeline.seek(at(start.retired + tenth), &mut || false).map_err(text)?;
-    met(timeline, &mut all, end, 1)?;
-    Ok(all.watchpoints.iter().map(|it| Stops { breakpoints: Vec::new(), watchpoints: vec![*it] }).collect())
 }
 
 fn is_of(hit: &Why, breakpoint: u64) -> bool {
