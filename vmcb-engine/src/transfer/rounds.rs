@@ -437,8 +437,9 @@ mod tests {
             let guest = Guest { share, ..Guest::of(dirty, set) };
             let ended = run(holding_back(99), guest, true);
             prop_assert!(ended.reason == StopReason::Fits && ended.rounds <= 20, "{guest:?}: {ended:?}");
-            // A guest a little slower than the wire is not held back before two of its rounds were slow.
-            prop_assert!(ended.sent <= 4096 * MIB, "{guest:?}: {ended:?}");
+            // A guest a little slower than the wire is not held back before two of its rounds were slow, and what waits for a
+            // processor is held back in several steps.
+            prop_assert!(ended.sent <= 5 * 1024 * MIB, "{guest:?}: {ended:?}");
         }
     }
 }
