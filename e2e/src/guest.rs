@@ -69,13 +69,7 @@ impl Program {
     pub fn elf(&self) -> Result<Vec<u8>, IcedError> {
         assert!(self.region_bytes > 0 && self.region_bytes.is_multiple_of(PAGE), "region of whole pages");
         let (main, handler) = self.main()?;
-        let segments = [
-            (ENTRY, entry()?),
-            (MAIN, main),
-            (TABLES, tables(&[(VECTOR as u8, handler)])),
-            (PML4, page_tables(KERNEL_PAGES)),
-        ];
-        Ok(elf(&segments))
+        image(main, &[(VECTOR as u8, handler)])
     }
 
     /// 64-bit code, and the address of the timer's interrupt handler.
@@ -221,9 +215,7 @@ pub fn bare(code: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> R
     let mut asm = CodeAssembler::new(64)?;
     asm.mov(rsp, STACK)?;
     code(&mut asm)?;
-    let segments =
-        [(ENTRY, entry()?), (MAIN, asm.assemble(MAIN)?), (TABLES, tables(&[])), (PML4, page_tables(KERNEL_PAGES))];
-    Ok(elf(&segments))
+    image(asm.assemble(MAIN)?, &[])
 }
 
 /// Subroutines.
@@ -430,6 +422,12 @@ fn page_tables(rights: u64) -> Vec<u8> {
         words[1024 + i] = (i as u64) << 21 | LARGE | rights;
     }
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+/// The ELF file of 64-bit code at [`MAIN`] with these interrupt handlers.
+fn image(main: Vec<u8>, gates: &[Gate]) -> Result<Vec<u8>, IcedError> {
+    let segments = [(ENTRY, entry()?), (MAIN, main), (TABLES, tables(gates)), (PML4, page_tables(KERNEL_PAGES))];
+    Ok(elf(&segments))
 }
 
 /// An executable ELF64 whose note names [`ENTRY`] as PVH entry (note type 18, XEN_ELFNOTE_PHYS32_ENTRY).

@@ -98,13 +98,13 @@ impl FileBucket {
         joined.unwrap_or_else(|_| Err(self.failed(key, io::Error::other("the worker ended"))))
     }
 
-    pub(super) fn put(&self, key: &str, bytes: &Bytes) -> Result<(), BucketError> {
+    pub(super) fn put(&self, key: &str, bytes: &[u8]) -> Result<(), BucketError> {
         self.spend(key)?;
         self.write(key, bytes, |unfinished, path| fs::rename(unfinished, path))?;
         self.spend(key)
     }
 
-    pub(super) fn put_new(&self, key: &str, bytes: &Bytes) -> Result<PutNew, BucketError> {
+    pub(super) fn put_new(&self, key: &str, bytes: &[u8]) -> Result<PutNew, BucketError> {
         self.spend(key)?;
         let mut outcome = PutNew::Created;
         self.write(key, bytes, |unfinished, path| {
@@ -121,7 +121,7 @@ impl FileBucket {
     fn write(
         &self,
         key: &str,
-        bytes: &Bytes,
+        bytes: &[u8],
         name: impl FnOnce(&Path, &Path) -> io::Result<()>,
     ) -> Result<(), BucketError> {
         let unfinished = self.root.join(UNFINISHED).join(to_hex(&crate::entropy::bytes::<16>()));
@@ -144,7 +144,7 @@ impl FileBucket {
         &self,
         key: &str,
         unfinished: &Path,
-        bytes: &Bytes,
+        bytes: &[u8],
         name: impl FnOnce(&Path, &Path) -> io::Result<()>,
     ) -> io::Result<()> {
         uncached::write_new(unfinished, bytes)?;

@@ -8,7 +8,6 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
 
-use bytes::Bytes;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 
@@ -26,11 +25,10 @@ pub(crate) fn first_block(buffer: &[u8]) -> usize {
 ///
 /// # Errors
 /// Those of the file system; part of the file may be there then.
-pub(super) fn write_new(path: &Path, bytes: &Bytes) -> io::Result<()> {
+pub(super) fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = File::create_new(path)?;
     let done = if bytes.len() >= LEAST && bytes.as_ptr().align_offset(BLOCK) == 0 {
-        let (whole, _) = bytes.split_at(bytes.len() / BLOCK * BLOCK);
-        write_past(&mut file, whole)?
+        write_past(&mut file, &bytes[..bytes.len() / BLOCK * BLOCK])?
     } else {
         0
     };
@@ -62,6 +60,8 @@ fn write_past(file: &mut File, blocks: &[u8]) -> io::Result<usize> {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
 
     fn noise(length: usize) -> Vec<u8> {

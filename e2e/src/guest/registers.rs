@@ -9,10 +9,7 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 use super::printing::Printer;
-use super::{
-    ENTRY, KERNEL_PAGES, MAIN, MULTIPLIER, PML4, REGION, STACK, TABLES, VECTOR, elf, entry, page_tables, read_tsc,
-    start_apic, tables, write_msr,
-};
+use super::{MAIN, MULTIPLIER, REGION, STACK, TABLES, VECTOR, image, read_tsc, start_apic, write_msr};
 
 /// What the guest does.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -79,13 +76,7 @@ impl Registers {
     /// The assembler refused; a bug in this file.
     pub fn elf(&self) -> Result<Vec<u8>, IcedError> {
         let (main, handler) = self.main()?;
-        let segments = [
-            (ENTRY, entry()?),
-            (MAIN, main),
-            (TABLES, tables(&[(VECTOR as u8, handler)])),
-            (PML4, page_tables(KERNEL_PAGES)),
-        ];
-        Ok(elf(&segments))
+        image(main, &[(VECTOR as u8, handler)])
     }
 
     /// 64-bit code, and the address of the timer's interrupt handler.

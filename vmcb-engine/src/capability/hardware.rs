@@ -10,6 +10,7 @@
 //! Sources: APM3 appendix E. This file refuses to know what the host at hand has.
 
 use super::msr::{Form, Home, MsrRow};
+use super::soft_v1::bits;
 use super::x86_64::{self, Level};
 use super::{Topology, soft_v1};
 use crate::cpu::{CpuState, gpr};
@@ -59,15 +60,6 @@ struct Table {
     msrs: &'static [MsrRow],
     /// MSRs of `soft-v1` that it lacks.
     without: &'static [u32],
-}
-
-const fn bits<const N: usize>(numbers: [u32; N]) -> u32 {
-    let (mut word, mut index) = (0, 0);
-    while index < N {
-        word |= 1 << numbers[index];
-        index += 1;
-    }
-    word
 }
 
 const fn limits(cr4: u64) -> Limits {

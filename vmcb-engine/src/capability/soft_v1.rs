@@ -52,7 +52,8 @@ pub const MAX_EXTENDED: u32 = 0x8000_0021;
 /// Greatest leaf of the KVM range.
 pub const MAX_KVM: u32 = 0x4000_0010;
 
-const fn bits<const N: usize>(numbers: [u32; N]) -> u32 {
+/// A word with these bits set.
+pub(super) const fn bits<const N: usize>(numbers: [u32; N]) -> u32 {
     let (mut word, mut index) = (0, 0);
     while index < N {
         word |= 1 << numbers[index];

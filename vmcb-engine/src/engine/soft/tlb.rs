@@ -384,19 +384,14 @@ impl Tlb {
     /// Host address and page of RAM of bytes that lie in one page, if loads there need nothing but to be noted.
     #[inline(always)]
     pub fn noted_load(&self, linear: u64, set: usize, bytes: usize) -> Option<(*const u8, u64)> {
-        let at = slot(linear, set);
-        let entry = self.read[at];
-        let last = linear.wrapping_add(bytes as u64 - 1) & PAGE_MASK;
-        (last | NOTED == entry.tag).then(|| (linear.wrapping_add(entry.addend) as *const u8, self.read_extra[at].page))
+        let (host, page) = noted_in(&self.read, &self.read_extra, slot(linear, set), linear, bytes)?;
+        Some((host.cast_const(), page))
     }
 
     /// Host address and page of RAM of bytes that lie in one page, if stores there need nothing but to be noted.
     #[inline(always)]
     pub fn noted(&self, linear: u64, set: usize, bytes: usize) -> Option<(*mut u8, u64)> {
-        let at = slot(linear, set);
-        let entry = self.write[at];
-        let last = linear.wrapping_add(bytes as u64 - 1) & PAGE_MASK;
-        (last | NOTED == entry.tag).then(|| (linear.wrapping_add(entry.addend) as *mut u8, self.write_extra[at].page))
+        noted_in(&self.write, &self.write_extra, slot(linear, set), linear, bytes)
     }
 
     /// A page of RAM got decoded code: writes to it must be seen from now on.
@@ -407,6 +402,20 @@ impl Tlb {
             }
         }
     }
+}
+
+/// Where bytes lie by an entry of one of the tables, and in which page of RAM, if it is marked [`NOTED`] and has all of them.
+#[inline(always)]
+fn noted_in(
+    entries: &[Entry; 2 * ENTRIES],
+    extra: &[Extra; 2 * ENTRIES],
+    at: usize,
+    linear: u64,
+    bytes: usize,
+) -> Option<(*mut u8, u64)> {
+    let entry = entries[at];
+    let last = linear.wrapping_add(bytes as u64 - 1) & PAGE_MASK;
+    (last | NOTED == entry.tag).then(|| (linear.wrapping_add(entry.addend) as *mut u8, extra[at].page))
 }
 
 /// Lines of decoded code that a write of `bytes` at `gpa` touches.

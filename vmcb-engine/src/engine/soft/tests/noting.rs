@@ -107,7 +107,18 @@ fn noting_changes_nothing() {
     }
 }
 
-/// Once where both pages have been stored to before, and once where they have not.
+/// What an instruction uses behind others, which have used both of its pages: in its span, if `warm`, or in one before.
+fn used_behind(others: fn(&mut CodeAssembler), instruction: fn(&mut CodeAssembler), warm: bool) -> Uses {
+    let mut guest = case_behind(others, instruction);
+    guest.engine.take_uses();
+    guest.run(2);
+    if !warm {
+        guest.engine.take_uses();
+    }
+    guest.run(3);
+    guest.engine.take_uses().unwrap()
+}
+
 #[test]
 fn every_kind_of_instruction_that_stores_is_noted() {
     let stores = |a: &mut CodeAssembler| {
@@ -116,14 +127,7 @@ fn every_kind_of_instruction_that_stores_is_noted() {
     };
     for (name, instruction, address, _, writes) in CASES {
         for warm in [false, true] {
-            let mut guest = case_behind(stores, *instruction);
-            guest.engine.take_uses();
-            guest.run(2);
-            if !warm {
-                guest.engine.take_uses();
-            }
-            guest.run(3);
-            let uses = guest.engine.take_uses().unwrap();
+            let uses = used_behind(stores, *instruction, warm);
             for kind in [WatchKind::Write, WatchKind::PhysicalWrite] {
                 let noted = uses.may_meet(&watch(*address, 1, kind));
                 assert_eq!(noted, *writes, "{name}: {kind:?}, warm {warm}");
@@ -132,7 +136,6 @@ fn every_kind_of_instruction_that_stores_is_noted() {
     }
 }
 
-/// Once where both pages have been loaded from before, and once where they have not.
 #[test]
 fn every_kind_of_instruction_that_loads_is_noted_by_its_line() {
     let loads = |a: &mut CodeAssembler| {
@@ -141,14 +144,7 @@ fn every_kind_of_instruction_that_loads_is_noted_by_its_line() {
     };
     for (name, instruction, address, reads, writes) in CASES {
         for warm in [false, true] {
-            let mut guest = case_behind(loads, *instruction);
-            guest.engine.take_uses();
-            guest.run(2);
-            if !warm {
-                guest.engine.take_uses();
-            }
-            guest.run(3);
-            let uses = guest.engine.take_uses().unwrap();
+            let uses = used_behind(loads, *instruction, warm);
             for kind in [WatchKind::Read, WatchKind::Access] {
                 let noted = |at| uses.may_meet(&watch(at, 1, kind));
                 assert_eq!(noted(*address), *reads || *writes, "{name}: {kind:?}, warm {warm}");
