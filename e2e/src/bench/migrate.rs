@@ -69,7 +69,7 @@ fn migrate_case(report: &Report, case: &str, pages_per_s: u64) -> Result<(), Str
         let (result, peak) = watch(&cluster, "vm1", GIB, || cluster.json(["migrate", "vm1", "--to", target]));
         runs.note(&result, cpu_seconds(&cluster) - before, &ceilings);
         runs.peak_mib.push(peak);
-        eprintln!("{case}: {}", phases(&result));
+        eprintln!("{case}: {}\n{case}: {}", phases(&result), rounds(&result));
     }
     cluster.goes_on("vm1", 5);
     let of = |metric, unit, values: &[f64]| Measurement::of("migrate", case, metric, unit, values);
@@ -183,4 +183,15 @@ pub(super) fn overhead_mib(cluster: &Cluster, host: &str, vm: &str, memory_bytes
     let stamps_kib = memory_bytes as f64 / 4096.0 * 4.0 / 1024.0;
     let runner = cluster.runner(host, vm).and_then(private_kib).unwrap_or(0.0);
     Some((private_kib(cluster.daemon(host))? + runner + stamps_kib) / 1024.0)
+}
+
+/// What each round sent and how long it took, how fast the guest dirtied meanwhile, and how far it was held back.
+fn rounds(result: &serde_json::Value) -> String {
+    let rounds = result["rounds"].as_array().cloned().unwrap_or_default();
+    let one = |round: &serde_json::Value| {
+        let number = |field: &str| round[field].as_f64().unwrap_or(f64::NAN);
+        let (sent, dirtied) = (number("bytes") / 1e6, number("dirty_rate") / 1e6);
+        format!("{sent:.0} MB in {:.0} ms, dirty {dirtied:.0} MB/s, {} %", number("ms"), number("throttle_percent"))
+    };
+    rounds.iter().map(one).collect::<Vec<_>>().join("; ")
 }

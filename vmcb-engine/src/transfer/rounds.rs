@@ -4,8 +4,9 @@
 //! faster than the guest, so a guest that is not slower is held back until it is half as fast as the wire: by as much at once as
 //! follows from both speeds as they were measured, and again wherever a later look says that it was not enough, because a guest
 //! that waits for a processor anyway loses less than the time for which it rests. How fast the guest is, is looked at within rounds: a
-//! guest that has gone through all of its memory dirties nothing more, so a whole round says too little. Nobody is held back in
-//! the first round, which is long and says nothing of what will be left. The policy stops the guest when
+//! guest that has gone through all of its memory dirties nothing more, so a whole round says too little. One look may have seen
+//! a burst, as of a guest that catches up with its work, so two in a row must agree unless the guest is faster by far. Nobody is
+//! held back in the first round, which is long and says nothing of what will be left. The policy stops the guest when
 //! 1. what is left can be sent within the downtime the operator allows, and another round would not make it much less, or
 //! 2. rounds no longer help (the guest dirties as fast as the wire carries and cannot be held back further), at a local
 //!    minimum of what is left, or
@@ -21,13 +22,13 @@ pub const ROUNDS_MAX_DEFAULT: u32 = 30;
 pub const DOWNTIME_MS_DEFAULT: u32 = 30;
 /// The most that a guest is ever held back: it must stay alive.
 pub const THROTTLE_PERCENT_MAX: u32 = 99;
-/// Rounds in a row that may leave more than half of what they were to send before the guest is held back (further).
+/// Rounds in a row that may leave more than two thirds of what they were to send before the guest is held back (further).
 const SLOW_ROUNDS_MAX: u32 = 2;
 /// Rounds that may fail to lower what is left by an eighth before the policy looks for a minimum to stop at.
 const STALLED_ROUNDS_MAX: u32 = 3;
-/// Rounds with fewer bytes, or shorter ones, say little about the speed of the wire.
+/// Rounds with fewer bytes, or shorter ones, say little about the speed of the wire: beginning and ending them takes as long.
 const TELLING_BYTES_MIN: u64 = 1 << 20;
-const TELLING_US_MIN: u64 = 10_000;
+const TELLING_US_MIN: u64 = 50_000;
 /// Shorter looks say little about the speed of the guest: they are answered a few milliseconds sooner or later.
 pub const LOOK_US_MIN: u64 = 80_000;
 /// So little may as well be sent with the guest stopped.
@@ -68,6 +69,15 @@ pub enum Decision {
     Stop(StopReason),
 }
 
+/// How fast a guest dirties memory, in bytes per second; 0 if nobody looked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+struct Speed {
+    /// Within one look.
+    fastest: u64,
+    /// Within two looks in a row, or one that saw it outrun the wire by far.
+    lasting: u64,
+}
+
 /// The policy and what it has seen.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Rounds {
@@ -80,10 +90,14 @@ pub struct Rounds {
     spare: u32,
     least_left_bytes: u64,
     bytes_per_s: u64,
-    /// How fast the guest dirties as it is held back now; 0 if nobody looked.
-    dirty_bytes_per_s: u64,
-    /// The fastest that it was seen in this round.
-    seen_bytes_per_s: u64,
+    /// How fast the guest dirties as it is held back now.
+    dirty: Speed,
+    /// What was seen of that in this round.
+    seen: Speed,
+    /// What the last look saw.
+    look_bytes_per_s: u64,
+    /// How fast it was at its fastest when it was last held back.
+    held_at_bytes_per_s: u64,
     throttle_percent: u32,
     throttle_percent_max: u32,
 }
@@ -103,8 +117,10 @@ impl Rounds {
             spare: 0,
             least_left_bytes: u64::MAX,
             bytes_per_s: 0,
-            dirty_bytes_per_s: 0,
-            seen_bytes_per_s: 0,
+            dirty: Speed::default(),
+            seen: Speed::default(),
+            look_bytes_per_s: 0,
+            held_at_bytes_per_s: 0,
             throttle_percent: 0,
             throttle_percent_max: policy.throttle_percent_max.min(THROTTLE_PERCENT_MAX),
         }
@@ -132,12 +148,15 @@ impl Rounds {
         if us < LOOK_US_MIN {
             return false;
         }
-        self.seen_bytes_per_s = self.seen_bytes_per_s.max(rate(dirtied_bytes, us));
+        let now = rate(dirtied_bytes, us);
+        let before = std::mem::replace(&mut self.look_bytes_per_s, now);
+        let lasting = if now / 2 >= self.bytes_per_s { now } else { now.min(before) };
+        self.seen = Speed { fastest: self.seen.fastest.max(now), lasting: self.seen.lasting.max(lasting) };
         // Only what has been sent once says how fast the wire is, and only what is sent again needs it.
-        if self.rounds == 0 || !self.outruns(self.seen_bytes_per_s) || !self.may_hold_back() {
+        if self.rounds == 0 || !self.outruns(self.seen.lasting) || !self.may_hold_back() {
             return false;
         }
-        self.dirty_bytes_per_s = self.seen_bytes_per_s;
+        self.dirty = self.seen;
         self.hold_back();
         true
     }
@@ -149,14 +168,14 @@ impl Rounds {
         if telling || self.bytes_per_s == 0 {
             self.bytes_per_s = rate(facts.sent_bytes, facts.took_us);
         }
-        if self.seen_bytes_per_s > 0 {
-            self.dirty_bytes_per_s = std::mem::take(&mut self.seen_bytes_per_s);
+        if self.seen.fastest > 0 {
+            self.dirty = std::mem::take(&mut self.seen);
         }
         let due_bytes = facts.sent_bytes.saturating_add(facts.left_out_bytes);
         let helped = facts.left_bytes < self.least_left_bytes - self.least_left_bytes / 8;
         self.stalled = if helped { 0 } else { self.stalled.saturating_add(1) };
         self.least_left_bytes = self.least_left_bytes.min(facts.left_bytes);
-        let slow = facts.left_bytes > due_bytes / 2;
+        let slow = facts.left_bytes > due_bytes / 3 * 2;
         self.slow = if slow { self.slow.saturating_add(1) } else { 0 };
         let fits = self.left_us(facts.left_bytes).is_some_and(|us| us <= self.downtime_us_max);
         if facts.left_bytes == 0 || fits {
@@ -166,7 +185,7 @@ impl Rounds {
             if pays && self.rounds < self.rounds_max { Decision::Again } else { Decision::Stop(StopReason::Fits) }
         } else if self.rounds >= self.rounds_max {
             Decision::Stop(StopReason::RoundsUsedUp)
-        } else if (self.slow >= SLOW_ROUNDS_MAX || self.outruns(self.dirty_bytes_per_s)) && self.may_hold_back() {
+        } else if (self.slow >= SLOW_ROUNDS_MAX || self.outruns(self.dirty.lasting)) && self.may_hold_back() {
             self.hold_back();
             // What rounds did with a freer guest says nothing of the next ones.
             self.stalled = 0;
@@ -188,17 +207,21 @@ impl Rounds {
     }
 
     /// Leaves the guest so much of its time that it dirties two fifths as fast as the wire carries, and at most three quarters of
-    /// what it has.
+    /// what it has; a quarter where the last time did not make it slower.
     fn hold_back(&mut self) {
+        let fastest = u128::from(self.dirty.fastest);
+        let in_vain = self.dirty.fastest > self.held_at_bytes_per_s - self.held_at_bytes_per_s / 8;
         let free = u128::from(100 - self.throttle_percent);
-        let enough = free * u128::from(self.bytes_per_s) * 2 / (5 * u128::from(self.dirty_bytes_per_s)).max(1);
-        let left = enough.min(free * 3 / 4).max(u128::from(100 - self.throttle_percent_max)) as u32;
+        let most = if self.throttle_percent > 0 && in_vain { free / 4 } else { free * 3 / 4 };
+        let enough = free * u128::from(self.bytes_per_s) * 2 / (5 * fastest).max(1);
+        let left = enough.min(most).max(u128::from(100 - self.throttle_percent_max)) as u32;
         self.throttle_percent = 100 - left;
+        self.held_at_bytes_per_s = self.dirty.fastest;
         // As if it followed; the next look says whether it does.
-        let dirty = u128::from(self.dirty_bytes_per_s) * u128::from(left) / free;
-        self.dirty_bytes_per_s = dirty.min(u64::MAX.into()) as u64;
-        self.seen_bytes_per_s = 0;
-        // One slow round more is enough to hold it back further.
+        let dirty = (fastest * u128::from(left) / free).min(u64::MAX.into()) as u64;
+        self.dirty = Speed { fastest: dirty, lasting: dirty };
+        self.seen = Speed::default();
+        // One slow round more is enough to hold it back further, and one look.
         self.slow = SLOW_ROUNDS_MAX - 1;
     }
 
@@ -333,7 +356,7 @@ mod tests {
         for share in [10, 20, 40, 70] {
             let guest = Guest { share, ..Guest::of(1500 * 100 / share, 1024) };
             let ended = run(holding_back(99), guest, true);
-            assert!(ended.reason == StopReason::Fits && ended.sent <= 3200 * MIB, "{share} %: {ended:?}");
+            assert!(ended.reason == StopReason::Fits && ended.sent <= 3400 * MIB, "{share} %: {ended:?}");
         }
     }
 
@@ -364,6 +387,39 @@ mod tests {
         assert!(!rounds.look(100 * MIB, LOOK_US_MIN - 1));
         assert!(rounds.look(400 * MIB, 100_000));
         assert_eq!(rounds.throttle_percent(), 90);
+    }
+
+    #[test]
+    fn a_burst_is_not_how_fast_a_guest_is() {
+        let mut rounds = holding_back(99);
+        let sent =
+            |left| RoundFacts { sent_bytes: 1000 * MIB, took_us: 1_000_000, left_bytes: left, ..Default::default() };
+        rounds.decide(sent(300 * MIB));
+        // It catches up with what it could not do before: half as fast again as the wire, and then no more.
+        for mib in [30, 150, 20, 130, 40] {
+            assert!(!rounds.look(mib * MIB, 100_000), "{mib} MiB in 100 ms");
+        }
+        assert_eq!((rounds.decide(sent(300 * MIB)), rounds.throttle_percent()), (Decision::Again, 0));
+        assert!(!rounds.look(150 * MIB, 100_000));
+        assert!(rounds.look(140 * MIB, 100_000), "that lasts");
+    }
+
+    #[test]
+    fn what_does_not_make_a_guest_slower_is_followed_by_more() {
+        let mut rounds = holding_back(99);
+        rounds.decide(RoundFacts {
+            sent_bytes: 1000 * MIB,
+            took_us: 1_000_000,
+            left_bytes: 900 * MIB,
+            ..Default::default()
+        });
+        let mut held = |mib| {
+            let held = (0..2).any(|_| rounds.look(mib * MIB, 100_000));
+            (held, rounds.throttle_percent())
+        };
+        assert_eq!(held(100), (true, 60));
+        assert_eq!(held(100), (true, 90));
+        assert_eq!(held(50), (false, 90));
     }
 
     #[test]
@@ -439,7 +495,7 @@ mod tests {
             prop_assert!(ended.reason == StopReason::Fits && ended.rounds <= 20, "{guest:?}: {ended:?}");
             // A guest a little slower than the wire is not held back before two of its rounds were slow, and what waits for a
             // processor is held back in several steps.
-            prop_assert!(ended.sent <= 5 * 1024 * MIB, "{guest:?}: {ended:?}");
+            prop_assert!(ended.sent <= 4608 * MIB, "{guest:?}: {ended:?}");
         }
     }
 }

@@ -267,7 +267,7 @@ impl Source {
     fn tick(mut self, bytes_sent: u64, now_us: u64) -> Step {
         let looked = match &mut self {
             Self::Precopy(state) => {
-                let effects = state.look();
+                let effects = state.look(now_us);
                 return Step { state: self, effects };
             }
             Self::LastPages(LastPages { quiet, pause, plan, .. })
@@ -514,10 +514,11 @@ impl Precopy {
         Step { state: Source::Precopy(self), effects }
     }
 
-    /// Time to see how fast the guest dirties, while pages of the round are being sent.
-    fn look(&mut self) -> Vec<Effect> {
+    /// Time to see how fast the guest dirties, while pages of the round are being sent. Looks are not free: none too soon.
+    fn look(&mut self, now_us: u64) -> Vec<Effect> {
+        let due = self.looks.before.is_none_or(|(_, at_us)| now_us.saturating_sub(at_us) >= LOOK_US_MIN);
         match &self.step {
-            PrecopyStep::Sending { epoch, flight, .. } if flight.sent.is_none() && !self.looks.waiting => {
+            PrecopyStep::Sending { epoch, flight, .. } if flight.sent.is_none() && due && !self.looks.waiting => {
                 self.looks.waiting = true;
                 vec![Effect::Look { since: *epoch }]
             }
@@ -530,9 +531,6 @@ impl Precopy {
         let mut effects = Vec::new();
         if matches!(&self.step, PrecopyStep::Sending { epoch, .. } if *epoch == since) {
             self.looks.waiting = false;
-            if self.looks.before.is_some_and(|(_, at_us)| now_us.saturating_sub(at_us) < LOOK_US_MIN) {
-                return Step { state: Source::Precopy(self), effects };
-            }
             let more =
                 self.looks.before.map(|(seen, at_us)| (bytes.saturating_sub(seen), now_us.saturating_sub(at_us)));
             self.looks.before = Some((bytes, now_us));
