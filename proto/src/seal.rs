@@ -13,7 +13,7 @@
 //!
 //! This room refuses to know where keys come from and what the frames inside mean.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -106,6 +106,22 @@ thread_local! {
     // A compressor's tables are larger than most frames; each worker keeps its own.
     static COMPRESSOR: RefCell<Option<Compressor<'static>>> = const { RefCell::new(None) };
     static DECOMPRESSOR: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
+    // Memory that is new for each frame costs a fault for each of its pages, and has left the cache when it is used.
+    static PACKED: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+    static OPENED: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
+/// Most bytes that a thread keeps for its next frame: the largest frame of pages has them.
+const KEPT_MAX: usize = 2 << 20;
+
+/// Lends the thread's memory to some work. What is in it is not to be read.
+fn lent<T>(memory: &'static std::thread::LocalKey<Cell<Vec<u8>>>, work: impl FnOnce(&mut Vec<u8>) -> T) -> T {
+    let mut bytes = memory.take();
+    let done = work(&mut bytes);
+    if bytes.capacity() <= KEPT_MAX {
+        memory.set(bytes);
+    }
+    done
 }
 
 impl Sealer {
@@ -119,46 +135,58 @@ impl Sealer {
     /// # Panics
     /// If `frame` is shorter than a header, or longer than any frame.
     pub fn seal(&self, frame: &[u8]) -> Vec<u8> {
+        let mut sealed = Vec::new();
+        self.seal_into(frame, &mut sealed, |bytes, sealed| sealed.reserve_exact(bytes));
+        sealed
+    }
+
+    /// Appends the sealed form of a frame. `begin` hears first how many bytes it has, and may append what precedes it.
+    ///
+    /// # Panics
+    /// As [`Sealer::seal`].
+    pub fn seal_into(&self, frame: &[u8], into: &mut Vec<u8>, begin: impl FnOnce(usize, &mut Vec<u8>)) {
         let length = u32::try_from(frame.len()).expect("a frame is shorter than 4 GiB");
         let count = self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let mut nonce = [0; 12];
         nonce[..8].copy_from_slice(&count.to_le_bytes());
-        let mut sealed = Vec::with_capacity(HEADER_BYTES + SEALED_PREFIX_BYTES + frame.len() + SEALED_TAG_BYTES);
-        sealed.resize(HEADER_BYTES, 0);
-        sealed.extend_from_slice(&self.salt);
-        sealed.extend_from_slice(&nonce);
-        sealed.extend_from_slice(&frame[4..8]);
-        sealed.extend_from_slice(&length.to_le_bytes());
-        sealed.extend_from_slice(&[0; 4]);
-        let text = HEADER_BYTES + SEALED_PREFIX_BYTES;
-        if pack(frame, &mut sealed) {
-            sealed[text - 4] = 1;
-        } else {
-            sealed.extend_from_slice(frame);
-        }
-        let aad = associated(&sealed[HEADER_BYTES..text], self.vm);
-        let nonce = Nonce::assume_unique_for_key(nonce);
-        let tag = self.key.seal_in_place_separate_tag(nonce, Aad::from(aad), &mut sealed[text..]);
-        sealed.extend_from_slice(tag.expect("a frame is shorter than AES-GCM's limit").as_ref());
-        frame::finish(Kind::Sealed, &mut sealed);
-        sealed
+        lent(&PACKED, |packed| {
+            let packed = pack(frame, packed);
+            let plain = packed.unwrap_or(frame);
+            begin(HEADER_BYTES + SEALED_PREFIX_BYTES + plain.len() + SEALED_TAG_BYTES, into);
+            let start = into.len();
+            into.extend_from_slice(&[0; HEADER_BYTES]);
+            into.extend_from_slice(&self.salt);
+            into.extend_from_slice(&nonce);
+            into.extend_from_slice(&frame[4..8]);
+            into.extend_from_slice(&length.to_le_bytes());
+            into.extend_from_slice(&[u8::from(packed.is_some()), 0, 0, 0]);
+            let text = into.len();
+            into.extend_from_slice(plain);
+            let aad = associated(&into[start + HEADER_BYTES..text], self.vm);
+            let nonce = Nonce::assume_unique_for_key(nonce);
+            let tag = self.key.seal_in_place_separate_tag(nonce, Aad::from(aad), &mut into[text..]);
+            into.extend_from_slice(tag.expect("a frame is shorter than AES-GCM's limit").as_ref());
+            frame::finish(Kind::Sealed, &mut into[start..]);
+        });
     }
 }
 
-/// Appends `frame` as one zstd frame if that is shorter.
-fn pack(frame: &[u8], sealed: &mut Vec<u8>) -> bool {
-    COMPRESSOR.with_borrow_mut(|compressor| {
-        let start = sealed.len();
-        // Room for less than the frame itself: what does not shrink is not compressed.
-        sealed.resize(start + frame.len().saturating_sub(frame.len() / 64 + 1), 0);
+/// `frame` as one zstd frame, if that is shorter; it is made in the given memory.
+fn pack<'a>(frame: &[u8], memory: &'a mut Vec<u8>) -> Option<&'a [u8]> {
+    // Room for less than the frame itself: what does not shrink is not compressed.
+    let bytes_max = frame.len().saturating_sub(frame.len() / 64 + 1);
+    if memory.len() < bytes_max {
+        memory.resize(bytes_max, 0);
+    }
+    let room = &mut memory[..bytes_max];
+    let written = COMPRESSOR.with_borrow_mut(|compressor| {
         let made = match compressor {
-            Some(made) => Ok(made),
-            None => Compressor::new(LEVEL).map(|made| compressor.insert(made)),
+            Some(made) => made,
+            None => compressor.insert(Compressor::new(LEVEL).ok()?),
         };
-        let written = made.and_then(|compressor| compressor.compress_to_buffer(frame, &mut sealed[start..]));
-        sealed.truncate(start + *written.as_ref().unwrap_or(&0));
-        written.is_ok()
-    })
+        made.compress_to_buffer(frame, room).ok()
+    })?;
+    Some(&memory[..written])
 }
 
 fn associated(prefix: &[u8], vm: VmId) -> [u8; SEALED_PREFIX_BYTES + 16] {
@@ -190,6 +218,48 @@ impl Opener {
     /// # Errors
     /// [`SealError`].
     pub fn open(&self, sealed: &[u8]) -> Result<Vec<u8>, SealError> {
+        let mut frame = Vec::new();
+        self.open_into(sealed, &mut frame, |_, _| ())?;
+        Ok(frame)
+    }
+
+    /// Shows the frame inside a sealed frame, which is gone afterwards: it lies in memory that the thread uses again.
+    ///
+    /// # Errors
+    /// [`SealError`].
+    pub fn show<T>(&self, sealed: &[u8], look: impl FnOnce(&[u8]) -> T) -> Result<T, SealError> {
+        lent(&OPENED, |frame| {
+            frame.clear();
+            self.open_into(sealed, frame, |_, _| ())?;
+            Ok(look(frame))
+        })
+    }
+
+    /// Appends the frame inside a sealed frame. `begin` hears first how many bytes it has, and may append what precedes it. After
+    /// an error `into` is as it was.
+    ///
+    /// # Errors
+    /// [`SealError`].
+    pub fn open_into(
+        &self,
+        sealed: &[u8],
+        into: &mut Vec<u8>,
+        begin: impl FnOnce(usize, &mut Vec<u8>),
+    ) -> Result<(), SealError> {
+        let before = into.len();
+        let opened = self.try_open_into(sealed, into, begin);
+        if opened.is_err() {
+            into.truncate(before);
+        }
+        opened
+    }
+
+    fn try_open_into(
+        &self,
+        sealed: &[u8],
+        into: &mut Vec<u8>,
+        begin: impl FnOnce(usize, &mut Vec<u8>),
+    ) -> Result<(), SealError> {
         let (header, body) = frame::decode(sealed)?;
         if header.kind != Kind::Sealed {
             return Err(FrameError::Unexpected { found: header.kind, expected: Kind::Sealed }.into());
@@ -199,14 +269,35 @@ impl Opener {
             .filter(|(_, text)| text.len() >= SEALED_TAG_BYTES)
             .ok_or(SealError::Prefix("it is shorter than its prefix and tag"))?;
         let inside = Inside::parse(prefix)?;
+        if inside.packed {
+            return lent(&PACKED, |memory| {
+                memory.clear();
+                self.decrypt(prefix, text, memory)?;
+                begin(inside.bytes, into);
+                let start = into.len();
+                into.resize(start + inside.bytes, 0);
+                let written = inflate(memory, &mut into[start..])?;
+                inside.check(&into[start..start + written])
+            });
+        }
+        begin(inside.bytes, into);
+        let start = into.len();
+        self.decrypt(prefix, text, into)?;
+        inside.check(&into[start..])
+    }
+
+    /// Appends what was encrypted. Nothing of it is of use after an error.
+    fn decrypt(&self, prefix: &[u8; SEALED_PREFIX_BYTES], text: &[u8], into: &mut Vec<u8>) -> Result<(), SealError> {
         let nonce: [u8; 12] = std::array::from_fn(|at| prefix[16 + at]);
         let salt: Salt = std::array::from_fn(|at| prefix[at]);
-        let mut text = text.to_vec();
+        let start = into.len();
+        into.extend_from_slice(text);
         let aad = Aad::from(associated(prefix, self.vm));
         let nonce = Nonce::assume_unique_for_key(nonce);
-        let plain = self.derived(&salt).open_in_place(nonce, aad, &mut text).map_err(|_| SealError::Tag)?.len();
-        text.truncate(plain);
-        inside.unpack(text)
+        let opened = self.derived(&salt).open_in_place(nonce, aad, &mut into[start..]);
+        let plain = opened.map_err(|_| SealError::Tag)?.len();
+        into.truncate(start + plain);
+        Ok(())
     }
 
     fn derived(&self, salt: &Salt) -> Arc<LessSafeKey> {
@@ -247,27 +338,28 @@ impl Inside {
         Ok(Inside { kind, bytes, packed: prefix[36] == 1 })
     }
 
-    fn unpack(&self, text: Vec<u8>) -> Result<Vec<u8>, SealError> {
-        let frame = if self.packed { inflate(&text, self.bytes)? } else { text };
+    /// It is what the prefix says.
+    fn check(&self, frame: &[u8]) -> Result<(), SealError> {
         if frame.len() != self.bytes {
             return Err(SealError::Unpack(format!("{} of {} bytes", frame.len(), self.bytes)));
         }
-        let header = frame::Header::parse(&frame)?;
+        let header = frame::Header::parse(frame)?;
         if header.kind != self.kind {
             return Err(FrameError::Unexpected { found: header.kind, expected: self.kind }.into());
         }
-        Ok(frame)
+        Ok(())
     }
 }
 
-fn inflate(text: &[u8], bytes: usize) -> Result<Vec<u8>, SealError> {
+/// Unpacks; how many bytes it gave.
+fn inflate(text: &[u8], into: &mut [u8]) -> Result<usize, SealError> {
     let failed = |error: std::io::Error| SealError::Unpack(error.to_string());
     DECOMPRESSOR.with_borrow_mut(|decompressor| {
         let made = match decompressor {
             Some(made) => made,
             None => decompressor.insert(Decompressor::new().map_err(failed)?),
         };
-        made.decompress(text, bytes).map_err(failed)
+        made.decompress_to_buffer(text, into).map_err(failed)
     })
 }
 
@@ -313,6 +405,28 @@ mod tests {
         assert_ne!(a[nonce.clone()], b[nonce]);
         let text = HEADER_BYTES + SEALED_PREFIX_BYTES;
         assert!(a[text..].chunks(16).zip(b[text..].chunks(16)).all(|(a, b)| a != b));
+    }
+
+    #[test]
+    fn what_is_appended_is_what_is_returned_and_an_error_leaves_nothing() {
+        let (opener, sealer) = (Opener::new(key(), VM), sealer());
+        let said = |bytes: usize, into: &mut Vec<u8>| into.extend_from_slice(&(bytes as u64).to_le_bytes());
+        for body in [vec![9; 100_000], noise(100_000), noise(KEPT_MAX + 1), vec![]] {
+            let frame = frame::encode(Kind::Section, &body);
+            let mut sealed = b"before".to_vec();
+            sealer.seal_into(&frame, &mut sealed, said);
+            let (head, sealed) = sealed.split_at(14);
+            assert_eq!(head, [&b"before"[..], &(sealed.len() as u64).to_le_bytes()].concat());
+            let mut opened = b"before".to_vec();
+            opener.open_into(sealed, &mut opened, said).unwrap();
+            assert!(opened == [&b"before"[..], &(frame.len() as u64).to_le_bytes(), &frame].concat());
+            assert!(opener.show(sealed, |shown| shown == frame).unwrap());
+            let mut changed = sealed.to_vec();
+            changed[HEADER_BYTES + SEALED_PREFIX_BYTES] ^= 1;
+            let mut opened = b"before".to_vec();
+            assert_eq!(opener.open_into(&changed, &mut opened, said), Err(SealError::Tag));
+            assert_eq!(opened, b"before");
+        }
     }
 
     #[test]

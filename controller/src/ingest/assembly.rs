@@ -95,7 +95,7 @@ impl Desk {
     pub fn check(&self, bytes: &Bytes) -> Result<Checked, SealError> {
         let header = Header::parse(bytes)?;
         match header.kind {
-            Kind::Sealed => inside(&self.opener.open(bytes)?, bytes.clone()),
+            Kind::Sealed => self.opener.show(bytes, |plain| inside(plain, bytes.clone()))?,
             Kind::Pages | Kind::Section => inside(bytes, self.sealer.seal(bytes).into()),
             Kind::Control => {
                 let message: LaneMessage = frame::decode_message(Kind::Control, bytes)?;

@@ -54,7 +54,7 @@ impl Load {
 
     fn push(&mut self, sealer: &Sealer, run: PageRun, whole: &[u8], leaves: &[Leaf], changed: &[bool]) {
         if changed.iter().all(|changed| *changed) {
-            return self.append(&sealer.seal(whole), &run);
+            return self.append(sealer, whole, &run);
         }
         let page_bytes = PAGE_BYTES as usize;
         let mut at = 0;
@@ -74,15 +74,18 @@ impl Load {
                     frame::seal_pages(&mut frame, &leaves[pages]);
                 }
             }
-            self.append(&sealer.seal(&frame), &part);
+            self.append(sealer, &frame, &part);
         }
     }
 
-    fn append(&mut self, sealed: &[u8], run: &PageRun) {
-        lane::begin(sealed.len(), &mut self.bytes);
-        self.bytes.extend_from_slice(sealed);
+    fn append(&mut self, sealer: &Sealer, frame: &[u8], run: &PageRun) {
+        let mut frame_bytes = 0;
+        sealer.seal_into(frame, &mut self.bytes, |bytes, buffer| {
+            frame_bytes = bytes as u64;
+            lane::begin(bytes, buffer);
+        });
         self.frames += 1;
-        self.frame_bytes += sealed.len() as u64;
+        self.frame_bytes += frame_bytes;
         self.data_pages += if run.encoding == Encoding::Raw { u64::from(run.pages) } else { 0 };
     }
 }
