@@ -14,12 +14,10 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::Bytes;
 
-use super::room::Room;
+use super::room::{PACK_LEAST, Room};
 use super::{BucketError, OBJECT_BYTES_MAX, Object, PutNew, uncached};
 use crate::ledger::saved::to_hex;
 
-/// Larger objects are packs: read into the memory that is set aside for them.
-const PACK_LEAST: u64 = 4 << 20;
 const UNFINISHED: &str = ".tmp";
 /// How old a file is that nobody writes any more.
 const ABANDONED: Duration = Duration::from_secs(3600);

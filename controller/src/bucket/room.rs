@@ -10,6 +10,8 @@ use std::sync::{Mutex, PoisonError};
 
 use super::uncached;
 
+/// Larger objects are packs, bytes: they are read into this memory.
+pub(super) const PACK_LEAST: u64 = 4 << 20;
 /// glibc gives pieces of more than 32 MiB a mapping of their own, of which only what is written is memory, and all of which
 /// goes back at once.
 const BYTES: usize = (32 << 20) + (64 << 10);

@@ -28,6 +28,7 @@ use tokio::sync::{Mutex, OnceCell};
 
 use self::exclusive::Exclusive;
 use self::fault::{Fault, Kind};
+use super::room::{PACK_LEAST, Room};
 use super::settings::S3Location;
 use super::{BucketError, OBJECT_BYTES_MAX, Object, PutNew, pause};
 use crate::ledger::saved::to_hex;
@@ -412,19 +413,58 @@ async fn whole(key: &str, answer: aws_sdk_s3::operation::get_object::GetObjectOu
         return Err(BucketError::Large { key: key.into(), bytes }.into());
     }
     let mut body = answer.body;
-    let mut bytes = Vec::with_capacity(said.unwrap_or(0) as usize);
+    let mut bytes = Gathered::for_bytes(said.unwrap_or(0));
     while let Some(piece) = body.next().await {
         let piece = piece.map_err(|error| Fault::new(Kind::Unanswered, fault::chain("the body broke off", &error)))?;
-        if (bytes.len() + piece.len()) as u64 > OBJECT_BYTES_MAX {
-            return Err(BucketError::Large { key: key.into(), bytes: (bytes.len() + piece.len()) as u64 }.into());
+        let length = bytes.push(&piece);
+        if length > OBJECT_BYTES_MAX {
+            return Err(BucketError::Large { key: key.into(), bytes: length }.into());
         }
-        bytes.extend_from_slice(&piece);
     }
+    let bytes = bytes.done();
     match said {
         Some(said) if said != bytes.len() as u64 => {
             Err(Fault::new(Kind::Unanswered, format!("the body broke off at {} of {said} bytes", bytes.len())))
         }
-        _ => Ok(bytes.into()),
+        _ => Ok(bytes),
+    }
+}
+
+/// A body that comes in pieces.
+enum Gathered {
+    /// A pack: in the memory that is set aside for them.
+    Pack(Room),
+    /// What is smaller.
+    Small(Vec<u8>),
+}
+
+impl Gathered {
+    fn for_bytes(bytes: u64) -> Gathered {
+        match bytes {
+            PACK_LEAST.. => Gathered::Pack(Room::take()),
+            _ => Gathered::Small(Vec::with_capacity(bytes as usize)),
+        }
+    }
+
+    /// How much there is then.
+    fn push(&mut self, piece: &[u8]) -> u64 {
+        match self {
+            Gathered::Pack(room) => {
+                room.push(piece);
+                room.bytes().len() as u64
+            }
+            Gathered::Small(bytes) => {
+                bytes.extend_from_slice(piece);
+                bytes.len() as u64
+            }
+        }
+    }
+
+    fn done(self) -> Bytes {
+        match self {
+            Gathered::Pack(room) => Bytes::from_owner(room),
+            Gathered::Small(bytes) => bytes.into(),
+        }
     }
 }
 
