@@ -374,6 +374,35 @@ pub fn decode_pages(bytes: &[u8]) -> Result<Pages<'_>, FrameError> {
     Ok(Pages { run, payload, leaves })
 }
 
+/// Checks that `bytes` are exactly one frame of raw pages whose hash is made of these digests, and returns its pages. The
+/// pages themselves are not read: whether they have these digests is seen by whoever checks the frame next.
+///
+/// # Errors
+/// Any [`FrameError`].
+pub fn decode_stated_pages(bytes: &[u8], stated: &[Leaf]) -> Result<PageRun, FrameError> {
+    let header = Header::parse(bytes)?;
+    let end = HEADER_BYTES + header.body_bytes;
+    if header.kind != Kind::Pages {
+        return Err(FrameError::Unexpected { found: header.kind, expected: Kind::Pages });
+    }
+    if bytes.len() != end {
+        return Err(match bytes.len().checked_sub(end) {
+            Some(rest) => FrameError::Trailing(rest),
+            None => FrameError::Cut { found: bytes.len(), expected: end },
+        });
+    }
+    let (run, payload) = PageRun::parse(&bytes[HEADER_BYTES..])?;
+    if payload.len() != stated.len() * PAGE_BYTES {
+        return Err(FrameError::Pages("not as many pages as digests"));
+    }
+    let computed = hash(bytes, stated);
+    if computed != header.hash {
+        let expected = crate::ids::Digest(header.hash);
+        return Err(FrameError::Hash { kind: header.kind, expected, computed: crate::ids::Digest(computed) });
+    }
+    Ok(run)
+}
+
 /// [`decode_pages`] of several frames. Their pages are hashed side by side: many frames of one page cost hardly more than
 /// one frame of many.
 ///
@@ -542,6 +571,7 @@ mod tests {
         fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = decode(&bytes);
             let _ = decode_pages(&bytes);
+            let _ = decode_stated_pages(&bytes, &[[0; 32]]);
             let _ = decode_all_pages([&bytes[..], &bytes[..]]);
             let _ = PageRun::parse(&bytes);
         }
@@ -574,7 +604,13 @@ mod tests {
         let covered = [&frame[..16], &frame[HEADER_BYTES..][..PAGES_PREFIX_BYTES], leaves.as_flattened()].concat();
         assert_eq!(frame[16..HEADER_BYTES], *blake3::hash(&covered).as_bytes());
         let pages = decode_pages(&frame).unwrap();
-        assert_eq!((pages.run, pages.leaves), (run, leaves));
+        assert_eq!((pages.run, &pages.leaves), (run, &leaves));
+        assert_eq!(decode_stated_pages(&frame, &leaves), Ok(run));
+        let swapped = [leaves[1], leaves[0], leaves[2]];
+        assert!(matches!(decode_stated_pages(&frame, &swapped), Err(FrameError::Hash { .. })));
+        assert!(matches!(decode_stated_pages(&frame, &leaves[..2]), Err(FrameError::Pages(_))));
+        assert!(matches!(decode_stated_pages(&frame[..frame.len() - 1], &leaves), Err(FrameError::Cut { .. })));
+        assert_eq!(decode_stated_pages(&[&frame[..], &[0]].concat(), &leaves), Err(FrameError::Trailing(1)));
     }
 
     proptest! {

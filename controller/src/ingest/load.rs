@@ -1,16 +1,17 @@
 //! A restore: the controller is the source of the lanes, and what it sends comes from packs.
 //!
-//! Packs are read ahead, a few at a time, opened and checked page by page against the page maps beside what is being sent, and
-//! only what is current is sent, spread over the lanes. There is one round, and it is the last. Zero pages are never stored
+//! Packs are read ahead, a few at a time, opened and held against the page maps beside what is being sent ([`super::letters`]),
+//! and only what is current is sent, spread over the lanes. There is one round, and it is the last. Zero pages are never stored
 //! and never sent. Blocks of a journal, if the guest is to go through one before it is ready, go on lane 0 between the sections and
 //! StateEnd, a frame in each chunk.
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use proto::frame::PageRun;
+use proto::lane::{Buffers, Posting, enclose};
 use proto::status::Code;
 use proto::v1::lane_message::Message as Said;
 use proto::v1::lanes_client::LanesClient;
@@ -25,9 +26,10 @@ use tonic::Status;
 use tonic::transport::Channel;
 
 use super::assembly::compare;
+use super::letters::{Letter, Writer};
 use super::manifest::pack_key;
 use super::map::{Extent, PackAt};
-use super::read::{Opened, Reader, by_pack, frames, pages_beside};
+use super::read::{Opened, Reader, beside, by_pack, frames, pages_beside};
 use super::{LANE_DEPTH, PROTOCOL, said, say};
 use crate::agents::link::MESSAGE_MAX;
 use crate::failure::Failure;
@@ -81,7 +83,7 @@ pub struct Journal {
 }
 
 struct Lane {
-    out: mpsc::Sender<Chunk>,
+    out: mpsc::Sender<Bytes>,
     frames: u64,
 }
 
@@ -105,18 +107,54 @@ impl Load<'_> {
     /// # Errors
     /// [`Code::Corrupt`] naming what is damaged, the target's refusal, or [`Code::Unreachable`].
     pub async fn send(&self, tell: impl Fn(Event)) -> Result<MachineDigest, Failure> {
-        let packs: Vec<(PackAt, Vec<Extent>)> =
-            by_pack(self.reader.extents_from(self.opened, self.lazy.into()).await?).into_iter().collect();
+        let sent = self.send_all(tell).await;
+        match sent {
+            // The target met pages that are not what their frame says, and cannot know where they lie in the bucket.
+            Err(failure) if failure.code == Code::Corrupt && failure.object.is_empty() => {
+                Err(self.blame(failure).await)
+            }
+            sent => sent,
+        }
+    }
+
+    async fn packs(&self) -> Result<Vec<(PackAt, Vec<Extent>)>, Failure> {
+        Ok(by_pack(self.reader.extents_from(self.opened, self.lazy.into()).await?).into_iter().collect())
+    }
+
+    /// Reads everything once more, every byte of it: the failure that names what is damaged, or else this one.
+    async fn blame(&self, failure: Failure) -> Failure {
+        let looked = async {
+            for (pack, extents) in self.packs().await? {
+                let key = pack_key(&self.opened.manifest, &pack);
+                let pieces = self.reader.pieces(&key, &pack, &extents).await?;
+                let mut rest = &extents[..];
+                while !rest.is_empty() {
+                    let group = take_frames(&mut rest).to_vec();
+                    pages_beside(self.opened.opener.clone(), key.clone(), pieces.clone(), group).await?;
+                }
+            }
+            Ok::<(), Failure>(())
+        };
+        match looked.await {
+            Err(found) if found.code == Code::Corrupt => found,
+            _ => failure,
+        }
+    }
+
+    async fn send_all(&self, tell: impl Fn(Event)) -> Result<MachineDigest, Failure> {
+        let packs = self.packs().await?;
         let mut session = self.connect().await?;
         let mut left: u64 = packs.iter().flat_map(|(_, extents)| extents).map(|e| u64::from(e.pages)).sum();
+        let buffers = Arc::new(Buffers::default());
         let mut ahead: VecDeque<Reading> = VecDeque::new();
         let mut next = packs.into_iter();
         loop {
-            ahead.extend(next.by_ref().take(READS_MAX - ahead.len()).map(|(pack, extents)| self.read(pack, extents)));
+            let more = next.by_ref().take(READS_MAX - ahead.len());
+            ahead.extend(more.map(|(pack, extents)| self.read(pack, extents, buffers.clone())));
             let Some(mut reading) = ahead.pop_front() else { break };
             while let Some(group) = reading.groups.recv().await {
-                for (_, frame) in group? {
-                    session.send_pages(frame).await?;
+                for letter in group? {
+                    session.send_pages(letter).await?;
                 }
             }
             left -= reading.pages;
@@ -133,7 +171,7 @@ impl Load<'_> {
     }
 
     /// Reads a pack and opens it, as far ahead as there is room.
-    fn read(&self, pack: PackAt, extents: Vec<Extent>) -> Reading {
+    fn read(&self, pack: PackAt, extents: Vec<Extent>, buffers: Arc<Buffers>) -> Reading {
         let (out, groups) = mpsc::channel(GROUPS_AHEAD);
         let pages = extents.iter().map(|extent| u64::from(extent.pages)).sum();
         let (reader, key, opener) =
@@ -149,9 +187,10 @@ impl Load<'_> {
                 Ok(pieces) => pieces,
                 Err(failure) => return drop(out.send(Err(failure)).await),
             };
+            let writer = Arc::new(Writer { opener, buffers, key, pieces });
             while !rest.is_empty() {
-                let group = take_frames(&mut rest).to_vec();
-                let opened = pages_beside(opener.clone(), key.clone(), pieces.clone(), group).await;
+                let (group, writer) = (take_frames(&mut rest).to_vec(), writer.clone());
+                let opened = beside(move || writer.write(&group)).await.flatten();
                 let failed = opened.is_err();
                 if out.send(opened).await.is_err() || failed {
                     return;
@@ -179,9 +218,11 @@ impl Load<'_> {
                 wants_leaves: false,
             };
             // There is room for one: the channel is new.
-            let _ = out.send(say(Said::Hello(hello))).await;
-            let mut client = LanesClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_MAX);
-            let answer = tokio::time::timeout(HELLO_MAX, client.lane(ReceiverStream::new(outgoing))).await;
+            let _ = out.send(enclosed(&say(Said::Hello(hello)))).await;
+            let posting = Posting::new(self.channel.clone(), ReceiverStream::new(outgoing));
+            let mut client = LanesClient::new(posting).max_decoding_message_size(MESSAGE_MAX);
+            // The body is the queue's, not this stream's.
+            let answer = tokio::time::timeout(HELLO_MAX, client.lane(tokio_stream::empty())).await;
             let answer = answer.map_err(|_| self.silent())?;
             let incoming = answer.map_err(|status| Failure::from_status(self.target, &status))?.into_inner();
             listeners.spawn(listen(lane as usize, self.target.to_owned(), incoming, tell.clone()));
@@ -209,30 +250,30 @@ impl Load<'_> {
 }
 
 impl Session<'_> {
-    async fn send_pages(&mut self, frame: Bytes) -> Result<(), Failure> {
+    async fn send_pages(&mut self, letter: Letter) -> Result<(), Failure> {
         let lane = self.next;
         self.next = (self.next + 1) % self.lanes.len();
-        self.lanes[lane].frames += 1;
-        self.send_paced(lane, frame).await
+        self.lanes[lane].frames += letter.frames;
+        self.send_paced(lane, letter.bytes, letter.frame_bytes).await
     }
 
     /// Sends what counts for the bandwidth.
-    async fn send_paced(&mut self, lane: usize, frame: Bytes) -> Result<(), Failure> {
-        self.bytes += frame.len() as u64;
+    async fn send_paced(&mut self, lane: usize, envelopes: Bytes, frame_bytes: u64) -> Result<(), Failure> {
+        self.bytes += frame_bytes;
         if self.load.bandwidth > 0 {
             let due = Duration::from_secs_f64(self.bytes as f64 / self.load.bandwidth as f64);
             tokio::time::sleep_until(self.began + due).await;
         }
-        self.send(lane, Chunk { frame }).await
+        self.send(lane, envelopes).await
     }
 
     /// Sends, unless the target gives up meanwhile.
-    async fn send(&mut self, lane: usize, chunk: Chunk) -> Result<(), Failure> {
+    async fn send(&mut self, lane: usize, envelopes: Bytes) -> Result<(), Failure> {
         let out = self.lanes[lane].out.clone();
         tokio::select! {
             biased;
             heard = self.hear() => Err(heard.err().unwrap_or_else(|| self.load.broke("nothing"))),
-            sent = out.send(chunk) => {
+            sent = out.send(envelopes) => {
                 sent.map_err(|_| Failure::new(Code::Unreachable, format!("{} closed lane {lane}", self.load.target)))
             }
         }
@@ -260,7 +301,7 @@ impl Session<'_> {
     async fn finish(&mut self) -> Result<(MachineDigest, Duration), Failure> {
         for lane in 0..self.lanes.len() {
             let end = RoundEnd { round: ROUND, frames: self.lanes[lane].frames, last: true };
-            self.send(lane, say(Said::RoundEnd(end))).await?;
+            self.send(lane, enclosed(&say(Said::RoundEnd(end)))).await?;
         }
         match self.hear().await? {
             Said::RoundAck(ack) if ack.round == ROUND => {}
@@ -270,12 +311,12 @@ impl Session<'_> {
         let sections = reader.sections(opened).await?;
         let count = sections.len() as u32;
         for (_, frame) in sections {
-            self.send(0, Chunk { frame }).await?;
+            self.send(0, enclose(&frame)).await?;
         }
         if let Some(Journal { shelf, blocks, .. }) = &self.load.journal {
             let mut blocks = shelf.blocks(blocks.start, blocks.end);
             while let Some(block) = blocks.next().await? {
-                self.send_paced(0, block.frame).await?;
+                self.send_paced(0, enclose(&block.frame), block.frame.len() as u64).await?;
             }
         }
         let end = StateEnd {
@@ -286,7 +327,7 @@ impl Session<'_> {
             ram_follows: self.load.lazy,
             replay_until: self.load.journal.as_ref().map(|journal| journal.until),
         };
-        self.send(0, say(Said::StateEnd(end))).await?;
+        self.send(0, enclosed(&say(Said::StateEnd(end)))).await?;
         let began = Instant::now();
         match self.hear().await? {
             Said::Ready(ready) => Ok((ready.digest.unwrap_or_default(), began.elapsed())),
@@ -324,8 +365,8 @@ pub(super) fn take_frames<'a>(rest: &mut &'a [Extent]) -> &'a [Extent] {
 
 /// A pack that is being read and opened; it ends with whoever waits for it.
 struct Reading {
-    /// Frames to send, by group.
-    groups: mpsc::Receiver<Result<Vec<(PageRun, Bytes)>, Failure>>,
+    /// What is to be sent, by group.
+    groups: mpsc::Receiver<Result<Vec<Letter>, Failure>>,
     pages: u64,
 }
 
@@ -341,6 +382,10 @@ async fn listen(lane: usize, target: String, mut incoming: tonic::Streaming<Chun
             return;
         }
     }
+}
+
+fn enclosed(chunk: &Chunk) -> Bytes {
+    enclose(&chunk.frame)
 }
 
 fn broken(target: &str, status: &Status) -> Failure {

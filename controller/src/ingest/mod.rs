@@ -15,6 +15,7 @@ pub mod assembly;
 pub mod digest;
 pub mod export;
 pub mod layers;
+mod letters;
 pub mod load;
 pub mod manifest;
 pub mod map;

@@ -17,7 +17,7 @@ use proto::v1::{Manifest, MapLayer, MapRegion, PackIndex, Section, SectionRef};
 use super::assembly::{compare, spaces};
 use super::digest::{PageDigests, machine_digest, state_digest};
 use super::manifest::{self, Object, pack_key, packs, regions, roots};
-use super::map::{Extent, PackAt, Region};
+use super::map::{Extent, PackAt, Place, Region};
 use super::pack;
 use crate::bucket::{Bucket, BucketError, packs_prefix};
 use crate::failure::Failure;
@@ -401,6 +401,14 @@ pub fn by_pack(extents: Vec<Extent>) -> BTreeMap<PackAt, Vec<Extent>> {
     by_pack
 }
 
+/// The bytes of a frame, if they are among the pieces.
+pub(super) fn stored(pieces: &Pieces, place: &Place) -> Option<Bytes> {
+    let (start, piece) = pieces.range(..=place.offset).next_back()?;
+    let from = usize::try_from(place.offset - start).ok()?;
+    let to = from.checked_add(place.bytes as usize)?;
+    (to <= piece.len()).then(|| piece.slice(from..to))
+}
+
 /// The pages of extents that lie in one frame, as frames to be sent; and the digests of those pages.
 ///
 /// # Errors
@@ -413,12 +421,7 @@ pub fn pages(
 ) -> Result<Vec<(PageRun, Bytes)>, Failure> {
     let Some(place) = extents.first().map(|extent| extent.place) else { return Ok(Vec::new()) };
     let hurt = |why: &dyn std::fmt::Display| hurt(key, &format!(", frame at byte {}", place.offset), why);
-    let stored = pieces.range(..=place.offset).next_back().and_then(|(start, piece)| {
-        let from = usize::try_from(place.offset - start).ok()?;
-        let to = from.checked_add(place.bytes as usize)?;
-        (to <= piece.len()).then(|| piece.slice(from..to))
-    });
-    let stored = stored.ok_or_else(|| hurt(&"it lies outside of the pack"))?;
+    let stored = stored(pieces, &place).ok_or_else(|| hurt(&"it lies outside of the pack"))?;
     let plain = open(opener, &stored).map_err(|error| hurt(&error))?;
     let held = frame::decode_pages(&plain).map_err(|error| hurt(&error))?;
     extents.iter().map(|extent| current(&plain, &held, extent).map_err(|why| hurt(&why))).collect()

@@ -525,6 +525,27 @@ async fn a_damaged_or_missing_pack_is_named_and_nothing_is_restored() {
     }
 }
 
+#[tokio::test]
+async fn a_frame_that_lies_about_its_pages_is_refused_by_the_target_and_named() {
+    let restore = Restore::new().await;
+    let reader = reader(&restore.scratch.bucket);
+    let opened = reader.manifest(&restore.entry.manifest_key).await.unwrap();
+    let extents = reader.extents(&opened).await.unwrap();
+    let whole = extents.iter().find(|extent| extent.first_page == 900 && extent.pages == 100).unwrap();
+    let pack = manifest::pack_key(&opened.manifest, &whole.place.pack);
+    let path = restore.scratch.folder.join(&pack);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let at = whole.place.offset as usize..whole.place.offset as usize + whole.place.bytes as usize;
+    // Sealed with the right key, and with the hash that the page map's digests make: only its pages are others.
+    let mut frame = opened.opener.as_ref().unwrap().open(&bytes[at.clone()]).unwrap();
+    frame[frame::HEADER_BYTES + frame::PAGES_PREFIX_BYTES..].fill(4);
+    bytes[at].copy_from_slice(&Sealer::new(&key(), VM, [9; 16]).seal(&frame));
+    std::fs::write(&path, bytes).unwrap();
+    let failure = restore.run().await.unwrap_err();
+    let place = format!("pack {pack}, frame at byte {}", whole.place.offset);
+    assert!(failure.code == Code::Corrupt && failure.message.contains(&place), "{failure}");
+}
+
 struct Nowhere;
 
 impl Sink for Nowhere {
