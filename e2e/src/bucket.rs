@@ -130,6 +130,12 @@ impl Weed {
         SocketAddr::from(([127, 0, 0, 1], self.ports[port]))
     }
 
+    /// Its process, while it runs.
+    #[must_use]
+    pub fn process_id(&self) -> Option<u32> {
+        self.process.as_ref().map(|(process, _)| process.id())
+    }
+
     /// Where S3 is served.
     pub fn s3(&self) -> SocketAddr {
         self.address(6)

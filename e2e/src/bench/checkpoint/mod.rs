@@ -9,9 +9,12 @@
 //! | `fleet` | `fleet-20` |
 //! | `sweeps` | `sweep-4g` |
 //!
+//! `first-*` and `restore-*` say too what share they have of what the processors could do at best (`budget`).
+//!
 //! The guest is the in-tree one, full of pages that no compression makes smaller. Times are measured from outside: from
 //! the command to its answer. `--quick` makes guests a sixteenth of the size, to see that all of it works.
 
+mod budget;
 mod changes;
 mod fleet;
 mod image;

@@ -85,7 +85,7 @@ fn blocks(mut work: impl FnMut() -> Result<(), String>) -> Result<f64, String> {
 }
 
 /// Bytes that no compression makes smaller.
-fn noise(length: usize) -> Vec<u8> {
+pub(super) fn noise(length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];
     blake3::Hasher::new().finalize_xof().fill(&mut bytes);
     bytes

@@ -10,6 +10,7 @@ use controller::bucket::Bucket;
 use tokio::runtime::Runtime;
 
 use super::super::migrate::warm;
+use super::budget::{Budget, Depot, Road};
 use super::parts::{Parts, Store};
 use super::restic::Restic;
 use super::{GIB, RUNS, Suite, figure, fill, forget, image, rate, take, timed};
@@ -25,21 +26,32 @@ struct Place {
     cluster: Cluster,
     store: Store,
     weed: Option<Weed>,
+    /// The controller's own client of the same kind of bucket, for the budget.
+    bucket: Bucket,
+    runtime: Runtime,
 }
 
 impl Place {
     /// `None`, said aloud, where there is no server.
     fn open(word: &str) -> Result<Option<Place>, String> {
+        let open = |url: &str| Bucket::open(url, true).map_err(|e| e.to_string());
+        let runtime = || Runtime::new().map_err(|e| e.to_string());
         if word == "file" {
             let cluster = Cluster::up(1);
             let store = Store::File(cluster.dir().to_owned());
-            return Ok(Some(Place { cluster, store, weed: None }));
+            let bucket = open(&format!("file:{}", cluster.dir().join("budget").display()))?;
+            return Ok(Some(Place { cluster, store, weed: None, bucket, runtime: runtime()? }));
         }
         let Some(weed) = Weed::with_volumes(VOLUMES, VOLUME_MIB) else { return Ok(None) };
         let cluster = Cluster::up_with(1, &["--bucket", &weed.url("guests")]);
-        let bucket = Bucket::open(&weed.url("ceilings"), false).map_err(|e| e.to_string())?;
-        let runtime = Runtime::new().map_err(|e| e.to_string())?;
-        Ok(Some(Place { cluster, store: Store::S3(bucket, Box::new(runtime)), weed: Some(weed) }))
+        let bucket = open(&weed.url("ceilings"))?;
+        let store = Store::S3(bucket.clone(), Box::new(runtime()?));
+        Ok(Some(Place { cluster, store, weed: Some(weed), bucket, runtime: runtime()? }))
+    }
+
+    fn depot(&self) -> Depot<'_> {
+        let server = self.weed.as_ref().and_then(Weed::process_id);
+        Depot { bucket: &self.bucket, runtime: &self.runtime, server }
     }
 }
 
@@ -62,7 +74,7 @@ pub(super) fn run(suite: &Suite<'_>) -> Result<(), String> {
 fn there_and_back(suite: &Suite<'_>, place: &Place, first: &str, restore: &str) -> Result<(), String> {
     let (cluster, ram) = (&place.cluster, suite.ram(GIB));
     let region = fill(cluster, "vm1", "hostA", ram, 0).region_bytes;
-    let (mut parts, mut totals) = (Parts::default(), Vec::new());
+    let (mut parts, mut budget, mut totals) = (Parts::default(), Budget::default(), Vec::new());
     // `restore` needs one checkpoint only.
     for run in 0..if suite.wanted(first) { RUNS } else { 1 } {
         if run > 0 {
@@ -70,6 +82,9 @@ fn there_and_back(suite: &Suite<'_>, place: &Place, first: &str, restore: &str) 
         }
         warm(2 * ram);
         parts.measure(&place.store)?;
+        if suite.wanted(first) {
+            budget.measure(&place.depot(), Road::First)?;
+        }
         warm(2 * ram);
         let taken = take(cluster, "hostA", "vm1")?;
         if taken.stored < region as f64 {
@@ -79,20 +94,21 @@ fn there_and_back(suite: &Suite<'_>, place: &Place, first: &str, restore: &str) 
     }
     if suite.wanted(first) {
         let restic = if place.weed.is_none() { restic(suite, cluster, ram)? } else { Default::default() };
-        tell(suite, first, region, &totals, &parts, &restic);
+        tell(suite, first, region, &totals, (&parts, &budget), &restic);
     }
     if suite.wanted(restore) {
-        let (mut parts, mut totals) = (Parts::default(), Vec::new());
+        let (mut parts, mut budget, mut totals) = (Parts::default(), Budget::default(), Vec::new());
         for _ in 0..RUNS {
             warm(2 * ram);
             parts.measure(&place.store)?;
+            budget.measure(&place.depot(), Road::Restore)?;
             warm(5 * ram / 2);
             let (_, ms) = timed(|| cluster.ok(["restore", "vm1", "--as", "back", "--to", "hostA"]));
             totals.push(ms);
             cluster.goes_on("back", 5);
             cluster.ok(["vm", "rm", "back"]);
         }
-        tell(suite, restore, region, &totals, &parts, &Default::default());
+        tell(suite, restore, region, &totals, (&parts, &budget), &Default::default());
     }
     Ok(())
 }
@@ -100,9 +116,18 @@ fn there_and_back(suite: &Suite<'_>, place: &Place, first: &str, restore: &str) 
 /// Milliseconds and bytes, a value a run.
 type Restics = (Vec<f64>, Vec<f64>);
 
-fn tell(suite: &Suite<'_>, case: &str, bytes: u64, totals: &[f64], parts: &Parts, restic: &Restics) {
+fn tell(
+    suite: &Suite<'_>,
+    case: &str,
+    bytes: u64,
+    totals: &[f64],
+    (parts, budget): (&Parts, &Budget),
+    restic: &Restics,
+) {
     let rates: Vec<f64> = totals.iter().map(|ms| rate(bytes, *ms)).collect();
     suite.report.add(suite.of(case, "throughput_mb_per_s", "MB/s", &rates).map(|m| parts.beside(m)));
+    let share = suite.of(case, "share_of_cpu_ceiling_percent", "%", &budget.shares(&rates));
+    suite.report.add(share.map(|m| budget.beside(m)));
     let total = suite.of(case, "total_ms", "ms", totals);
     suite.report.add(total.map(|m| m.beside("restic_ms", &restic.0).beside("restic_bytes", &restic.1)));
 }
