@@ -1,17 +1,18 @@
 //! What may have been used: what a search for the last use of an address may pass over.
 //!
-//! A linear page is used by a translation that was cached before, or by one that was looked for. So the pages that were
-//! cached at the beginning of a span, and those that were looked for in it, are all that can have been used in it. Of each it is
-//! known which page of RAM it was; of that page which words (eight bytes each) were stored to, which lines (64 bytes each) were
-//! loaded from, and where instructions began that may have been executed, by whatever linear address. Nothing of this can be
-//! seen by the guest. What is searched is not known here, nor how it is gathered.
+//! Loads and stores are known by the words (eight bytes each) of linear addresses that they touched, in whatever address
+//! space: a watchpoint is on a linear address, too, so what the kernel copies by another name of the same page does not count.
+//! What loads and stores is both. Of stores it is known besides which words of RAM they reached, also by the processor's own page
+//! walks. Of code it is known where instructions began, by guest-physical address, and which of those pages a linear one may
+//! have been: pages that were cached at the beginning of a span and those that were looked for in it. Nothing of this can
+//! be seen by the guest. What is searched is not known here, nor how it is gathered.
 
 use std::collections::BTreeSet;
 
 use super::stops::{Stops, WatchKind, Watchpoint};
 
-/// Pages of a watched range that are looked at; a longer one may always have been used.
-const PAGES_MAX: u64 = 64;
+/// Words are this many bytes, as a power of two.
+const WORD: u32 = 3;
 
 /// A set of numbers that lie close together: (number / 64, one bit each), sorted.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -98,62 +99,31 @@ impl Code {
     }
 }
 
-/// Memory that may have been loaded from or stored to, by pieces of `1 << SHIFT` bytes.
+/// Words of memory, by one kind of address.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Memory<const SHIFT: u32> {
-    /// Linear pages, and where the processor's accesses to them went: RAM or a device.
-    pages: BTreeSet<(u64, u64)>,
-    /// Pieces: guest-physical addresses >> `SHIFT`.
-    pub pieces: Marks,
-}
+pub struct Words(Marks);
 
-/// Memory that may have been loaded from: lines of 64 bytes.
-pub type Loaded = Memory<6>;
-/// Memory that may have been stored to: words of eight bytes.
-pub type Stored = Memory<3>;
-
-impl<const SHIFT: u32> Memory<SHIFT> {
-    /// Accesses to a linear page would have gone to this guest-physical one; both by any address in them.
-    pub fn insert_page(&mut self, linear: u64, gpa: u64) {
-        self.pages.insert((linear >> 12, gpa >> 12));
+impl Words {
+    /// Adds 64 words that begin at address `key << 9`, of which those are members whose bits are set.
+    pub fn insert(&mut self, key: u64, bits: u64) {
+        self.0.insert(key, bits);
     }
 
-    /// Bytes from one guest-physical address to another, both included, were used.
-    pub fn insert(&mut self, first: u64, last: u64) {
-        for piece in first >> SHIFT..=last >> SHIFT {
-            self.pieces.insert(piece >> 6, 1 << (piece & 63));
-        }
-    }
-
-    /// Whether any byte of these may have been used, by whatever linear address; false is certain.
+    /// Whether any word of these bytes is among them.
     fn meets(&self, first: u64, last: u64) -> bool {
-        self.pieces.meet(first >> SHIFT, last >> SHIFT)
-    }
-
-    /// Whether any byte of these, which lie in one linear page, may have been used; false is certain.
-    fn may_contain(&self, first: u64, last: u64) -> bool {
-        let page = first >> 12;
-        let mut pages = self.pages.range((page, 0)..=(page, u64::MAX)).map(|(_, gpa)| gpa << 12);
-        pages.any(|gpa| self.meets(gpa | first & 0xfff, gpa | last & 0xfff))
-    }
-
-    fn add(&mut self, other: &Self) {
-        self.pages.extend(&other.pages);
-        self.pieces.add(&other.pieces);
-    }
-
-    fn bytes(&self) -> usize {
-        self.pages.len() * 24 + self.pieces.bytes()
+        self.0.meet(first >> WORD, last >> WORD)
     }
 }
 
 /// What may have been used in a span.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Uses {
-    /// Memory loaded from.
-    pub read: Loaded,
-    /// Memory stored to.
-    pub write: Stored,
+    /// Linear addresses loaded from.
+    pub loaded: Words,
+    /// Linear addresses stored to.
+    pub stored: Words,
+    /// Guest-physical addresses stored to.
+    pub reached: Words,
     /// Code executed.
     pub execute: Code,
 }
@@ -161,14 +131,16 @@ pub struct Uses {
 impl Uses {
     /// Bytes of host memory that they take, about.
     pub fn bytes(&self) -> usize {
-        let Code { pages, nowhere, starts } = &self.execute;
-        pages.len() * 24 + nowhere.len() * 12 + starts.bytes() + self.read.bytes() + self.write.bytes()
+        let Uses { loaded, stored, reached, execute: Code { pages, nowhere, starts } } = self;
+        let words = loaded.0.bytes() + stored.0.bytes() + reached.0.bytes();
+        pages.len() * 24 + nowhere.len() * 12 + starts.bytes() + words
     }
 
     /// Those of two spans.
     pub fn add(&mut self, other: &Uses) {
-        self.read.add(&other.read);
-        self.write.add(&other.write);
+        self.loaded.0.add(&other.loaded.0);
+        self.stored.0.add(&other.stored.0);
+        self.reached.0.add(&other.reached.0);
         self.execute.add(&other.execute);
     }
 
@@ -182,22 +154,12 @@ impl Uses {
         let Some(last) = watch.bytes.checked_sub(1).map(|more| watch.address.saturating_add(more)) else {
             return false;
         };
-        if watch.kind == WatchKind::PhysicalWrite {
-            return self.write.meets(watch.address, last);
+        match watch.kind {
+            WatchKind::Read => self.loaded.meets(watch.address, last),
+            WatchKind::Write => self.stored.meets(watch.address, last),
+            WatchKind::Access => self.loaded.meets(watch.address, last) || self.stored.meets(watch.address, last),
+            WatchKind::PhysicalWrite => self.reached.meets(watch.address, last),
         }
-        let pages = watch.address >> 12..=last >> 12;
-        let used = |page: u64| {
-            let (first, last) = (watch.address.max(page << 12), last.min(page << 12 | 0xfff));
-            match watch.kind {
-                WatchKind::Write => self.write.may_contain(first, last),
-                // An instruction that loads and stores looks for the right to store only.
-                WatchKind::Read | WatchKind::Access => {
-                    self.read.may_contain(first, last) || self.write.may_contain(first, last)
-                }
-                WatchKind::PhysicalWrite => false,
-            }
-        };
-        pages.end() - pages.start() >= PAGES_MAX || pages.into_iter().any(used)
     }
 }
 
@@ -209,38 +171,6 @@ mod tests {
 
     fn watching(address: u64, bytes: u64, kind: WatchKind) -> Stops {
         Stops { breakpoints: Vec::new(), watchpoints: vec![Watchpoint { address, bytes, kind }] }
-    }
-
-    #[test]
-    fn a_watched_range_is_loaded_from_with_any_of_its_lines() {
-        let mut uses = Uses::default();
-        uses.read.insert_page(0x7000, 0x2000);
-        uses.read.insert_page(0x9000, 0x2000);
-        uses.read.insert_page(0x8000, 0xfed0_0000);
-        // A line and the one behind it; the last byte of a device's page.
-        uses.read.insert(0x207c, 0x2083);
-        uses.read.insert(0xfed0_0fff, 0xfed0_0fff);
-        // What loads and stores is noted as a store.
-        uses.write.insert_page(0x7000, 0x2000);
-        uses.write.insert(0x2800, 0x2807);
-        for (address, bytes, met) in [
-            (0x7040, 1, true),
-            (0x70bf, 1, true),
-            (0x703f, 1, false),
-            (0x70c0, 0x100, false),
-            (0x9080, 4, true),
-            (0x8fc0, 1, true),
-            (0x8fb0, 16, false),
-            (0x8fb0, 17, true),
-            (0x7804, 4, true),
-            (0x7808, 8, false),
-            (0xa040, 8, false),
-        ] {
-            for kind in [WatchKind::Read, WatchKind::Access] {
-                assert_eq!(uses.may_meet(&watching(address, bytes, kind)), met, "{bytes} at {address:#x}");
-            }
-        }
-        assert!(!uses.may_meet(&watching(0x7040, 8, WatchKind::Write)));
     }
 
     #[test]
@@ -274,39 +204,46 @@ mod tests {
     }
 
     #[test]
-    fn a_watched_range_is_stored_to_with_any_of_its_words() {
+    fn a_watched_range_is_used_with_any_of_its_words_by_the_address_that_is_watched() {
         let mut uses = Uses::default();
-        uses.write.insert_page(0x7000, 0x2000);
-        uses.write.insert_page(0x8000, 0x5000);
-        // Bytes 0..8 of one page, the last eight of the other.
-        uses.write.pieces.insert(0x2000 >> 9, 1);
-        uses.write.pieces.insert(0x5e00 >> 9, 1 << 63);
+        // Bytes 0..8 of a page are loaded from, the last eight of the next stored to, and both by other addresses too.
+        uses.loaded.insert(0x7000 >> 9, 1);
+        uses.stored.insert(0x8e00 >> 9, 1 << 63);
+        uses.loaded.insert(0xffff_8000_0000_2000 >> 9, u64::MAX);
+        uses.stored.insert(0xffff_8000_0000_5000 >> 9, u64::MAX);
+        uses.reached.insert(0x5000 >> 9, u64::MAX);
+        uses.reached.insert(0x5e00 >> 9, 1 << 63);
         for (address, bytes, kind, met) in [
-            (0x6ffc, 8, WatchKind::Write, true),
-            (0x6ff8, 8, WatchKind::Write, false),
-            (0x7000, 0, WatchKind::Write, false),
-            (0x7007, 1, WatchKind::Write, true),
-            (0x7008, 0xff8, WatchKind::Write, false),
+            (0x6ffc, 8, WatchKind::Read, true),
+            (0x6ff8, 8, WatchKind::Read, false),
+            (0x7000, 0, WatchKind::Read, false),
+            (0x7007, 1, WatchKind::Read, true),
+            (0x7007, 1, WatchKind::Access, true),
+            (0x7007, 1, WatchKind::Write, false),
+            (0x7008, 0xff8, WatchKind::Access, false),
+            (0x7008, 0x1ff0, WatchKind::Write, false),
             (0x7008, 0x1ff1, WatchKind::Write, true),
+            (0x7008, 0x1ff1, WatchKind::Access, true),
+            (0x7008, 0x1ff1, WatchKind::Read, false),
             (0x8ff8, 1, WatchKind::Write, true),
             (0x8ff0, 8, WatchKind::Write, false),
-            (0x8ff0, 8, WatchKind::Read, false),
-            (0x8ff8, 8, WatchKind::Read, true),
             (0x9ff0, 8, WatchKind::Access, false),
             (0, u64::MAX, WatchKind::Write, true),
-            (0x7000, 8, WatchKind::PhysicalWrite, false),
-            (0x2004, 4, WatchKind::PhysicalWrite, true),
-            (0x2008, 0x3ff1, WatchKind::PhysicalWrite, true),
-            (0x2008, 0x3ff0, WatchKind::PhysicalWrite, false),
+            (0x5000, 8, WatchKind::Access, false),
+            (0xffff_8000_0000_5000, 8, WatchKind::Access, true),
+            (0x8ff8, 8, WatchKind::PhysicalWrite, false),
+            (0x5004, 4, WatchKind::PhysicalWrite, true),
+            (0x5200, 0xdf8, WatchKind::PhysicalWrite, false),
+            (0x5200, 0xdf9, WatchKind::PhysicalWrite, true),
         ] {
             assert_eq!(uses.may_meet(&watching(address, bytes, kind)), met, "{bytes} at {address:#x}, {kind:?}");
         }
         let mut both = Uses::default();
-        both.read.insert_page(0x9000, 0x9000);
-        both.read.insert(0x9000, 0x9007);
+        both.loaded.insert(0x9000 >> 9, 1);
         both.add(&uses);
-        assert!(both.may_meet(&watching(0x7007, 1, WatchKind::Write)));
+        assert!(both.may_meet(&watching(0x7007, 1, WatchKind::Read)));
         assert!(both.may_meet(&watching(0x9007, 1, WatchKind::Read)));
+        assert!(both.may_meet(&watching(0x5007, 1, WatchKind::PhysicalWrite)));
     }
 
     proptest! {

@@ -561,11 +561,14 @@ impl Core {
         entry.hits::<T>(linear).then(|| entry.host::<T>(linear))
     }
 
-    /// The same where stores are noted.
+    /// The same where loads and stores are noted.
     #[inline(always)]
     fn noted_rmw<T: Word>(&mut self, linear: u64) -> Option<*mut T> {
         let host = self.noted_host(linear, size_of::<T>());
-        (!host.is_null()).then_some(host.cast())
+        (!host.is_null()).then(|| {
+            self.note_load(linear, size_of::<T>());
+            host.cast()
+        })
     }
 
     /// Host address for a store of so many bytes, all in one page, that needs no notice or has just been noted.

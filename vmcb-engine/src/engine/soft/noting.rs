@@ -1,10 +1,10 @@
 //! What one processor notes of what it uses, for [`Uses`]; nothing before somebody asks.
 //!
 //! Code: each block is looked for again when it runs first in a span (`Blocks::hide`), and then the addresses of its
-//! instructions are noted. Stores: entries of the write table carry a tag that no fast path knows (`Tlb::note_accesses`), so
-//! each store comes by here; what is marked is words of pages of RAM, in a table as large as a 64th of RAM of which only
-//! what is used takes memory. Loads: so do entries of the read table, and lines are marked, in a table as large as a 512th.
-//! Which spans there are is not known here.
+//! instructions are noted. Loads and stores: entries of the read and the write table carry a tag that no fast path knows
+//! (`Tlb::note_accesses`), so each comes by here. What is marked is words of linear pages, in a small table from which a page
+//! goes to a list when another one needs its place; and of stores words of pages of RAM besides, in a table as large as a 64th
+//! of RAM of which only what is used takes memory. Which spans there are is not known here.
 
 use std::collections::BTreeMap;
 
@@ -13,10 +13,15 @@ use super::core::{Core, Step};
 use super::decode::Fetched;
 use super::tlb::Access;
 use crate::engine::Uses;
+use crate::engine::uses;
 use crate::memory::GuestMemory;
 
 /// Bit maps of a page's words.
 const WORD_MAPS: usize = 8;
+/// Linear pages whose words are at hand.
+const AT_HAND: usize = 1024;
+/// Entries of the list that are gathered, however few they were before.
+const LISTED: usize = 1 << 14;
 
 /// What was used since somebody asked.
 pub struct Noting {
@@ -24,31 +29,95 @@ pub struct Noting {
     /// Instructions that began in a guest-physical page, a bit for each byte.
     starts: BTreeMap<u64, Box<[u64; 64]>>,
     words: Words,
-    lines: Lines,
+    loaded: LinearWords,
+    stored: LinearWords,
     /// Words of devices: key and bits of `Marks`.
     devices: BTreeMap<u64, u64>,
 }
 
-/// Lines of RAM that were loaded from.
-#[derive(Default)]
-struct Lines {
-    /// A map for each page.
-    maps: Vec<u64>,
-    /// Pages whose maps are not zero.
-    touched: Vec<u64>,
+/// Maps of a linear page's words that were used.
+#[derive(Clone, Copy, Default)]
+struct LinearPage {
+    number: u64,
+    maps: [u64; WORD_MAPS],
 }
 
-impl Lines {
+/// Words of linear pages that were used.
+struct LinearWords {
+    /// Each page has one place.
+    at_hand: Box<[LinearPage; AT_HAND]>,
+    /// What had to make room: maps by the address of the first word >> 9. A map may be there in parts.
+    listed: Vec<(u64, u64)>,
+    /// Entries of the list at which the parts of each map are put together.
+    gather_at: usize,
+}
+
+impl Default for LinearWords {
+    fn default() -> Self {
+        Self { at_hand: Box::new([LinearPage::default(); AT_HAND]), listed: Vec::new(), gather_at: LISTED }
+    }
+}
+
+impl LinearWords {
     /// Marks bytes of a page.
     #[inline(always)]
-    fn mark(&mut self, page: u64, address: u64, bytes: usize) {
-        let first = address >> 6 & 63;
-        let last = (((address & 0xfff) + bytes.max(1) as u64 - 1) >> 6).min(63);
-        let Some(map) = self.maps.get_mut(page as usize) else { return };
-        if *map == 0 {
-            self.touched.push(page);
+    fn mark(&mut self, linear: u64, bytes: usize) {
+        let page = linear >> 12;
+        let place = page as usize % AT_HAND;
+        if self.at_hand[place].number != page {
+            self.make_room(place, page);
         }
-        *map |= u64::MAX << first & u64::MAX >> (63 - last);
+        let maps = &mut self.at_hand[place].maps;
+        let first = (linear & 0xfff) >> 3;
+        let last = (((linear & 0xfff) + bytes.max(1) as u64 - 1) >> 3).min(511);
+        let (low, high) = (u64::MAX << (first & 63), u64::MAX >> (63 - (last & 63)));
+        let (begin, end) = ((first >> 6) as usize, (last >> 6) as usize);
+        if begin == end {
+            maps[begin] |= low & high;
+        } else {
+            maps[begin] |= low;
+            maps[begin + 1..end].fill(u64::MAX);
+            maps[end] |= high;
+        }
+    }
+
+    #[cold]
+    fn make_room(&mut self, place: usize, number: u64) {
+        self.list(place);
+        self.at_hand[place] = LinearPage { number, ..LinearPage::default() };
+        if self.listed.len() >= self.gather_at {
+            self.gather();
+            self.gather_at = (2 * self.listed.len()).max(LISTED);
+        }
+    }
+
+    fn list(&mut self, place: usize) {
+        let LinearPage { number, maps } = self.at_hand[place];
+        let keys = number * WORD_MAPS as u64..;
+        self.listed.extend(keys.zip(maps).filter(|(_, map)| *map != 0));
+    }
+
+    /// Each map is in the list once, in order.
+    fn gather(&mut self) {
+        self.listed.sort_unstable();
+        self.listed.dedup_by(|next, kept| {
+            let same = next.0 == kept.0;
+            if same {
+                kept.1 |= next.1;
+            }
+            same
+        });
+    }
+
+    /// All of them; none are marked then.
+    fn take(&mut self) -> uses::Words {
+        (0..AT_HAND).for_each(|place| self.list(place));
+        self.at_hand.fill(LinearPage::default());
+        self.gather();
+        self.gather_at = LISTED;
+        let mut taken = uses::Words::default();
+        std::mem::take(&mut self.listed).into_iter().for_each(|(key, map)| taken.insert(key, map));
+        taken
     }
 }
 
@@ -102,8 +171,14 @@ impl Noting {
     fn new(memory: &GuestMemory) -> Self {
         let maps = vec![0; memory.pages() as usize * WORD_MAPS];
         let words = Words { maps, touched: Vec::new() };
-        let lines = Lines { maps: vec![0; memory.pages() as usize], touched: Vec::new() };
-        Self { uses: Uses::default(), starts: BTreeMap::new(), words, lines, devices: BTreeMap::new() }
+        Self {
+            uses: Uses::default(),
+            starts: BTreeMap::new(),
+            words,
+            loaded: LinearWords::default(),
+            stored: LinearWords::default(),
+            devices: BTreeMap::new(),
+        }
     }
 
     /// All of it; nothing is noted then.
@@ -117,14 +192,11 @@ impl Noting {
         for page in self.words.touched.drain(..) {
             let (first, from) = (memory.gpa_of(page) >> 9, page as usize * WORD_MAPS);
             for (key, map) in (first..).zip(&mut self.words.maps[from..from + WORD_MAPS]) {
-                uses.write.pieces.insert(key, std::mem::take(map));
+                uses.reached.insert(key, std::mem::take(map));
             }
         }
-        self.lines.touched.sort_unstable();
-        for page in self.lines.touched.drain(..) {
-            uses.read.pieces.insert(memory.gpa_of(page) >> 12, std::mem::take(&mut self.lines.maps[page as usize]));
-        }
-        std::mem::take(&mut self.devices).into_iter().for_each(|(key, bits)| uses.write.pieces.insert(key, bits));
+        std::mem::take(&mut self.devices).into_iter().for_each(|(key, bits)| uses.reached.insert(key, bits));
+        (uses.loaded, uses.stored) = (self.loaded.take(), self.stored.take());
         uses
     }
 }
@@ -137,12 +209,6 @@ impl Core {
         let mut noting = self.noting.take().unwrap_or_else(|| Box::new(Noting::new(&self.memory)));
         let taken = noting.take(&self.memory);
         let begun = &mut noting.uses;
-        for found in self.tlb.pages(Access::Read) {
-            begun.read.insert_page(found.linear, self.memory.gpa_of(found.page));
-        }
-        for found in self.tlb.pages(Access::Write) {
-            begun.write.insert_page(found.linear, self.memory.gpa_of(found.page));
-        }
         self.tlb.pages(Access::Execute).for_each(|found| begun.execute.insert_page(found.linear, found.gpa));
         self.tlb.note_accesses();
         self.returns.forget();
@@ -169,28 +235,11 @@ impl Core {
         }
     }
 
-    /// A linear page was looked for to load from, and is this page of RAM.
+    /// Bytes of a linear page are loaded from.
     #[inline]
-    pub(super) fn note_loads(&mut self, linear: u64, page: u64) {
+    pub(super) fn note_load(&mut self, linear: u64, bytes: usize) {
         if let Some(noting) = self.noting.as_deref_mut() {
-            noting.uses.read.insert_page(linear, self.memory.gpa_of(page));
-        }
-    }
-
-    /// A page of RAM is loaded from.
-    #[inline]
-    pub(super) fn note_lines(&mut self, page: u64, address: u64, bytes: usize) {
-        if let Some(noting) = self.noting.as_deref_mut() {
-            noting.lines.mark(page, address, bytes);
-        }
-    }
-
-    /// A device is loaded from.
-    #[inline]
-    pub(super) fn note_device_load(&mut self, linear: u64, gpa: u64, bytes: usize) {
-        if let Some(noting) = self.noting.as_deref_mut() {
-            noting.uses.read.insert_page(linear, gpa);
-            noting.uses.read.insert(gpa, gpa + bytes.max(1) as u64 - 1);
+            noting.loaded.mark(linear, bytes);
         }
     }
 
@@ -200,20 +249,20 @@ impl Core {
     #[inline(never)]
     pub fn noted_source(&mut self, linear: u64, bytes: usize) -> *const u8 {
         let Some(noting) = self.noting.as_deref_mut() else { return std::ptr::null() };
-        let Some((host, page)) = self.tlb.noted_load(linear, self.tlb_set, bytes) else { return std::ptr::null() };
-        noting.lines.mark(page, linear, bytes);
+        let Some(host) = self.tlb.noted_load(linear, self.tlb_set, bytes) else { return std::ptr::null() };
+        noting.loaded.mark(linear, bytes);
         host
     }
 
-    /// A linear page was looked for to store to, and is this page of RAM.
+    /// Bytes of a linear page are stored to.
     #[inline]
-    pub(super) fn note_stores(&mut self, linear: u64, page: u64) {
+    pub(super) fn note_linear_store(&mut self, linear: u64, bytes: usize) {
         if let Some(noting) = self.noting.as_deref_mut() {
-            noting.uses.write.insert_page(linear, self.memory.gpa_of(page));
+            noting.stored.mark(linear, bytes);
         }
     }
 
-    /// A page of RAM is stored to.
+    /// A page of RAM is stored to, by whatever linear address.
     #[inline]
     pub(super) fn note_words(&mut self, page: u64, address: u64, bytes: usize) {
         if let Some(noting) = self.noting.as_deref_mut() {
@@ -224,9 +273,8 @@ impl Core {
 
     /// A device is stored to.
     #[inline]
-    pub(super) fn note_device(&mut self, linear: u64, gpa: u64, bytes: usize) {
+    pub(super) fn note_device(&mut self, gpa: u64, bytes: usize) {
         let Some(noting) = self.noting.as_deref_mut() else { return };
-        noting.uses.write.insert_page(linear, gpa);
         for word in gpa >> 3..=(gpa + bytes.max(1) as u64 - 1) >> 3 {
             *noting.devices.entry(word >> 6).or_default() |= 1 << (word & 63);
         }
@@ -245,7 +293,10 @@ impl Core {
     pub(super) fn note_hit(&mut self, linear: u64, bytes: usize) -> *mut u8 {
         let Some((host, page)) = self.tlb.noted(linear, self.tlb_set, bytes) else { return std::ptr::null_mut() };
         match self.noting.as_deref_mut() {
-            Some(noting) => noting.words.mark(page, linear, bytes),
+            Some(noting) => {
+                noting.words.mark(page, linear, bytes);
+                noting.stored.mark(linear, bytes);
+            }
             None => return std::ptr::null_mut(),
         }
         host

@@ -381,17 +381,17 @@ impl Tlb {
         fast.for_each(|entry| entry.tag |= NOTED);
     }
 
-    /// Host address and page of RAM of bytes that lie in one page, if loads there need nothing but to be noted.
+    /// Host address of bytes that lie in one page, if loads there need nothing but to be noted.
     #[inline(always)]
-    pub fn noted_load(&self, linear: u64, set: usize, bytes: usize) -> Option<(*const u8, u64)> {
-        let (host, page) = noted_in(&self.read, &self.read_extra, slot(linear, set), linear, bytes)?;
-        Some((host.cast_const(), page))
+    pub fn noted_load(&self, linear: u64, set: usize, bytes: usize) -> Option<*const u8> {
+        noted_in(self.read[slot(linear, set)], linear, bytes).map(<*mut u8>::cast_const)
     }
 
     /// Host address and page of RAM of bytes that lie in one page, if stores there need nothing but to be noted.
     #[inline(always)]
     pub fn noted(&self, linear: u64, set: usize, bytes: usize) -> Option<(*mut u8, u64)> {
-        noted_in(&self.write, &self.write_extra, slot(linear, set), linear, bytes)
+        let at = slot(linear, set);
+        noted_in(self.write[at], linear, bytes).map(|host| (host, self.write_extra[at].page))
     }
 
     /// A page of RAM got decoded code: writes to it must be seen from now on.
@@ -404,18 +404,11 @@ impl Tlb {
     }
 }
 
-/// Where bytes lie by an entry of one of the tables, and in which page of RAM, if it is marked [`NOTED`] and has all of them.
+/// Where bytes lie by an entry, if it is marked [`NOTED`] and has all of them.
 #[inline(always)]
-fn noted_in(
-    entries: &[Entry; 2 * ENTRIES],
-    extra: &[Extra; 2 * ENTRIES],
-    at: usize,
-    linear: u64,
-    bytes: usize,
-) -> Option<(*mut u8, u64)> {
-    let entry = entries[at];
+fn noted_in(entry: Entry, linear: u64, bytes: usize) -> Option<*mut u8> {
     let last = linear.wrapping_add(bytes as u64 - 1) & PAGE_MASK;
-    (last | NOTED == entry.tag).then(|| (linear.wrapping_add(entry.addend) as *mut u8, extra[at].page))
+    (last | NOTED == entry.tag).then(|| linear.wrapping_add(entry.addend) as *mut u8)
 }
 
 /// Lines of decoded code that a write of `bytes` at `gpa` touches.

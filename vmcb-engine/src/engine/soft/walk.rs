@@ -219,23 +219,21 @@ impl Core {
     }
 
     fn read_from(&mut self, target: Target, linear: u64, into: &mut [u8]) {
+        self.note_load(linear, into.len());
         match target {
             Target::Ram(found) => {
-                self.note_lines(found.page, linear, into.len());
                 // SAFETY: the caller split at the page's end, and `host` is the page's first byte of mapped RAM.
                 unsafe {
                     let from = found.host.add((linear & 0xfff) as usize);
                     std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len());
                 }
             }
-            Target::Device(gpa) => {
-                self.note_device_load(linear, gpa, into.len());
-                self.mmio.read(gpa, into);
-            }
+            Target::Device(gpa) => self.mmio.read(gpa, into),
         }
     }
 
     fn write_to(&mut self, target: Target, linear: u64, from: &[u8]) {
+        self.note_linear_store(linear, from.len());
         match target {
             Target::Ram(found) => {
                 self.memory.keep(found.page);
@@ -251,7 +249,7 @@ impl Core {
                 }
             }
             Target::Device(gpa) => {
-                self.note_device(linear, gpa, from.len());
+                self.note_device(gpa, from.len());
                 self.mmio.write(gpa, from);
             }
         }
@@ -347,12 +345,9 @@ impl Core {
         };
         let host = page.at(0);
         let found = Translation { host, page: page.page, gpa: mapping.gpa & !0xfff, global: mapping.global };
-        match access {
-            // Of fetches it is noted where they are asked for: one that fails has been preceded by a stop, too.
-            Access::Execute if self.stops.is_some() => self.suspect_page(linear, found.gpa, found.page),
-            Access::Read => self.note_loads(linear, found.page),
-            Access::Write => self.note_stores(linear, found.page),
-            Access::Execute => {}
+        // Of fetches it is noted where they are asked for: one that fails has been preceded by a stop, too.
+        if access == Access::Execute && self.stops.is_some() {
+            self.suspect_page(linear, found.gpa, found.page);
         }
         if !self.bypasses_tlb(Some(&mapping)) {
             match access {
