@@ -14,7 +14,7 @@ use recorded::{linux, rich};
 use replaying::*;
 use vmcb_engine::engine::soft::Tuning;
 use vmcb_engine::journal::{Event, Position};
-use vmcb_engine::replay::{Goal, Happening, Pause, Player};
+use vmcb_engine::replay::{Entry, Goal, Happening, Pause, Player, Spacing, Timeline};
 
 fn seed() -> u64 {
     std::env::var("GODWIT_REPLAY_SEED").ok().and_then(|value| value.parse().ok()).unwrap_or(0x2545_f491)
@@ -125,6 +125,37 @@ fn a_recording_is_the_same_however_the_recorded_engine_works() {
     let usual = frames(Tuning::default());
     for tuning in [tuned(1, 32), tuned(8, 3), tuned(0, 1)] {
         assert!(frames(tuning) == usual, "{tuning:?}");
+    }
+}
+
+#[test]
+fn what_the_host_fails_to_write_fails_again_in_every_replay() {
+    let mut guest = rich(1);
+    guest.config.disks[0].path = UNWRITABLE.into();
+    let recorded = record_guest(guest, Plan { probe_every: 5003, ..Plan::new(seed() ^ 0x11, 800_000) });
+    let tape = recorded.tape(recorded.bases[0].position);
+    let failed = |it: &&Entry| matches!(it.happening, Happening::Event(Event::DiskFailed { .. }));
+    let failures = tape.entries().iter().filter(failed).count();
+    println!("{failures} failures, {} sights, {} bases", recorded.sights.len(), recorded.bases.len());
+    assert!(failures > 20 && recorded.sights.len() > 2);
+    for way in [DEFAULT, Way { piece: 977, ..DEFAULT }, Way { tuning: tuned(3, 3), piece: 5000 }] {
+        replays(&recorded, &recorded.bases[0], way);
+    }
+    recorded.bases[1..].iter().for_each(|base| replays(&recorded, base, DEFAULT));
+    // Rungs lie between where a failure entered and the request that failed.
+    let spacing = Spacing { coarse: 10_000, fine: 500, bytes_max: 64 << 20 };
+    let mut timeline = Timeline::new(recorded.player(&recorded.bases[0]), spacing).unwrap();
+    let (start, end) = (timeline.start().retired, tape.end().retired);
+    let mut random = Random(seed());
+    timeline.seek(tape.end(), &mut never).unwrap();
+    for _ in 0..40 {
+        let instant = Position { retired: start + random.below(end - start), skipped_tsc: 0 };
+        timeline.seek(instant, &mut never).unwrap();
+        timeline.reverse_step(0, &mut never).unwrap();
+        timeline.seek(instant, &mut never).unwrap();
+        let mut straight = recorded.player(&recorded.bases[0]);
+        straight.run_to(Goal::position(instant), &mut never).unwrap();
+        assert!(sight(timeline.player().machine()) == sight(straight.machine()), "at {instant}");
     }
 }
 

@@ -137,7 +137,7 @@ impl DiskImage {
         while done < into.len() {
             match rustix::io::pread(&self.file, &mut into[done..], offset + done as u64) {
                 // The file was cut under us.
-                Ok(0) => return Err(DiskError::Refused { offset, bytes: into.len(), verb: "read" }),
+                Ok(0) => return Err(host("read")(Errno::IO)),
                 Ok(n) => done += n,
                 Err(Errno::INTR) => {}
                 Err(e) => return Err(host("read")(e)),
@@ -151,19 +151,27 @@ impl DiskImage {
     /// # Errors
     /// Beyond the end, a read-only disk, or the host's error. Blocks of a failed write are stamped too.
     pub fn write_at(&mut self, offset: u64, from: &[u8]) -> Result<(), DiskError> {
+        self.write_counted(offset, from, &mut 0)
+    }
+
+    /// The same; `done` is how many bytes were written, also of a write that failed.
+    ///
+    /// # Errors
+    /// As of [`DiskImage::write_at`].
+    pub fn write_counted(&mut self, offset: u64, from: &[u8], done: &mut usize) -> Result<(), DiskError> {
+        *done = 0;
         self.check(offset, from.len(), "written")?;
         if self.read_only {
             return Err(DiskError::Refused { offset, bytes: from.len(), verb: "written" });
         }
         self.keep(offset, from.len() as u64)?;
-        let mut done = 0;
         let outcome = loop {
-            if done == from.len() {
+            if *done == from.len() {
                 break Ok(());
             }
-            match rustix::io::pwrite(&self.file, &from[done..], offset + done as u64) {
+            match rustix::io::pwrite(&self.file, &from[*done..], offset + *done as u64) {
                 Ok(0) => break Err(host("write")(Errno::IO)),
-                Ok(n) => done += n,
+                Ok(n) => *done += n,
                 Err(Errno::INTR) => {}
                 Err(e) => break Err(host("write")(e)),
             }

@@ -8,6 +8,7 @@
 //!          4 held      card, bytes      9 processor  vCPU, bytes (a `CpuStateV1`)
 //!          5 released  nothing               10 stood      vCPU, linear address
 //!         11 detail    vCPUs, each: number, words (8 bytes each), checks | checks of the devices (4 bytes each)
+//!         12 failed    disk, request, bytes done
 //! ```
 //! Numbers are LEB128 varints of at most ten bytes, `bytes` are a length and as many bytes. A packet costs 6 to 14 bytes
 //! besides itself.
@@ -74,6 +75,15 @@ pub enum Event {
         vcpu: u32,
         /// Where.
         linear: u64,
+    },
+    /// The host failed to do what a disk was asked after this position, before the next event: it did a part of it.
+    DiskFailed {
+        /// Which disk.
+        disk: u32,
+        /// Requests of this disk that came before it since this position.
+        request: u64,
+        /// Bytes that were read or written all the same.
+        done: u64,
     },
 }
 
@@ -155,6 +165,7 @@ pub(super) fn put(event: &Event, after: Position, into: &mut Vec<u8>) {
         Event::Processor { .. } => 9,
         Event::Stood { .. } => 10,
         Event::Detail(_) => 11,
+        Event::DiskFailed { .. } => 12,
     };
     into.push(kind);
     put_number(after.retired, into);
@@ -185,6 +196,9 @@ pub(super) fn put(event: &Event, after: Position, into: &mut Vec<u8>) {
         Event::Stood { vcpu, linear } => {
             put_number((*vcpu).into(), into);
             put_number(*linear, into);
+        }
+        Event::DiskFailed { disk, request, done } => {
+            [u64::from(*disk), *request, *done].into_iter().for_each(|number| put_number(number, into));
         }
     }
 }
@@ -233,6 +247,7 @@ impl<'a> Cursor<'a> {
             9 => Event::Processor { vcpu: self.small()?, state: self.payload()? },
             10 => Event::Stood { vcpu: self.small()?, linear: self.number()? },
             11 => Event::Detail(self.detail()?),
+            12 => Event::DiskFailed { disk: self.small()?, request: self.number()?, done: self.number()? },
             kind => return Err(EventError::Kind { kind, at: begun }),
         };
         Ok((event, after))
@@ -358,6 +373,11 @@ pub(super) mod tests {
             (any::<u64>(), bytes()).prop_map(|(gpa, bytes)| Event::Memory { gpa, bytes }),
             (any::<u32>(), bytes()).prop_map(|(vcpu, state)| Event::Processor { vcpu, state }),
             (any::<u32>(), any::<u64>()).prop_map(|(vcpu, linear)| Event::Stood { vcpu, linear }),
+            (any::<u32>(), any::<u64>(), any::<u64>()).prop_map(|(disk, request, done)| Event::DiskFailed {
+                disk,
+                request,
+                done
+            }),
         ]
     }
 

@@ -35,6 +35,7 @@ use crate::device::block::DiskImage;
 use crate::device::bus::{Bus, RestoreError};
 use crate::device::net::NetLink;
 use crate::device::power::Stop;
+use crate::device::virtio::block::Failure;
 use crate::engine::kvm::KvmError;
 use crate::engine::{Bell, Engine, Exit, LoadError, Stops, StoreError, Why};
 use crate::memory::shared::PagesError;
@@ -281,6 +282,7 @@ impl Machine {
             self.renew_identity();
         }
         self.bus.net_release();
+        self.bus.count_disk_requests();
         loop {
             match self.bus.stopped() {
                 Some(Stop::PowerOff) => return Outcome::PowerOff,
@@ -458,6 +460,27 @@ impl Machine {
     /// RAM.
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
+    }
+
+    /// Requests that the host failed to do in the last run, and of which disk they were, once.
+    pub fn take_disk_failures(&mut self) -> Vec<(usize, Failure)> {
+        self.bus.take_disk_failures()
+    }
+
+    /// A request of a disk is to fail, counted from here on, as it did when this run was recorded. False if there is no such
+    /// disk.
+    pub fn expect_disk_failure(&mut self, disk: usize, failure: Failure) -> bool {
+        self.bus.expect_disk_failure(disk, failure)
+    }
+
+    /// The first disk of which requests are to fail that have not come.
+    pub fn expects_disk_failures(&self) -> Option<usize> {
+        self.bus.expects_disk_failures()
+    }
+
+    /// No request is to fail any more but by the host.
+    pub fn forget_disk_failures(&mut self) {
+        self.bus.set_disk_outcomes(&[]);
     }
 
     /// Disks, in the order of the configuration.

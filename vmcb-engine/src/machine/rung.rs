@@ -8,6 +8,7 @@ use proto::v1::Section;
 
 use super::{Life, Machine, MachineError};
 use crate::device::bus::SECTION_VERSION;
+use crate::device::virtio::block::Outcomes;
 use crate::engine::EngineRung;
 use crate::snapshot::Sections;
 
@@ -18,6 +19,7 @@ pub struct Rung {
     devices: Vec<Section>,
     vcpu: usize,
     arrived: bool,
+    disk_outcomes: Vec<Outcomes>,
 }
 
 impl Rung {
@@ -39,8 +41,8 @@ impl Machine {
         if self.engine.runs_in_real_time() {
             return Err(MachineError::SoftOnly("coming back to an instant"));
         }
-        let (engine, devices) = (self.engine.rung(), self.bus.save());
-        Ok(Rung { engine, devices, vcpu: self.bus.vcpu(), arrived: self.arrived })
+        let (engine, devices, disk_outcomes) = (self.engine.rung(), self.bus.save(), self.bus.disk_outcomes());
+        Ok(Rung { engine, devices, vcpu: self.bus.vcpu(), arrived: self.arrived, disk_outcomes })
     }
 
     /// Makes the machine what it was, its time included. RAM and disks hold what they held then already, RAM by writes through
@@ -59,6 +61,7 @@ impl Machine {
         self.bus.restore(&mut |name: &str| Ok::<_, MachineError>(devices.take(name, SECTION_VERSION)?.body))?;
         devices.finish()?;
         self.bus.set_vcpu(rung.vcpu);
+        self.bus.set_disk_outcomes(&rung.disk_outcomes);
         self.arrived = rung.arrived;
         self.life = Life::Ready;
         Ok(())

@@ -103,6 +103,8 @@ impl Door {
         if let Body::Player { player, .. } = std::mem::replace(&mut self.body, Body::Between) {
             let mut machine = player.into_machine();
             machine.mute(false);
+            // What failed later when this was recorded is of another history.
+            machine.forget_disk_failures();
             self.body = Body::Machine(Box::new(machine));
         }
         Ok(true)

@@ -12,6 +12,7 @@ use super::probe::{self, Differing};
 use super::record::position;
 use super::tape::{Entry, Happening, Tape};
 use crate::cpu::CpuState;
+use crate::device::virtio::block::Failure;
 use crate::engine::Why;
 use crate::journal::{Cut, Event, Position, Probe};
 use crate::machine::{Machine, MachineError, Outcome};
@@ -58,6 +59,14 @@ pub enum PlayError {
         position: Position,
         /// What is wrong.
         why: String,
+    },
+    /// The host of the replay failed to do what a disk was asked, and the recording's had done it.
+    #[error("at {position}: this host cannot reach disk {disk} of the replayed machine")]
+    Disk {
+        /// Where it was noticed.
+        position: Position,
+        /// Which.
+        disk: usize,
     },
     /// The machine cannot be started again, or captured.
     #[error("at {position}")]
@@ -273,6 +282,7 @@ impl Player {
     fn enter_due(&mut self) -> Result<Option<Hit>, PlayError> {
         let tape = Arc::clone(&self.tape);
         let here = self.position();
+        self.expect_no_failures(here)?;
         while let Some(Entry { position, happening }) = tape.entries().get(self.next) {
             if *position > here {
                 break;
@@ -292,6 +302,16 @@ impl Player {
             self.next += 1;
         }
         Ok(None)
+    }
+
+    /// What failed when this was recorded has failed before the next event.
+    fn expect_no_failures(&self, here: Position) -> Result<(), Mismatch> {
+        let at = |index: Option<usize>| index.and_then(|at| self.tape.entries().get(at)).map(|entry| entry.position);
+        let first_here = at(Some(self.next)) == Some(here) && at(self.next.checked_sub(1)) != Some(here);
+        match self.machine.expects_disk_failures().filter(|_| first_here) {
+            Some(disk) => Err(self.differs(&format!("a request of disk {disk}"), "not made", "made, and it failed")),
+            None => Ok(()),
+        }
     }
 
     /// Goes to where a vCPU stood, behind events that are delivered at this position. A stop of the caller's that is met on
@@ -363,6 +383,12 @@ impl Player {
                 let state = CpuState::from_bytes(state).map_err(|e| wrong(e.to_string()))?;
                 self.machine.poke_cpu(*vcpu as usize, &state).map_err(|e| wrong(e.to_string()))?;
             }
+            Event::DiskFailed { disk, request, done } => {
+                let failure = Failure { request: *request, done: *done };
+                if !self.machine.expect_disk_failure(*disk as usize, failure) {
+                    return Err(wrong(format!("there is no disk {disk}")));
+                }
+            }
             // Has been: see `enter_due`.
             Event::Stood { .. } => {}
         }
@@ -413,6 +439,9 @@ impl Player {
             return self.idle(here, goal, next, self.machine.next_deadline()).map(|()| None);
         }
         let outcome = self.machine.run(until);
+        if let Some((disk, _)) = self.machine.take_disk_failures().first() {
+            return Err(PlayError::Disk { position: self.position(), disk: *disk });
+        }
         self.hear();
         let done = match outcome {
             Outcome::Reached => Ok(()),

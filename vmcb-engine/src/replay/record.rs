@@ -20,6 +20,7 @@ use super::play::Player;
 use super::probe;
 use super::tape::Tape;
 use crate::cpu::CpuState;
+use crate::device::virtio::block::Failure;
 use crate::journal::{Chain, Closed, Closing, Cut, Event, Head, Position, RecordingId, Writer};
 use crate::machine::{Machine, MachineError, Outcome};
 use crate::memory::{OutOfRange, PAGE_BYTES};
@@ -151,7 +152,8 @@ fn payload_bytes(event: &Event) -> usize {
         | Event::Memory { bytes, .. }
         | Event::Processor { state: bytes, .. } => bytes.len(),
         Event::Detail(detail) => detail.cpus.len() * DETAIL_BYTES + detail.devices.len() * 4,
-        Event::Link { .. } | Event::Released | Event::Reset | Event::Probe(_) | Event::Stood { .. } => 0,
+        Event::Link { .. } | Event::Released | Event::Reset | Event::Probe(_) => 0,
+        Event::Stood { .. } | Event::DiskFailed { .. } => 0,
     }
 }
 
@@ -341,8 +343,10 @@ impl Door {
         self.release();
         loop {
             let probe = self.active().map_or(u64::MAX, |recorder| recorder.next_probe);
-            let before = self.machine().retired();
+            let begun = self.position();
+            let before = begun.retired;
             let outcome = self.machine_mut().run(until_retired.min(probe));
+            self.note_disk_failures(begun);
             if let Outcome::Stop { vcpu, .. } = outcome {
                 self.stood = self.machine().stands_at(vcpu).map(|linear| (vcpu, linear));
             } else if self.machine().retired() != before {
@@ -361,6 +365,16 @@ impl Door {
             }
             if probe == until_retired {
                 return Outcome::Reached;
+            }
+        }
+    }
+
+    /// What the host failed to do in a run enters where the run began: a replay gets there between two instructions.
+    fn note_disk_failures(&mut self, begun: Position) {
+        let realtime_ns = self.realtime_ns;
+        for (disk, Failure { request, done }) in self.machine_mut().take_disk_failures() {
+            if let Some(recorder) = self.active() {
+                recorder.add(begun, realtime_ns, &Event::DiskFailed { disk: disk as u32, request, done });
             }
         }
     }

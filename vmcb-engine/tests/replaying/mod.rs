@@ -6,10 +6,12 @@
 #[path = "../pvh/mod.rs"]
 pub mod pvh;
 
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use iced_x86::code_asm::{CodeAssembler, al, byte_ptr, dword_ptr, dx, eax, ebx, ecx, edi, esi, esp};
 use proto::v1::{BootSource, DiskConfig, MachineConfig, NetConfig, Section};
+use rustix::fs::{Mode, OFlags};
 use vmcb_engine::device::block::DiskImage;
 use vmcb_engine::device::net::{Link, NetLink};
 use vmcb_engine::engine::soft::Tuning;
@@ -173,6 +175,18 @@ pub fn small() -> Guest {
     Guest { config: config(), kernel: kernel(), initrd: None }
 }
 
+/// Path of a disk that cannot be written by the host on which it is recorded.
+pub const UNWRITABLE: &str = "unwritable";
+
+fn image(disk: &DiskConfig, recorded: bool) -> DiskImage {
+    let mut fd = sized_memfd("test-disk", disk.size_bytes).unwrap();
+    if recorded && disk.path == UNWRITABLE {
+        let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        fd = rustix::fs::open(path, OFlags::RDONLY, Mode::empty()).unwrap();
+    }
+    DiskImage::from_fd(fd, disk.read_only).unwrap()
+}
+
 struct Unplugged;
 
 impl Link for Unplugged {
@@ -182,13 +196,10 @@ impl Link for Unplugged {
 impl Guest {
     /// A machine without state; `plugged` as when it is recorded.
     pub fn machine(&self, plugged: bool, tuning: Tuning) -> Machine {
-        let disk = |disk: &DiskConfig| {
-            DiskImage::from_fd(sized_memfd("test-disk", disk.size_bytes).unwrap(), disk.read_only).unwrap()
-        };
         let net = |_| -> Option<NetLink> { if plugged { Some(Box::new(Unplugged)) } else { None } };
         let parts = Parts {
             memory: GuestMemory::create(self.config.memory_bytes).unwrap(),
-            disks: self.config.disks.iter().map(disk).collect(),
+            disks: self.config.disks.iter().map(|disk| image(disk, plugged)).collect(),
             nets: self.config.nets.iter().map(net).collect(),
         };
         Machine::build_tuned(&self.config, parts, tuning).unwrap()

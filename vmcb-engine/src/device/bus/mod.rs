@@ -27,7 +27,7 @@ use super::net::NetLink;
 use super::power::{Power, RESET_VALUE, Stop};
 use super::rtc::{Epoch, Rtc};
 use super::uart::Uart;
-use super::virtio::block::Block;
+use super::virtio::block::{Block, Failure, Outcomes};
 use super::virtio::mmio::{Mmio, WINDOW_BYTES};
 use super::virtio::net::Net;
 use super::virtio::rng::Rng;
@@ -522,6 +522,40 @@ impl Bus {
     /// Images of the disks, in order.
     pub fn disk_images(&self) -> impl Iterator<Item = &DiskImage> {
         self.disks.iter().map(|disk| disk.device().image())
+    }
+
+    /// The machine is about to run: requests of the disks are counted from here on.
+    pub fn count_disk_requests(&mut self) {
+        self.disks.iter_mut().for_each(|disk| disk.device_mut().count_requests());
+    }
+
+    /// What the host failed to do for a disk since requests are counted, once: disk and request.
+    pub fn take_disk_failures(&mut self) -> Vec<(usize, Failure)> {
+        let disks = self.disks.iter_mut().enumerate();
+        disks.flat_map(|(n, disk)| disk.device_mut().take_failures().into_iter().map(move |it| (n, it))).collect()
+    }
+
+    /// Requests of a disk are counted from here on, and this one is to fail. False if there is no such disk.
+    pub fn expect_disk_failure(&mut self, disk: usize, failure: Failure) -> bool {
+        let disk = self.disks.get_mut(disk);
+        disk.map(|disk| disk.device_mut().expect_failure(failure)).is_some()
+    }
+
+    /// The first disk of which requests are to fail that have not come.
+    pub fn expects_disk_failures(&self) -> Option<usize> {
+        self.disks.iter().position(|disk| disk.device().expects_failures())
+    }
+
+    /// How requests of the disks end, to go back to.
+    pub fn disk_outcomes(&self) -> Vec<Outcomes> {
+        self.disks.iter().map(|disk| disk.device().outcomes().clone()).collect()
+    }
+
+    /// The same again; disks of which nothing is said end theirs as the host does.
+    pub fn set_disk_outcomes(&mut self, outcomes: &[Outcomes]) {
+        for (n, disk) in self.disks.iter_mut().enumerate() {
+            disk.device_mut().set_outcomes(outcomes.get(n).cloned().unwrap_or_default());
+        }
     }
 
     /// Tells the guest that its generation ID has changed.

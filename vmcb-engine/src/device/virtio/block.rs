@@ -1,5 +1,10 @@
 //! The disk (virtio 1.2, section 5.2): read, write, flush, and its name. Requests are done when the driver's
 //! notification returns; errors of the host are errors of the request, never of the machine.
+//!
+//! That the host fails enters the machine from outside, and follows from nothing in it. So it is told which requests failed and how
+//! far they had come ([`Block::take_failures`]), and in a replay the same ones are made to fail ([`Block::expect_failure`]).
+
+use std::collections::VecDeque;
 
 use super::mmio::Mmio;
 use super::queue::{Chain, Queue, gather, scatter, slice};
@@ -33,10 +38,33 @@ const STATUS_UNSUPPORTED: u8 = 2;
 pub struct Block {
     image: DiskImage,
     name: [u8; NAME_BYTES],
+    outcomes: Outcomes,
+}
+
+/// A request that the host failed to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Failure {
+    /// Requests that came before it since they are counted: those that ask something of the host.
+    pub request: u64,
+    /// Bytes that were read or written all the same.
+    pub done: u64,
+}
+
+/// How requests end that ask something of the host. No part of the disk's state: it is empty between two entries of a recording.
+#[derive(Clone, Debug, Default)]
+pub struct Outcomes {
+    /// Requests since they are counted.
+    requests: u64,
+    /// What failed.
+    failed: Vec<Failure>,
+    /// What is to fail.
+    expected: VecDeque<Failure>,
 }
 
 /// Status for the driver, and how many bytes of data were written to its buffers.
 type Done = (u8, u64);
+
+const FAILED: Done = (STATUS_IO_ERROR, 0);
 
 impl Block {
     /// A disk; its name is what the guest sees as its serial number.
@@ -44,7 +72,7 @@ impl Block {
         let mut bytes = [0; NAME_BYTES];
         let count = name.len().min(NAME_BYTES);
         bytes[..count].copy_from_slice(&name.as_bytes()[..count]);
-        Self { image, name: bytes }
+        Self { image, name: bytes, outcomes: Outcomes::default() }
     }
 
     /// The image.
@@ -57,6 +85,59 @@ impl Block {
         &mut self.image
     }
 
+    /// The machine is about to run: requests are counted from here on, unless some are waited for that are to fail.
+    pub fn count_requests(&mut self) {
+        self.outcomes.failed.clear();
+        if self.outcomes.expected.is_empty() {
+            self.outcomes.requests = 0;
+        }
+    }
+
+    /// What the host failed to do since requests are counted, once.
+    pub fn take_failures(&mut self) -> Vec<Failure> {
+        std::mem::take(&mut self.outcomes.failed)
+    }
+
+    /// Requests are counted from here on, and this one is to fail.
+    pub fn expect_failure(&mut self, failure: Failure) {
+        self.outcomes.requests = 0;
+        self.outcomes.expected.push_back(failure);
+    }
+
+    /// True if requests that are to fail have not come.
+    pub fn expects_failures(&self) -> bool {
+        !self.outcomes.expected.is_empty()
+    }
+
+    /// How requests end, to go back to.
+    pub fn outcomes(&self) -> &Outcomes {
+        &self.outcomes
+    }
+
+    /// The same again.
+    pub fn set_outcomes(&mut self, outcomes: Outcomes) {
+        self.outcomes = outcomes;
+    }
+
+    /// Does what a request asks of the host. `work` does up to so many bytes and says how many it did, also where it fails.
+    fn ask_host(
+        &mut self,
+        mut work: impl FnMut(&mut DiskImage, u64, &mut u64) -> Result<(), Failed>,
+    ) -> Result<bool, Broken> {
+        let number = self.outcomes.requests;
+        self.outcomes.requests += 1;
+        let expected = self.outcomes.expected.pop_front_if(|failure| failure.request == number);
+        let mut done = 0;
+        match work(&mut self.image, expected.map_or(u64::MAX, |failure| failure.done), &mut done) {
+            Ok(()) => Ok(expected.is_none()),
+            Err(Failed::Broken(broken)) => Err(broken),
+            Err(Failed::Host) => {
+                self.outcomes.failed.push(Failure { request: number, done });
+                Ok(false)
+            }
+        }
+    }
+
     fn request(&mut self, chain: &Chain, memory: &GuestMemory) -> Result<Done, Broken> {
         let mut header = [0; HEADER_BYTES as usize];
         if gather(memory, &chain.readable, &mut header)? < header.len() {
@@ -66,71 +147,83 @@ impl Block {
         let mut sector = [0; 8];
         sector.copy_from_slice(&header[8..]);
         let sector = u64::from_le_bytes(sector);
-        let written = match kind {
-            TYPE_IN => self.read(chain, memory, sector)?,
-            TYPE_OUT => self.write(chain, memory, sector)?,
-            TYPE_FLUSH => self.image.flush().map(|()| 0),
+        match kind {
+            TYPE_IN => self.read(chain, memory, sector),
+            TYPE_OUT => self.write(chain, memory, sector),
+            TYPE_FLUSH => {
+                let flushed = self.ask_host(|image, _, _| Ok(image.flush()?))?;
+                Ok(if flushed { (STATUS_OK, 0) } else { FAILED })
+            }
             TYPE_GET_ID => {
                 let data = slice(&chain.writable, 0, chain.writable_bytes() - 1);
-                Ok(scatter(memory, &data, &self.name)? as u64)
+                Ok((STATUS_OK, scatter(memory, &data, &self.name)? as u64))
             }
-            _ => return Ok((STATUS_UNSUPPORTED, 0)),
-        };
-        Ok(written.map_or((STATUS_IO_ERROR, 0), |bytes| (STATUS_OK, bytes)))
-    }
-
-    /// The byte range of a transfer, if it makes one.
-    fn range(&self, sector: u64, bytes: u64) -> Result<u64, DiskError> {
-        let start = sector.checked_mul(SECTOR_BYTES);
-        let end = start.and_then(|start| start.checked_add(bytes));
-        match (start, end) {
-            (Some(start), Some(end))
-                if end <= self.image.bytes() && bytes.is_multiple_of(SECTOR_BYTES) && bytes <= REQUEST_BYTES_MAX =>
-            {
-                Ok(start)
-            }
-            _ => Err(DiskError::Refused { offset: sector, bytes: bytes as usize, verb: "transferred" }),
+            _ => Ok((STATUS_UNSUPPORTED, 0)),
         }
     }
 
-    fn read(&mut self, chain: &Chain, memory: &GuestMemory, sector: u64) -> Result<Result<u64, DiskError>, Broken> {
+    /// Where a transfer begins, if it can be made.
+    fn start(&self, sector: u64, bytes: u64) -> Option<u64> {
+        let start = sector.checked_mul(SECTOR_BYTES)?;
+        let fits = start.checked_add(bytes)? <= self.image.bytes();
+        (fits && bytes.is_multiple_of(SECTOR_BYTES) && bytes <= REQUEST_BYTES_MAX).then_some(start)
+    }
+
+    fn read(&mut self, chain: &Chain, memory: &GuestMemory, sector: u64) -> Result<Done, Broken> {
         let bytes = chain.writable_bytes() - 1;
-        let start = match self.range(sector, bytes) {
-            Ok(start) => start,
-            Err(refused) => return Ok(Err(refused)),
-        };
+        let Some(start) = self.start(sector, bytes) else { return Ok(FAILED) };
         let mut buffer = vec![0; COPY_BYTES.min(bytes as usize)];
-        let mut done = 0;
-        while done < bytes {
-            let count = (bytes - done).min(COPY_BYTES as u64);
-            let piece = &mut buffer[..count as usize];
-            if let Err(error) = self.image.read_at(start + done, piece) {
-                return Ok(Err(error));
+        let read = self.ask_host(|image, most, done| {
+            while *done < bytes.min(most) {
+                let count = (bytes.min(most) - *done).min(COPY_BYTES as u64);
+                let piece = &mut buffer[..count as usize];
+                image.read_at(start + *done, piece)?;
+                scatter(memory, &slice(&chain.writable, *done, count), piece)?;
+                *done += count;
             }
-            scatter(memory, &slice(&chain.writable, done, count), piece)?;
-            done += count;
-        }
-        Ok(Ok(bytes))
+            Ok(())
+        })?;
+        Ok(if read { (STATUS_OK, bytes) } else { FAILED })
     }
 
-    fn write(&mut self, chain: &Chain, memory: &GuestMemory, sector: u64) -> Result<Result<u64, DiskError>, Broken> {
+    fn write(&mut self, chain: &Chain, memory: &GuestMemory, sector: u64) -> Result<Done, Broken> {
         let bytes = chain.readable_bytes() - HEADER_BYTES;
-        let start = match self.range(sector, bytes) {
-            Ok(start) => start,
-            Err(refused) => return Ok(Err(refused)),
-        };
+        let start = self.start(sector, bytes).filter(|_| bytes == 0 || !self.image.read_only());
+        let Some(start) = start else { return Ok(FAILED) };
         let mut buffer = vec![0; COPY_BYTES.min(bytes as usize)];
-        let mut done = 0;
-        while done < bytes {
-            let count = (bytes - done).min(COPY_BYTES as u64);
-            let piece = &mut buffer[..count as usize];
-            gather(memory, &slice(&chain.readable, HEADER_BYTES + done, count), piece)?;
-            if let Err(error) = self.image.write_at(start + done, piece) {
-                return Ok(Err(error));
+        let written = self.ask_host(|image, most, done| {
+            while *done < bytes.min(most) {
+                let count = (bytes.min(most) - *done).min(COPY_BYTES as u64);
+                let piece = &mut buffer[..count as usize];
+                gather(memory, &slice(&chain.readable, HEADER_BYTES + *done, count), piece)?;
+                let mut written = 0;
+                let outcome = image.write_counted(start + *done, piece, &mut written);
+                *done += written as u64;
+                outcome?;
             }
-            done += count;
-        }
-        Ok(Ok(0))
+            Ok(())
+        })?;
+        Ok(if written { (STATUS_OK, 0) } else { FAILED })
+    }
+}
+
+/// Why the host's part of a request ends early.
+enum Failed {
+    /// The host's doing.
+    Host,
+    /// The driver's.
+    Broken(Broken),
+}
+
+impl From<DiskError> for Failed {
+    fn from(_: DiskError) -> Self {
+        Failed::Host
+    }
+}
+
+impl From<Broken> for Failed {
+    fn from(broken: Broken) -> Self {
+        Failed::Broken(broken)
     }
 }
 
@@ -179,7 +272,7 @@ mod saved {
     impl Mmio<Block> {
         /// The saved form. What the disk holds travels as blocks, not here.
         pub fn save(&self) -> VirtioBlkV1 {
-            let Block { image: _, name: _ } = self.device();
+            let Block { image: _, name: _, outcomes: _ } = self.device();
             VirtioBlkV1 { transport: Some(self.save_transport()) }
         }
 
@@ -275,6 +368,44 @@ mod tests {
         assert_eq!(s.request(TYPE_IN, 0, &[(DATA, 511, 2)]), STATUS_IO_ERROR);
         assert_eq!(s.request(99, 0, &[]), STATUS_UNSUPPORTED);
         assert!(s.disk.running());
+    }
+
+    /// Kind, sector, and buffers: address, bytes, flags.
+    type Request<'a> = (u32, u64, &'a [(u64, u32, u16)]);
+
+    /// What the host failed to do fails again in the same way where it is expected to, and the guest cannot tell.
+    #[test]
+    fn what_the_host_fails_to_do_can_be_made_to_fail_again() {
+        const CUT: u64 = 600 << 10;
+        let read = [(DATA, 512 << 10, 2), (DATA + (512 << 10), 256 << 10, 2)];
+        let requests: [Request<'_>; 5] = [
+            (TYPE_IN, 0, &read[..1]),
+            (TYPE_IN, 0, &read),
+            (TYPE_IN, 4096, &read),
+            (TYPE_FLUSH, 0, &[]),
+            (TYPE_IN, CUT / 512, &[(DATA, 512, 2)]),
+        ];
+        let run = |failures: &[Failure], cut: bool| {
+            let mut s = setup(false);
+            s.disk.device_mut().image_mut().write_at(0, &[0x5a; 700 << 10]).unwrap();
+            if cut {
+                rustix::fs::ftruncate(s.disk.device().image().file_fd(), CUT).unwrap();
+            }
+            s.disk.device_mut().count_requests();
+            failures.iter().for_each(|failure| s.disk.device_mut().expect_failure(*failure));
+            let statuses = requests.map(|(kind, sector, data)| s.request(kind, sector, data));
+            assert!(!s.disk.device().expects_failures());
+            let mut seen = vec![0; 1 << 20];
+            s.memory.read(DATA, &mut seen).unwrap();
+            (statuses, seen, s.driver.used(&s.memory), s.disk.device_mut().take_failures())
+        };
+        let (statuses, seen, used, failures) = run(&[], true);
+        assert_eq!(statuses, [STATUS_OK, STATUS_IO_ERROR, STATUS_IO_ERROR, STATUS_OK, STATUS_IO_ERROR]);
+        // What makes no transfer asks nothing of the host.
+        assert_eq!(failures, [Failure { request: 1, done: 512 << 10 }, Failure { request: 3, done: 0 }]);
+        assert_eq!(run(&failures, false), (statuses, seen, used, vec![]));
+        let all = run(&[], false).0;
+        assert_eq!(all, [STATUS_OK, STATUS_OK, STATUS_IO_ERROR, STATUS_OK, STATUS_OK]);
     }
 
     #[test]
