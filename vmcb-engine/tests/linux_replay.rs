@@ -1,4 +1,4 @@
-//! A recording of a real Linux (as in `linux.rs`) with console, network and disk, on one and two vCPUs: replayed from each cut
+//! A recording of a real Linux (as in `linux.rs`) with console, network and disk, on one, two and four vCPUs: replayed from each cut
 //! with slices of three lengths it is the machine that was recorded, and any instant is reached in time. The kernel is the one
 //! that `GODWIT_TEST_KERNEL` names, or that `deploy/guest` has made.
 #![allow(clippy::unwrap_used, reason = "a test whose preparation fails has failed")]
@@ -99,6 +99,11 @@ fn a_linux_with_one_vcpu_is_replayed_from_each_cut_with_any_slices() {
 #[test]
 fn a_linux_with_two_vcpus_is_replayed_from_each_cut_with_any_slices() {
     replays(2, 300_000_000, 900_000_000);
+}
+
+#[test]
+fn a_linux_with_four_vcpus_is_replayed_from_each_cut_with_any_slices() {
+    replays(4, 300_000_000, 900_000_000);
 }
 
 #[test]
