@@ -252,10 +252,10 @@ fn a_look_holds_the_guest_back_while_the_round_goes_on() {
     };
     let Step { state, effects } = in_a_second_round().step(Input::Tick { bytes_sent: 1 }, 2_050_000);
     assert!(effects.is_empty(), "too soon: {effects:?}");
-    // 200 MiB in 100 ms: twice as fast as the wire. What came of the last round says nothing of this one.
+    // 250 MiB in 100 ms: more than twice as fast as the wire. What came of the last round says nothing of this one.
     let state = look(state, 2_100_000);
-    let (state, held) = looked(state, 200 << 20, 2_100_000);
-    assert_eq!(held, [80]);
+    let (state, held) = looked(state, 250 << 20, 2_100_000);
+    assert_eq!(held, [84]);
     // The first look after that is where the next begins.
     let state = look(state, 2_150_000);
     let (state, held) = looked(state, 500 << 20, 2_150_000);
