@@ -434,8 +434,8 @@ fn is_amd() -> bool {
     vendor.ebx.to_le_bytes() == *b"Auth"
 }
 
-/// Whether the host leaves the flags of a bit scan as the engine does. AMD's processors differ: some set what the manual leaves
-/// undefined, and others leave it as it was, whatever CPUID says of their model.
+/// Whether the host leaves the flags of a bit scan as the engine does. Hosts whose CPUID says the same model were seen to differ:
+/// one set what the manual leaves undefined, another left it as it was.
 fn scans_alike(native: &mut Native, soft: &mut Soft) -> bool {
     const BSF: [u8; 3] = [0x0f, 0xbc, 0xc7];
     let mut random = Random(1);
